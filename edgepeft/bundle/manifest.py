@@ -1,0 +1,191 @@
+"""The manifest of a bundle: what `manifest.json` holds, as dataclasses.
+
+The exporter fills these in and the runtime reads them; nothing else passes between the two. Every field
+is plain JSON, so that a driver in another language reads the same file.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output: `shape` mixes sizes with the names of symbolic axes, e.g. `["batch", 384]`."""
+
+    name: str
+    dtype: str  # numpy's name: "float32", "int64", …
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One ONNX file of the bundle and its signature, adapter inputs included."""
+
+    file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class LoraSlot:
+    """A linear module that takes a LoRA.
+
+    The graph computes `y += ((x @ A) * scaling) @ B` with three inputs: `A` float32 `[in_features, rank]` (PEFT's
+    `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight` transposed) and `scaling`
+    float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by concatenation along the rank axis.
+    `a_input` and `b_input` are PEFT's state-dict keys.
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    a_input: str
+    b_input: str
+    scaling_input: str
+
+
+@dataclass(frozen=True)
+class SavedModule:
+    """A parameter that an adapter replaces whole (PEFT's `modules_to_save`), such as a classification head.
+
+    `input` is the graph input and PEFT's state-dict key; `default` names the tensor of `weights.bin` to feed where the
+    adapter does not carry it.
+    """
+
+    module: str
+    parameter: str
+    input: str
+    shape: tuple[int, ...]
+    default: str
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A tensor in `weights.bin`: raw little-endian bytes at a 4096-aligned offset."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class MemoryTerm:
+    """`bytes * batch**batch_power * seq_len**seq_power * rank**rank_power`."""
+
+    bytes: float
+    batch_power: int = 0
+    seq_power: int = 0
+    rank_power: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryFormula:
+    """Bytes one session needs beyond the process it runs in.
+
+    peak = `session_bytes` + the maximum over `peaks` of the sum of that list's terms. `session_bytes` is what loading
+    the graph costs (nodes, initializers, prepacked copies), measured at export with onnxruntime in a clean process;
+    each list of terms is the sum of the tensors alive at one moment of the run that is the largest for some size.
+    """
+
+    session_bytes: int
+    peaks: tuple[tuple[MemoryTerm, ...], ...]
+
+    def activation_bytes(self, batch: int, seq_len: int, rank: int) -> int:
+        """Bytes of the tensors alive at the worst moment of one run."""
+        return max(
+            (
+                int(sum(t.bytes * batch**t.batch_power * seq_len**t.seq_power * rank**t.rank_power for t in terms))
+                for terms in self.peaks
+            ),
+            default=0,
+        )
+
+    def peak_bytes(self, batch: int, seq_len: int, rank: int) -> int:
+        """`session_bytes` and `activation_bytes` together."""
+        return self.session_bytes + self.activation_bytes(batch, seq_len, rank)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to train: the graphs it runs and what they need. `exact` is false for zeroth-order methods."""
+
+    name: str
+    graph: str
+    exact: bool
+    memory: MemoryFormula
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an update on the device may do.
+
+    `trainable` lists the inputs that may train (a subset of the slots' `a_input`, `b_input` and the saved modules'
+    `input`); `max_steps` bounds the steps of one update and `max_relative_change` the L2 norm of an update divided by
+    the norm of what it started from; null leaves either open.
+    """
+
+    trainable: tuple[str, ...]
+    max_steps: int | None = None
+    max_relative_change: float | None = None
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the tasks need to know of the base model."""
+
+    name: str
+    model_type: str
+    architecture: str
+    max_length: int
+    vocab_size: int
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()  # text-classification: id to label
+    embedding_size: int | None = None  # feature-extraction: width of `sentence_embedding`
+    num_layers: int = 0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32).
+
+    `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's vector).
+    """
+
+    bits: int
+    block_size: int
+    exceptions: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and SHA-256 (hex) of one file of the bundle."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. Graphs are keyed by role: `inference`, `loss`, `train`, `adamw`, `grad_norm`."""
+
+    format_version: int
+    edgepeft_version: str
+    task: str
+    model: ModelInfo
+    quantization: Quantization
+    graphs: dict[str, GraphSpec]
+    inference_memory: MemoryFormula
+    weights_file: str
+    weights: dict[str, WeightTensor]
+    lora_slots: tuple[LoraSlot, ...]
+    saved_modules: tuple[SavedModule, ...]
+    adapters: tuple[str, ...]
+    strategies: tuple[Strategy, ...]  # cheapest in time first; empty: exported with --no-train
+    policy: Policy
+    verification: dict[str, Any]  # what the exporter measured against PyTorch
+    files: dict[str, FileEntry]
