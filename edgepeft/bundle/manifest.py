@@ -32,10 +32,10 @@ class GraphSpec:
 class LoraSlot:
     """A linear module that takes a LoRA.
 
-    The graph computes `y += ((x @ A) * scaling) @ B` with three inputs: `A` float32 `[in_features, rank]` (PEFT's
-    `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight` transposed) and `scaling`
-    float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by concatenation along the rank axis.
-    `a_input` and `b_input` are PEFT's state-dict keys.
+    The graph computes `y += ((x @ A) * scaling) @ B` with three inputs: `A` float32 `[in_features, rank]`
+    (PEFT's `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight`
+    transposed) and `scaling` float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by
+    concatenation along the rank axis. `a_input` and `b_input` are PEFT's state-dict keys.
     """
 
     module: str
@@ -50,8 +50,8 @@ class LoraSlot:
 class SavedModule:
     """A parameter that an adapter replaces whole (PEFT's `modules_to_save`), such as a classification head.
 
-    `input` is the graph input and PEFT's state-dict key; `default` names the tensor of `weights.bin` to feed where the
-    adapter does not carry it.
+    `input` is the graph input and PEFT's state-dict key; `default` names the tensor of `weights.bin` to feed
+    where the adapter does not carry it.
     """
 
     module: str
@@ -85,9 +85,10 @@ class MemoryTerm:
 class MemoryFormula:
     """Bytes one session needs beyond the process it runs in.
 
-    peak = `session_bytes` + the maximum over `peaks` of the sum of that list's terms. `session_bytes` is what loading
-    the graph costs (nodes, initializers, prepacked copies), measured at export with onnxruntime in a clean process;
-    each list of terms is the sum of the tensors alive at one moment of the run that is the largest for some size.
+    peak = `session_bytes` + the maximum over `peaks` of the sum of that list's terms. `session_bytes` is what
+    loading the graph costs (nodes, initializers, prepacked copies), measured at export with onnxruntime in a
+    clean process; each list of terms is the sum of the tensors alive at one moment of the run that is the
+    largest for some size.
     """
 
     session_bytes: int
@@ -97,7 +98,12 @@ class MemoryFormula:
         """Bytes of the tensors alive at the worst moment of one run."""
         return max(
             (
-                int(sum(t.bytes * batch**t.batch_power * seq_len**t.seq_power * rank**t.rank_power for t in terms))
+                int(
+                    sum(
+                        t.bytes * batch**t.batch_power * seq_len**t.seq_power * rank**t.rank_power
+                        for t in terms
+                    )
+                )
                 for terms in self.peaks
             ),
             default=0,
@@ -122,9 +128,9 @@ class Strategy:
 class Policy:
     """What an update on the device may do.
 
-    `trainable` lists the inputs that may train (a subset of the slots' `a_input`, `b_input` and the saved modules'
-    `input`); `max_steps` bounds the steps of one update and `max_relative_change` the L2 norm of an update divided by
-    the norm of what it started from; null leaves either open.
+    `trainable` lists the inputs that may train (a subset of the slots' `a_input`, `b_input` and the saved
+    modules' `input`); `max_steps` bounds the steps of one update and `max_relative_change` the L2 norm of an
+    update divided by the norm of what it started from; null leaves either open.
     """
 
     trainable: tuple[str, ...]
@@ -153,7 +159,8 @@ class ModelInfo:
 class Quantization:
     """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32).
 
-    `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's vector).
+    `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's
+    vector).
     """
 
     bits: int

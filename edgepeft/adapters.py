@@ -1,0 +1,309 @@
+"""PEFT LoRA adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`, read and written
+as is.
+
+Keys are PEFT's state-dict keys: `base_model.model.<module>.lora_A.weight` `[r, in_features]`,
+`….lora_B.weight` `[out_features, r]`, and whole parameters of `modules_to_save` such as
+`base_model.model.classifier.weight`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import LoraSlot, SavedModule
+from edgepeft.errors import AdapterError
+from edgepeft.files import atomic_folder, atomic_write
+from edgepeft.tensor_files import read_tensors, write_tensors
+
+CONFIG_FILE = "adapter_config.json"
+TENSOR_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_MAX_CONFIG_BYTES = 2**20
+# Options that make the layer something else than y += scaling * B(A(x)), by the value that switches them off.
+_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "bias": ("none", None),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # Every other initialization (PiSSA, OLoRA, CorDA, LoftQ, …) also changes the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_REFUSED_KEYS = {
+    "lora_embedding_A": "a LoRA on an embedding",
+    "lora_embedding_B": "a LoRA on an embedding",
+    "lora_magnitude_vector": "DoRA",
+    "lora_B.bias": "lora_bias",
+}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA adapter.
+
+    Attributes:
+        config: `adapter_config.json` as PEFT wrote it, unknown keys included.
+        tensors: float32 arrays by PEFT's state-dict key, in PEFT's layout.
+        origin: where it came from, for messages.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, npt.NDArray[np.float32]]
+    origin: str = "adapter"
+    _scalings: dict[str, float] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        _check_config(self.config, self.origin)
+        _check_tensors(self)
+        object.__setattr__(self, "_scalings", {module: self._scaling_of(module) for module in self.modules})
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the linear modules with a LoRA, without PEFT's `base_model.model.` prefix."""
+        return tuple(key[len(PREFIX) : -len(_A)] for key in self.tensors if key.endswith(_A))
+
+    @property
+    def saved_keys(self) -> tuple[str, ...]:
+        """Keys of the parameters that the adapter replaces whole (`modules_to_save`)."""
+        return tuple(key for key in self.tensors if not key.endswith((_A, _B)))
+
+    @property
+    def parameters(self) -> int:
+        """Number of values in all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def rank(self, module: str) -> int:
+        """Rank of the LoRA on `module` (0 where it has none)."""
+        tensor = self.tensors.get(f"{PREFIX}{module}{_A}")
+        return 0 if tensor is None else int(tensor.shape[0])
+
+    def scaling(self, module: str) -> float:
+        """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
+        return self._scalings[module]
+
+    def has_effect(self) -> bool:
+        """Whether the adapter can change the model's output: a B that is not all zeros, or a saved module."""
+        return bool(self.saved_keys) or any(
+            bool(self.tensors[f"{PREFIX}{module}{_B}"].any()) and self.scaling(module) != 0.0
+            for module in self.modules
+        )
+
+    def with_tensors(self, tensors: dict[str, npt.NDArray[np.float32]], origin: str) -> "Adapter":
+        """The same configuration over other tensors."""
+        return replace(self, tensors=tensors, origin=origin)
+
+    def _scaling_of(self, module: str) -> float:
+        rank = _pattern_value(self.config.get("rank_pattern"), module, self.config["r"])
+        if rank != self.rank(module):
+            raise AdapterError(
+                f"{self.origin}: module {module}: {CONFIG_FILE} gives rank {rank}, "
+                f"its lora_A has {self.rank(module)} rows"
+            )
+        alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
+        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _pattern_value(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
+    """PEFT's `get_pattern_key`: the first key that matches, as a regular expression, the name's end."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _check_number(origin: str, key: str, value: object, *, integer: bool) -> None:
+    kinds = int if integer else (int, float)
+    if (
+        not isinstance(value, kinds)
+        or isinstance(value, bool)
+        or not abs(value) <= 2**31
+        or (integer and value < 1)
+    ):
+        expected = "a whole number of at least 1" if integer else "a number"
+        raise AdapterError(f"{origin}: {CONFIG_FILE}: {key} is {value!r}, expected {expected}")
+
+
+def _check_pattern(origin: str, name: str, patterns: object) -> None:
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{origin}: {CONFIG_FILE}: {name} is {patterns!r}, expected an object")
+    for key, value in patterns.items():
+        _check_number(origin, f"{name}[{key!r}]", value, integer=name == "rank_pattern")
+        # Repeated groups and many stars are how an expression takes hours over a module's name.
+        if len(key) > 200 or re.search(r"\)[*+{]", key) or len(re.findall(r"[*+{]", key)) > 4:
+            raise AdapterError(
+                f"{origin}: {CONFIG_FILE}: {name} key {key!r} is too costly to match: name the modules"
+            )
+        try:
+            re.compile(key)
+        except (re.error, RecursionError) as error:
+            raise AdapterError(
+                f"{origin}: {CONFIG_FILE}: {name} key {key!r} is no regular expression ({error})"
+            ) from error
+
+
+def _check_config(config: object, origin: str) -> None:
+    if not isinstance(config, dict):
+        raise AdapterError(f"{origin}: {CONFIG_FILE} holds a {type(config).__name__}, expected an object")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{origin}: peft_type is {config.get('peft_type')!r}, edgepeft runs LORA adapters")
+    for key, allowed in _REFUSED_UNLESS.items():
+        value = config.get(key)
+        if not any(value == item and type(value) is type(item) for item in allowed):
+            raise AdapterError(
+                f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
+            )
+    _check_number(origin, "r", config.get("r"), integer=True)
+    _check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
+    _check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
+    _check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+
+
+def _check_tensors(adapter: Adapter) -> None:
+    for key, tensor in adapter.tensors.items():
+        for part, meaning in _REFUSED_KEYS.items():
+            if part in key:
+                raise AdapterError(
+                    f"{adapter.origin}: tensor {key} belongs to {meaning}, which is not supported"
+                )
+        if not key.startswith(PREFIX):
+            raise AdapterError(
+                f"{adapter.origin}: tensor {key} does not begin with {PREFIX!r} as PEFT's keys do"
+            )
+        if not np.isfinite(tensor).all():
+            raise AdapterError(f"{adapter.origin}: tensor {key} holds NaN or infinity")
+        if not key.endswith((_A, _B)):
+            continue
+        stem, mine = key[: -len(_A)], key[-len(_A) :]
+        other = adapter.tensors.get(stem + (_B if mine == _A else _A))
+        module = stem[len(PREFIX) :]
+        if other is None:
+            raise AdapterError(
+                f"{adapter.origin}: module {module} has {mine[1:7]} but no "
+                f"{'lora_B' if mine == _A else 'lora_A'}"
+            )
+        if tensor.ndim != 2 or other.ndim != 2:
+            raise AdapterError(
+                f"{adapter.origin}: tensor {key} has {tensor.ndim} axes, edgepeft runs LoRA on linear "
+                f"modules (2 axes)"
+            )
+        if mine == _A and tensor.shape[0] != other.shape[1]:
+            raise AdapterError(
+                f"{adapter.origin}: module {module}: lora_A has rank {tensor.shape[0]}, lora_B rank "
+                f"{other.shape[1]}"
+            )
+
+
+def load_adapter(folder: Path | str) -> Adapter:
+    """Read a PEFT adapter folder.
+
+    Raises:
+        AdapterError: the folder is missing or damaged, or the adapter is of a kind that cannot be run; the
+            message names the option or the tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise AdapterError(
+            f"{folder}: no such folder; a PEFT adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
+        )
+    config_path = folder / CONFIG_FILE
+    try:
+        with config_path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise AdapterError(f"{config_path}: cannot be read ({error.strerror or error})") from error
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"{config_path}: is larger than {_MAX_CONFIG_BYTES:,} B, this is no adapter configuration"
+        )
+    try:
+        config = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{config_path}: is not JSON ({error})") from error
+    _check_config(config, str(folder))
+    if not (folder / TENSOR_FILE).exists() and (folder / "adapter_model.bin").exists():
+        raise AdapterError(
+            f"{folder}: holds a pickle (adapter_model.bin), which is never opened: save it again with "
+            "save_pretrained(..., safe_serialization=True)"
+        )
+    return Adapter(config=config, tensors=read_tensors(folder / TENSOR_FILE), origin=str(folder))
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """Write the adapter's two files into an existing folder."""
+    config = json.dumps(adapter.config, indent=2, sort_keys=True).encode()
+    atomic_write(folder / CONFIG_FILE, config)
+    write_tensors(folder / TENSOR_FILE, adapter.tensors)
+
+
+def save_adapter(adapter: Adapter, folder: Path | str) -> None:
+    """Write a PEFT adapter folder, replacing an adapter that is there; `PeftModel.from_pretrained` opens it.
+
+    Raises:
+        UsageError: something that is not an adapter stands at `folder`.
+        EdgePeftError: the folder cannot be written; what was there is kept.
+    """
+    with atomic_folder(Path(folder), CONFIG_FILE) as temporary:
+        write_adapter(adapter, temporary)
+
+
+def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[SavedModule]) -> None:
+    """Check that every tensor of the adapter has its place in the base model.
+
+    Raises:
+        AdapterError: names the first module that does not fit, and what the base has there.
+    """
+    by_module = {slot.module: slot for slot in slots}
+    for module in adapter.modules:
+        slot = by_module.get(module)
+        if slot is None:
+            known = ", ".join(list(by_module)[:3]) or "none"
+            raise AdapterError(
+                f"{adapter.origin}: module {module} takes no LoRA in this bundle ({len(by_module)} modules "
+                f"do: {known}"
+                f"{', …' if len(by_module) > 3 else ''}): the adapter was made for another base, or the "
+                f"bundle was "
+                "exported without that module as a target"
+            )
+        in_features = adapter.tensors[f"{PREFIX}{module}{_A}"].shape[1]
+        out_features = adapter.tensors[f"{PREFIX}{module}{_B}"].shape[0]
+        if (in_features, out_features) != (slot.in_features, slot.out_features):
+            raise AdapterError(
+                f"{adapter.origin}: module {module} is {in_features} -> {out_features} features in the "
+                f"adapter, "
+                f"{slot.in_features} -> {slot.out_features} in this bundle: the adapter was made for another "
+                f"base"
+            )
+    by_key = {saved.input: saved for saved in saved_modules}
+    for key in adapter.saved_keys:
+        saved = by_key.get(key)
+        if saved is None:
+            raise AdapterError(
+                f"{adapter.origin}: module {key[len(PREFIX) :]} is saved in the adapter, but this bundle "
+                f"does not let an "
+                "adapter replace it: export the base together with this adapter"
+            )
+        shape = adapter.tensors[key].shape
+        if shape != saved.shape:
+            raise AdapterError(
+                f"{adapter.origin}: module {saved.module}: {saved.parameter} is {list(shape)} in the "
+                f"adapter, "
+                f"{list(saved.shape)} in this bundle: the adapter was made for another base or other labels"
+            )

@@ -1,0 +1,139 @@
+"""Writing files and folders so that a crash, a kill or a full disk leaves what was there before.
+
+Everything is written beside its destination, flushed to the disk and then renamed over it.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.sizes import format_size
+
+
+def _write_error(path: Path, error: OSError) -> EdgePeftError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = ""
+        with contextlib.suppress(OSError):
+            free = f" ({format_size(shutil.disk_usage(path.parent).free)} free)"
+        return EdgePeftError(
+            f"{path}: the disk is full{free}; nothing was changed: free some space or write somewhere else"
+        )
+    return EdgePeftError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed")
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename inside `path` survive a power cut; a no-op where folders cannot be opened."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sibling(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at `path` whole, or not at all.
+
+    Raises:
+        EdgePeftError: the file cannot be written, for example because the disk is full.
+    """
+    path = Path(path)
+    temporary: Path | None = None
+    try:
+        try:
+            temporary = _sibling(path)
+            with temporary.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise _write_error(path, error) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+def check_replaceable(path: Path, marker: str) -> None:
+    """Refuse to replace anything but an empty folder or one that holds the file `marker`.
+
+    Raises:
+        UsageError: there is something else at `path`.
+    """
+    path = Path(path)
+    if not path.exists() and not path.is_symlink():
+        return
+    if path.is_dir() and ((path / marker).is_file() or not any(path.iterdir())):
+        return
+    raise UsageError(
+        f"{path}: exists and holds no {marker}, so it is not replaced: give another path or remove it"
+    )
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
+    """Give a temporary sibling of `path` to fill in; it takes `path`'s place when the block ends well.
+
+    A folder that was there is kept as `.NAME.previous` while the two are exchanged, and brought back when the
+    exchange fails, or by the next call when the process died in between.
+
+    Args:
+        path: where the folder shall be.
+        marker: the file by which a folder is known to be replaceable (`manifest.json`,
+            `adapter_config.json`).
+
+    Raises:
+        UsageError: something that is not such a folder stands at `path`.
+        EdgePeftError: the folder cannot be written, for example because the disk is full.
+    """
+    path = Path(path).absolute()
+    previous = path.parent / f".{path.name}.previous"
+    if previous.is_dir() and not path.exists():
+        previous.rename(path)
+    check_replaceable(path, marker)
+    temporary: Path | None = None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = _sibling(path)
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    with file.open("rb+") as handle:
+                        os.fsync(handle.fileno())
+            if previous.exists():
+                shutil.rmtree(previous)
+            if path.exists():
+                path.rename(previous)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if previous.exists():
+                    previous.rename(path)
+                raise
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise _write_error(path, error) from error
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
