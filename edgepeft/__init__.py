@@ -1,0 +1,54 @@
+"""Export quantized models with PEFT adapters to ONNX; run and adapt them on a device inside a memory budget.
+
+`load` needs the base install only; `export` needs `edgepeft[export]`. Both are imported when they are called,
+so that importing `edgepeft` costs numpy at most.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from edgepeft.errors import (
+    AdapterError,
+    BudgetError,
+    BundleError,
+    DataError,
+    EdgePeftError,
+    ExportError,
+    MissingExtraError,
+    UnsupportedOperatorError,
+    UpdateRejectedError,
+    UsageError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from edgepeft.exporters import export as export
+    from edgepeft.runtime import load as load
+
+__version__ = version("edgepeft")
+__all__ = [
+    "AdapterError",
+    "BudgetError",
+    "BundleError",
+    "DataError",
+    "EdgePeftError",
+    "ExportError",
+    "MissingExtraError",
+    "UnsupportedOperatorError",
+    "UpdateRejectedError",
+    "UsageError",
+    "VerificationError",
+    "__version__",
+    "export",
+    "load",
+]
+
+_LAZY = {"export": "edgepeft.exporters", "load": "edgepeft.runtime"}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'edgepeft' has no attribute {name!r}")
+    return getattr(importlib.import_module(module), name)

@@ -1,0 +1,161 @@
+"""Opening a bundle: nothing of it is used before its manifest, paths, sizes and hashes have been checked."""
+
+import hashlib
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit, load_adapter
+from edgepeft.bundle.manifest import FileEntry, Manifest
+from edgepeft.bundle.serialization import manifest_from_json
+from edgepeft.bundle.validation import check_relative_path, is_adapter_name
+from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
+from edgepeft.errors import AdapterError, BundleError
+
+_MAX_MANIFEST_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its folder and its checked manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, relative: str) -> Path:
+        """The path of a file of the bundle, after the check that it is a plain file inside it.
+
+        Raises:
+            BundleError: the file is missing, or reached through a link.
+        """
+        check_relative_path(relative, "file")
+        return _plain_file(self.path, relative)
+
+    def graph_bytes(self, role: str) -> bytes:
+        """The ONNX file of a graph; the very bytes that are returned match the manifest's hash.
+
+        Raises:
+            BundleError: the bundle has no such graph, or the file has changed since it was opened.
+        """
+        graph = self.manifest.graphs.get(role)
+        if graph is None:
+            known = ", ".join(self.manifest.graphs)
+            raise BundleError(
+                f"{self.path}: has no graph {role!r}, only {known}: export it with training graphs"
+            )
+        data = self.file(graph.file).read_bytes()
+        entry = self.manifest.files[graph.file]
+        _compare(self.path / graph.file, FileEntry(len(data), hashlib.sha256(data).hexdigest()), entry)
+        return data
+
+    def read_weight(self, name: str) -> npt.NDArray[np.float32]:
+        """A float tensor of the weight file as float32; only its own bytes are read."""
+        weight = self.manifest.weights[name]
+        with self.file(self.manifest.weights_file).open("rb") as file:
+            file.seek(weight.offset)
+            stored = np.fromfile(
+                file,
+                np.dtype(weight.dtype).newbyteorder("<"),
+                weight.nbytes // np.dtype(weight.dtype).itemsize,
+            )
+        return stored.astype(np.float32).reshape(weight.shape)
+
+    def adapter_names(self) -> tuple[str, ...]:
+        """The manifest's adapters and then those whose folders were dropped into `adapters/`."""
+        folder = self.path / "adapters"
+        dropped = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        return self.manifest.adapters + tuple(
+            name
+            for name in dropped
+            if name not in self.manifest.adapters
+            and is_adapter_name(name)
+            and (folder / name / CONFIG_FILE).is_file()
+        )
+
+    def adapter(self, name: str) -> Adapter:
+        """Read an adapter of the bundle by name; it is known to fit the base.
+
+        Raises:
+            AdapterError: there is no such adapter, or it is damaged or does not fit.
+            BundleError: its folder leads out of the bundle.
+        """
+        if name not in self.adapter_names():
+            known = ", ".join(self.adapter_names()) or "none"
+            raise AdapterError(f"{self.path}: has no adapter {name!r} (it has {known})")
+        for file in (CONFIG_FILE, TENSOR_FILE):
+            if (self.path / "adapters" / name / file).exists():
+                self.file(f"adapters/{name}/{file}")
+        adapter = load_adapter(self.path / "adapters" / name)
+        fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+        return adapter
+
+
+def open_bundle(path: Path | str) -> Bundle:
+    """Open a bundle and check every file that its manifest lists.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, of a newer format or reaches outside its folder; the
+            message names the file, what was found against what was expected, and the remedy.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BundleError(f"{path}: no such bundle")
+    if not path.is_dir():
+        raise BundleError(f"{path}: is a file, expected a bundle's folder")
+    if not (path / MANIFEST_FILE).exists():
+        raise BundleError(
+            f"{path}: holds no {MANIFEST_FILE}, so it is no bundle: create one with edgepeft export"
+        )
+    manifest_path = _plain_file(path, MANIFEST_FILE)
+    if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_path}: is larger than {_MAX_MANIFEST_BYTES:,} B, this is no manifest")
+    manifest = manifest_from_json(manifest_path.read_bytes(), str(manifest_path))
+    for relative, entry in manifest.files.items():
+        file = _plain_file(path, relative)
+        # The size first: it is free, and names truncation for what it is.
+        if file.stat().st_size != entry.nbytes:
+            _compare(file, FileEntry(file.stat().st_size, ""), entry)
+        _compare(file, hash_file(file), entry)
+    return Bundle(path=path, manifest=manifest)
+
+
+def _compare(path: Path, got: FileEntry, expected: FileEntry) -> None:
+    if got.nbytes != expected.nbytes:
+        raise BundleError(
+            f"{path}: has {got.nbytes:,} B, its manifest says {expected.nbytes:,} B: the file is truncated "
+            f"or "
+            "was changed, copy the bundle again"
+        )
+    if got.sha256 != expected.sha256:
+        raise BundleError(
+            f"{path}: its sha256 is {got.sha256[:12]}…, its manifest says {expected.sha256[:12]}…: the file "
+            f"is "
+            "damaged or was changed, copy the bundle again"
+        )
+
+
+def _plain_file(root: Path, relative: str) -> Path:
+    """`root/relative`, with every part below `root` a plain folder or file and not a link of any kind."""
+    current = root
+    try:
+        for part in relative.split("/"):
+            current = current / part
+            status = current.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                raise BundleError(
+                    f"{current}: is a symbolic link, a bundle holds plain files only: copy the file"
+                )
+    except OSError as error:
+        raise BundleError(f"{current}: is missing ({error.strerror}): copy the bundle again") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{current}: is not a plain file")
+    if status.st_nlink > 1:
+        raise BundleError(
+            f"{current}: has {status.st_nlink} names on its disk (hard links), so it may change from outside "
+            f"the "
+            "bundle: copy the bundle (cp -r) and open the copy"
+        )
+    return current

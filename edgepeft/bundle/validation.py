@@ -1,0 +1,222 @@
+"""What a manifest must satisfy before any of its sizes, offsets, names or paths is used."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from edgepeft.bundle.manifest import GraphSpec, Manifest, MemoryFormula, TensorSpec, WeightTensor
+from edgepeft.errors import BundleError
+
+TASKS = ("text-classification", "feature-extraction", "text-generation")
+ALIGNMENT_BYTES = 4096
+
+_ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_BITS = {
+    **dict.fromkeys(("float64", "int64", "uint64"), 64),
+    **dict.fromkeys(("float32", "int32", "uint32"), 32),
+    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 16),
+    **dict.fromkeys(("int8", "uint8", "bool"), 8),
+    **dict.fromkeys(("int4", "uint4"), 4),
+    **dict.fromkeys(("int2", "uint2"), 2),
+}
+_MAX_AXES = 8
+_MAX_POWER = 4
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BundleError(message)
+
+
+def check_relative_path(path: str, what: str) -> None:
+    """Accept only a plain path below the bundle: no root, drive, `..`, `.`, backslash or control character.
+
+    Raises:
+        BundleError: the path could leave the bundle.
+    """
+    parts = path.split("/")
+    plain = (
+        bool(path)
+        and len(path) <= 255
+        and path.isprintable()
+        and not any(character in path for character in '\\:*?"<>|')
+        and all(part not in ("", ".", "..") for part in parts)
+        and not PurePosixPath(path).is_absolute()
+    )
+    _require(plain, f"{what} {path!r} is not a plain path inside the bundle")
+
+
+def is_adapter_name(name: str) -> bool:
+    """Whether a name is one safe path component: letters, digits, `.`, `_`, `-`, at most 64 of them."""
+    return _ADAPTER_NAME.fullmatch(name) is not None
+
+
+def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor on disk; types below 8 bits are packed."""
+    return (math.prod(shape) * _BITS[dtype] + 7) // 8
+
+
+def validate_manifest(manifest: Manifest) -> None:
+    """Check a manifest against itself.
+
+    Raises:
+        BundleError: names the field, what it holds and what was expected.
+    """
+    _require(
+        manifest.task in TASKS,
+        f"task is {manifest.task!r}, this edgepeft knows {', '.join(TASKS)}: pip install --upgrade edgepeft",
+    )
+    _check_files(manifest)
+    _check_weights(manifest)
+    _check_model(manifest)
+    for role, graph in manifest.graphs.items():
+        _check_graph(role, graph, manifest)
+    _check_adapters(manifest)
+    _check_training(manifest)
+    _check_formula("inference_memory", manifest.inference_memory)
+
+
+def _check_files(manifest: Manifest) -> None:
+    for path, entry in manifest.files.items():
+        check_relative_path(path, "file")
+        _require(path != "manifest.json", "files lists manifest.json, which cannot hold its own hash")
+        _require(entry.nbytes >= 0, f"file {path!r} has {entry.nbytes} B")
+        _require(_SHA256.fullmatch(entry.sha256) is not None, f"file {path!r} has sha256 {entry.sha256!r}")
+    _require(
+        manifest.weights_file in manifest.files, f"weights_file {manifest.weights_file!r} is not in files"
+    )
+
+
+def _check_weights(manifest: Manifest) -> None:
+    file_bytes = manifest.files[manifest.weights_file].nbytes
+    for name, weight in manifest.weights.items():
+        _check_weight(name, weight, file_bytes)
+
+
+def _check_weight(name: str, weight: WeightTensor, file_bytes: int) -> None:
+    _require(weight.dtype in _BITS, f"weight {name!r} has dtype {weight.dtype!r}")
+    _require(
+        len(weight.shape) <= _MAX_AXES and all(size >= 0 for size in weight.shape),
+        f"weight {name!r} has shape {list(weight.shape)}",
+    )
+    expected_bytes = tensor_bytes(weight.dtype, weight.shape)
+    _require(
+        weight.nbytes == expected_bytes,
+        f"weight {name!r} {list(weight.shape)} of {weight.dtype} needs {expected_bytes:,} B, "
+        f"its entry says {weight.nbytes:,} B",
+    )
+    _require(
+        weight.offset >= 0 and weight.offset % ALIGNMENT_BYTES == 0,
+        f"weight {name!r} begins at byte {weight.offset}, expected a multiple of {ALIGNMENT_BYTES}",
+    )
+    _require(
+        weight.offset + weight.nbytes <= file_bytes,
+        f"weight {name!r} ends at byte {weight.offset + weight.nbytes:,}, the file has {file_bytes:,} B",
+    )
+
+
+def _check_model(manifest: Manifest) -> None:
+    model = manifest.model
+    _require(model.max_length >= 1, f"model.max_length is {model.max_length}, expected at least 1")
+    _require(model.vocab_size >= 1, f"model.vocab_size is {model.vocab_size}, expected at least 1")
+    for name, token in (("pad_token_id", model.pad_token_id), ("bos_token_id", model.bos_token_id)):
+        _require(
+            token is None or 0 <= token < model.vocab_size,
+            f"model.{name} is {token}, the vocabulary has {model.vocab_size} tokens",
+        )
+    _require(all(token >= 0 for token in model.eos_token_ids), "model.eos_token_ids has a negative token")
+    _require(len(set(model.labels)) == len(model.labels), "model.labels has a label twice")
+    if manifest.task == "text-classification":
+        _require(len(model.labels) >= 1, "a text-classification bundle has no labels")
+    if manifest.task == "feature-extraction":
+        _require((model.embedding_size or 0) >= 1, f"model.embedding_size is {model.embedding_size}")
+    bits = manifest.quantization.bits
+    _require(bits in (4, 8, 16, 32), f"quantization.bits is {bits}, expected 4, 8, 16 or 32")
+
+
+def _check_graph(role: str, graph: GraphSpec, manifest: Manifest) -> None:
+    _require(graph.file in manifest.files, f"graph {role!r} is in {graph.file!r}, which is not in files")
+    for kind, specs in (("input", graph.inputs), ("output", graph.outputs)):
+        names = [spec.name for spec in specs]
+        _require(len(set(names)) == len(names), f"graph {role!r} has an {kind} twice")
+        for spec in specs:
+            _check_spec(f"graph {role!r}: {kind} {spec.name!r}", spec)
+
+
+def _check_spec(where: str, spec: TensorSpec) -> None:
+    _require(bool(spec.name), f"{where} has no name")
+    _require(spec.dtype in _BITS, f"{where} has dtype {spec.dtype!r}")
+    axes_fit = len(spec.shape) <= _MAX_AXES and all(isinstance(size, str) or size >= 0 for size in spec.shape)
+    _require(axes_fit, f"{where} has shape {list(spec.shape)}")
+
+
+def _check_adapters(manifest: Manifest) -> None:
+    _require("inference" in manifest.graphs, "there is no inference graph")
+    inputs = {spec.name for spec in manifest.graphs["inference"].inputs}
+    seen: set[str] = set()
+    for slot in manifest.lora_slots:
+        where = f"slot {slot.module!r}"
+        _require(
+            slot.in_features >= 1 and slot.out_features >= 1,
+            f"{where} is {slot.in_features} -> {slot.out_features}",
+        )
+        for name in (slot.a_input, slot.b_input, slot.scaling_input):
+            _require(name in inputs, f"{where}: the inference graph has no input {name!r}")
+            _require(name not in seen, f"{where}: input {name!r} belongs to two slots")
+            seen.add(name)
+    for saved in manifest.saved_modules:
+        where = f"saved module {saved.module!r}"
+        _require(saved.input in inputs, f"{where}: the inference graph has no input {saved.input!r}")
+        _require(saved.input not in seen, f"{where}: input {saved.input!r} is taken")
+        seen.add(saved.input)
+        weight = manifest.weights.get(saved.default)
+        _require(weight is not None, f"{where}: its default {saved.default!r} is not among the weights")
+        assert weight is not None
+        _require(
+            weight.shape == saved.shape and weight.dtype in ("float32", "float16"),
+            f"{where}: its default is {list(weight.shape)} of {weight.dtype}, "
+            f"expected {list(saved.shape)} of float32 or float16",
+        )
+    _require(len(set(manifest.adapters)) == len(manifest.adapters), "an adapter is listed twice")
+    for name in manifest.adapters:
+        _require(
+            is_adapter_name(name),
+            f"adapter name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 64",
+        )
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            path = f"adapters/{name}/{file}"
+            _require(path in manifest.files, f"adapter {name!r}: {path!r} is not in files")
+
+
+def _check_training(manifest: Manifest) -> None:
+    trainable = {name for slot in manifest.lora_slots for name in (slot.a_input, slot.b_input)}
+    trainable |= {saved.input for saved in manifest.saved_modules}
+    for name in manifest.policy.trainable:
+        _require(name in trainable, f"policy.trainable: {name!r} is no input of a slot or saved module")
+    max_steps, change = manifest.policy.max_steps, manifest.policy.max_relative_change
+    _require(max_steps is None or max_steps >= 1, f"policy.max_steps is {max_steps}, expected at least 1")
+    _require(change is None or change > 0, f"policy.max_relative_change is {change}, expected above 0")
+    names = [strategy.name for strategy in manifest.strategies]
+    _require(len(set(names)) == len(names), "a strategy is listed twice")
+    for strategy in manifest.strategies:
+        for role in (strategy.graph, "loss", "adamw", "grad_norm"):
+            _require(role in manifest.graphs, f"strategy {strategy.name!r} needs the graph {role!r}")
+        _check_formula(f"strategy {strategy.name!r}", strategy.memory)
+        outputs = {spec.name for spec in manifest.graphs[strategy.graph].outputs}
+        missing = [name for name in manifest.policy.trainable if f"grad.{name}" not in outputs]
+        _require(not missing, f"strategy {strategy.name!r} has no gradient of {missing[:1]}")
+
+
+def _check_formula(where: str, formula: MemoryFormula) -> None:
+    _require(formula.session_bytes >= 0, f"{where}: session_bytes is {formula.session_bytes}")
+    for terms in formula.peaks:
+        for term in terms:
+            powers = (term.batch_power, term.seq_power, term.rank_power)
+            _require(
+                math.isfinite(term.bytes)
+                and term.bytes >= 0
+                and all(0 <= power <= _MAX_POWER for power in powers),
+                f"{where}: a memory term has {term.bytes} B and powers {powers}",
+            )
