@@ -1,0 +1,79 @@
+"""Small helpers for editing `onnx_ir` graphs, shared by the passes, the losses and the training graphs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass, TopologicalSortPass
+
+FLOAT = ir.DataType.FLOAT
+INT64 = ir.DataType.INT64
+MICROSOFT = "com.microsoft"
+#: Operator sets every graph of a bundle imports: `DequantizeLinear` knows blocks since 21, `Attention`,
+#: `RMSNormalization` and `RotaryEmbedding` exist since 23, the quantized matrix product is a contrib operator.
+OPSET_IMPORTS = {"": 23, MICROSOFT: 1}
+IR_VERSION = 11
+
+Shape = Sequence[int | str | None]
+
+
+def append(
+    graph: ir.Graph,
+    op_type: str,
+    inputs: Sequence[ir.Value | None],
+    attributes: Mapping[str, Any] | None = None,
+    *,
+    shape: Shape | ir.Shape | None,
+    dtype: ir.DataType | None = FLOAT,
+    domain: str = "",
+    name: str | None = None,
+) -> ir.Value:
+    """Append one single-output node and return its output, typed and shaped; `sort` restores the order later."""
+    output = ir.Value(
+        name=name,
+        shape=None if shape is None else ir.Shape(shape),
+        type=None if dtype is None else ir.TensorType(dtype),
+    )
+    node = ir.node(op_type, inputs, dict(attributes or {}), domain=domain, outputs=[output])
+    graph.append(node)
+    return output
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
+    """The initializer `name`, made from `array` where the graph has none of that name yet."""
+    if name in graph.initializers:
+        return graph.initializers[name]
+    tensor = ir.tensor(array, name=name)
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def graph_input(graph: ir.Graph, name: str, shape: Shape, dtype: ir.DataType = FLOAT) -> ir.Value:
+    """Add a graph input."""
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    graph.inputs.append(value)
+    return value
+
+
+def constant_value(value: ir.Value | None) -> np.ndarray | None:
+    """The value of an initializer or `Constant` output as numpy, or None where it is computed."""
+    if value is None:
+        return None
+    tensor = ir.convenience.get_const_tensor(value)
+    return None if tensor is None else tensor.numpy()
+
+
+def tidy(model: ir.Model) -> None:
+    """Sort nodes topologically, merge duplicates and drop what no output needs."""
+    TopologicalSortPass()(model)
+    CommonSubexpressionEliminationPass()(model)
+    RemoveUnusedNodesPass()(model)
+
+
+def new_model(graph: ir.Graph) -> ir.Model:
+    """A model around `graph` with edgepeft's operator sets."""
+    graph.opset_imports.clear()
+    graph.opset_imports.update(OPSET_IMPORTS)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepeft")

@@ -1,0 +1,151 @@
+"""Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from edgepeft.errors import ExportError, UsageError
+
+from .tasks import infer_task, model_class, resolve_task
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+#: Model types whose linears and positions the passes know; others are refused by name until they are proven.
+MODEL_TYPES = ("bert", "llama")
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token embeddings become one sentence embedding; `mode` is `mean` or `cls`."""
+
+    mode: str = "mean"
+    normalize: bool = True
+
+
+@dataclass
+class Source:
+    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients."""
+
+    model: Any  # a transformers PreTrainedModel; its modules are looked up by name
+    task: str
+    name: str
+    pooling: Pooling | None = None
+    tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+    max_length: int = 0
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens the model has positions for."""
+        return int(self.config.max_position_embeddings)
+
+
+def load_source(
+    model: Any, *, task: str | None = None, labels: Sequence[str] | None = None, seed: int = 0
+) -> Source:
+    """Load `model`, a transformers model object, a folder or a hub id.
+
+    Args:
+        task: one of `TASKS` or a synonym; inferred from the model where None.
+        labels: names of the classes of a new classification head (text-classification only); the weights of a head
+            that the checkpoint does not have are drawn with `seed`.
+
+    Raises:
+        UsageError: unknown task, or labels for a task that has none.
+        ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
+    """
+    resolved = resolve_task(task) if task else infer_task(model)
+    if labels is not None and resolved != "text-classification":
+        raise UsageError(f"--labels goes with text-classification, not with {resolved}")
+    if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
+        raise UsageError(f"labels must be two or more different names, got {list(labels)}")
+    torch.manual_seed(seed)
+    if isinstance(model, transformers.PreTrainedModel):
+        module, folder, name = model, None, model.config.name_or_path or type(model).__name__
+    else:
+        module = _load_pretrained(str(model), resolved, labels)
+        folder, name = Path(model), Path(model).name if Path(model).is_dir() else str(model)
+    if module.config.model_type not in MODEL_TYPES:
+        raise ExportError(
+            f"{name} is a {module.config.model_type!r} model: edgepeft exports {', '.join(MODEL_TYPES)} so far"
+        )
+    module = module.to(torch.float32).cpu().eval().requires_grad_(False)
+    is_folder = folder is not None and folder.is_dir()
+    return Source(
+        model=module,
+        task=resolved,
+        name=name,
+        pooling=_read_pooling(folder if is_folder else None) if resolved == "feature-extraction" else None,
+        tokenizer_files=_tokenizer_files(str(model)) if folder is not None else {},
+        max_length=_max_length(module.config, folder if is_folder else None),
+    )
+
+
+def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any:
+    heads: dict[str, Any] = {}
+    if labels is not None:
+        heads = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+            "ignore_mismatched_sizes": True,
+        }
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+        cls: Any = model_class(task, config.model_type)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a new head is what was asked for
+            return cls.from_pretrained(model, dtype=torch.float32, **heads)
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"cannot load {model!r} for {task}: {str(error).splitlines()[0]}") from error
+
+
+def _read_pooling(folder: Path | None) -> Pooling:
+    """sentence-transformers' own settings where the folder has them, else its default: mean, normalized."""
+    if folder is None or not (folder / "modules.json").exists():
+        return Pooling()
+    try:
+        modules = json.loads((folder / "modules.json").read_text())
+        kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
+        settings = json.loads((folder / kinds["Pooling"] / "config.json").read_text())
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{folder}: cannot read the sentence-transformers modules: {error!r}") from error
+    active = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
+    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+    if len(active) != 1 or active[0] not in modes:
+        raise ExportError(f"{folder}: pooling {active} is not supported: mean or CLS")
+    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
+    if unknown:
+        raise ExportError(f"{folder}: sentence-transformers module {sorted(unknown)[0]!r} is not supported")
+    return Pooling(modes[active[0]], "Normalize" in kinds)
+
+
+def _tokenizer_files(model: str) -> dict[str, bytes]:
+    folder = Path(model)
+    if folder.is_dir():
+        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    found = {}
+    for name in TOKENIZER_FILES:
+        cached = transformers.utils.cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        if cached is not None:
+            found[name] = Path(cached).read_bytes()
+    return found
+
+
+def _max_length(config: Any, folder: Path | None) -> int:
+    limit = int(config.max_position_embeddings)
+    settings = folder / "tokenizer_config.json" if folder is not None else None
+    if settings is not None and settings.is_file():
+        declared = json.loads(settings.read_text()).get("model_max_length")
+        if isinstance(declared, int) and 0 < declared < limit:
+            limit = declared
+    return limit

@@ -1,0 +1,75 @@
+"""Task names and model classes, as `optimum` knows them."""
+
+import json
+from pathlib import Path
+
+import transformers
+from optimum.exporters.tasks import TasksManager
+
+from edgepeft.errors import ExportError, UsageError
+
+#: The tasks a bundle can have; each has a loss below `exporters/losses` and a task below `runtime/tasks`.
+TASKS = ("text-classification", "feature-extraction", "text-generation")
+
+
+def resolve_task(task: str) -> str:
+    """The canonical name of `task` (`sequence-classification` → `text-classification`).
+
+    Raises:
+        UsageError: edgepeft has no such task.
+    """
+    canonical: str = TasksManager.map_from_synonym(task)
+    if canonical == "sentence-similarity":
+        canonical = "feature-extraction"
+    if canonical not in TASKS:
+        raise UsageError(f"unknown task {task!r}: edgepeft exports {', '.join(TASKS)}")
+    return canonical
+
+
+def infer_task(model: str | transformers.PreTrainedModel) -> str:
+    """The task of a model object, a local folder or a hub id.
+
+    Raises:
+        ExportError: the task cannot be told, or is not one that edgepeft exports.
+    """
+    if isinstance(model, transformers.PreTrainedModel):
+        found = _task_of_class(type(model))
+    elif Path(model).is_dir():
+        found = _task_of_folder(Path(model))
+    else:
+        try:
+            found = TasksManager.infer_task_from_model(model)
+        except Exception as error:  # optimum raises bare exceptions of several kinds, and requests' own
+            raise ExportError(f"cannot tell the task of {model!r} ({error}): pass --task") from error
+    try:
+        return resolve_task(found)
+    except UsageError as error:
+        raise ExportError(f"{model!r} is a model for {found!r}: {error}") from error
+
+
+def model_class(task: str, model_type: str) -> type:
+    """transformers' auto class that loads a model of `model_type` for `task`."""
+    cls: type = TasksManager.get_model_class_for_task(task, framework="pt", model_type=model_type)
+    return cls
+
+
+def _task_of_folder(folder: Path) -> str:
+    if (folder / "modules.json").exists():  # sentence-transformers
+        return "feature-extraction"
+    try:
+        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{folder} is not a transformers model: config.json: {error}") from error
+    for name in architectures:
+        if (cls := getattr(transformers, name, None)) is not None:
+            return _task_of_class(cls)
+    raise ExportError(f"cannot tell the task of {folder} from its architectures {architectures}: pass --task")
+
+
+def _task_of_class(cls: type) -> str:
+    try:
+        task: str = TasksManager.infer_task_from_model(cls)
+    except ValueError:
+        # A base model without a head (`BertModel`) is in no table of heads.
+        return "feature-extraction"
+    return task

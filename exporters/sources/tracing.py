@@ -1,0 +1,155 @@
+"""Trace a transformers model to an `onnx_ir` graph whose weights are inputs named by their state-dict key."""
+
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager
+from transformers import DynamicCache
+from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+from edgepeft.errors import ExportError
+
+from .loading import Source
+
+#: Sample sizes of the trace; 0 and 1 would be specialized by torch.export.
+SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 7, 5
+
+
+@dataclass
+class Traced:
+    """A forward graph, not optimized yet; each name of `weights` is a graph input to be bound or lifted later."""
+
+    model: ir.Model
+    weights: dict[str, torch.Tensor]
+    layers: int = 0  # decoder layers with a key/value cache among the inputs
+
+
+def trace(source: Source, *, with_past: bool = False) -> Traced:
+    """Trace `source` at opset 23 with symbolic axes `batch`, `sequence` (and `past_sequence`).
+
+    Weights become graph inputs, so that no later optimization folds, transposes or merges them; tied weights are one
+    input. With `with_past` the graph takes `past_key_values.{i}.key/value` `[batch, kv_heads, past_sequence, head_dim]`
+    and returns `present.{i}.key/value`.
+
+    Raises:
+        ExportError: the model cannot be traced.
+    """
+    module = source.model
+    inputs, shapes = _sample_inputs(source, with_past)
+    module.config.use_cache = with_past
+    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=23, optimize=False)
+    try:
+        with _quiet(), torch.no_grad():
+            program = OnnxExporter().export(module, inputs, config=config).program
+    except Exception as error:  # torch.export raises whatever the model's own code raised
+        raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
+    layers = module.config.num_hidden_layers if with_past else 0
+    _name_inputs_and_outputs(program.graph, layers)
+    return Traced(program, _lift_weights(program.graph, module), layers)
+
+
+def _sample_inputs(source: Source, with_past: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Sample keyword arguments of the model and the axes of each that vary."""
+    config = source.config
+    normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    generator = DummyTextInputGenerator(
+        source.task, normalized, batch_size=SAMPLE_BATCH, sequence_length=SAMPLE_SEQUENCE
+    )
+    names = ["input_ids", "attention_mask"]
+    if getattr(config, "type_vocab_size", 0) > 1:
+        names.append("token_type_ids")
+    inputs: dict[str, Any] = {name: generator.generate(name, framework="pt") for name in names}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    # torch.export wants to be told of a table of positions, which bounds the sequence.
+    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=source.max_positions)
+    shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in names}
+    if with_past:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        cache = DynamicCache(config=config)
+        for layer in range(config.num_hidden_layers):
+            empty = torch.zeros(SAMPLE_BATCH, heads, SAMPLE_PAST, head_dim)
+            cache.update(empty, empty.clone(), layer)
+        inputs["attention_mask"] = torch.ones(SAMPLE_BATCH, SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
+        inputs["past_key_values"] = cache
+        past = torch.export.Dim("past_sequence")
+        shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
+        shapes["past_key_values"] = [{0: batch, 2: past} for _ in range(2 * config.num_hidden_layers)]
+    return inputs, shapes
+
+
+def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
+    """Name caches as optimum does, and the symbolic axes by what they are."""
+    renamed: dict[str, str] = {}
+    for value in graph.inputs:
+        assert value.name is not None
+        assert value.shape is not None
+        past = value.name.startswith("input.past_key_values")
+        axes = ("batch", None, "past_sequence", None) if past else ("batch", "sequence")
+        if layers and value.name == "attention_mask":
+            axes = ("batch", "total_sequence")
+        for dim, axis in zip(value.shape, axes, strict=True):
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and axis is not None:
+                renamed[dim.value] = axis
+    _rename_axes(graph, renamed)
+    if layers:
+        caches = [value for value in graph.inputs if (value.name or "").startswith("input.past_key_values")]
+        presents = list(graph.outputs)[1:]
+        for index, (cache, present) in enumerate(zip(caches, presents, strict=True)):
+            kind = ("key", "value")[index % 2]
+            cache.name = f"past_key_values.{index // 2}.{kind}"
+            present.name = f"present.{index // 2}.{kind}"
+
+
+def _rename_axes(graph: ir.Graph, names: dict[str, str]) -> None:
+    """Rename symbolic axes everywhere; an expression of several (`s1 + s2`) is renamed part by part."""
+
+    def rename(value: ir.Value) -> None:
+        if value.shape is None:
+            return
+        dims: list[int | str | None] = []
+        for dim in value.shape:
+            if isinstance(dim, int) or dim.value is None:
+                dims.append(dim if isinstance(dim, int) else None)
+            else:
+                dims.append(" ".join(names.get(part, part) for part in dim.value.split(" ")))
+        value.shape = ir.Shape(dims)
+
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        rename(value)
+
+
+def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Turn the module's parameters among the initializers into graph inputs; return them by name."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    weights = {}
+    for name in list(graph.initializers):
+        if name in parameters:
+            value = graph.initializers.pop(name)
+            value.const_value = None
+            graph.inputs.append(value)
+            weights[name] = parameters[name].detach()
+    return weights
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' progress marks and their notes on versions and on packages that are not installed."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
