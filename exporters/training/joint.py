@@ -1,0 +1,66 @@
+"""The training graph: forward, loss and the gradient of every adapter tensor, in ordinary operators."""
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from ..autodiff import differentiate
+from ..forward import Forward
+from ..graph import INT64, append, graph_input, new_model, tidy
+from ..losses import Loss
+
+GRADIENT_PREFIX = "grad."
+
+
+@dataclass
+class Joint:
+    """A training graph: outputs `loss` and `grad.NAME` for every name of `trainable`."""
+
+    model: ir.Model
+    trainable: tuple[str, ...]
+
+
+def build_joint(forward: Forward, loss: Loss) -> Joint:
+    """Append loss and backward pass to a copy of `forward`.
+
+    The gradient of an input has its layout (`A` `[in, rank]`, `B` `[rank, out]`). Inputs that do not reach the loss (a
+    pooler that the task does not use) get none.
+
+    Raises:
+        UnsupportedOperatorError: an operator between an adapter and the loss has no gradient rule.
+    """
+    model = forward.model.clone()
+    graph = model.graph
+    output = next(value for value in graph.outputs if value.name == loss.output)
+    labels = graph_input(graph, "labels", loss.labels, INT64) if loss.labels is not None else None
+    scalar = loss.build(graph, output, labels)
+    scalar.name = "loss"
+    graph.outputs[:] = [scalar]
+    tidy(model)
+    names = [name for slot in forward.slots for name in (slot.a_input, slot.b_input)]
+    names += [module.input for module in forward.saved_modules]
+    inputs = {value.name: value for value in graph.inputs}
+    trainable = [name for name in names if inputs[name].uses()]
+    cotangents = differentiate(graph, scalar, [inputs[name] for name in trainable])
+    for name in trainable:
+        gradient = cotangents[inputs[name]]
+        if gradient.is_graph_output() or gradient.is_graph_input():
+            gradient = append(graph, "Identity", [gradient], shape=inputs[name].shape)
+        gradient.name = f"{GRADIENT_PREFIX}{name}"
+        graph.outputs.append(gradient)
+    tidy(model)
+    return Joint(model, tuple(trainable))
+
+
+def build_loss(loss: Loss, output: ir.Value) -> ir.Model:
+    """The loss alone, as a graph of `output` and `labels`: evaluates what the inference graph computed."""
+    graph = ir.Graph([], [], nodes=[], name="loss")
+    model = new_model(graph)
+    assert output.shape is not None
+    value = graph_input(graph, loss.output, list(output.shape))
+    labels = graph_input(graph, "labels", loss.labels, INT64) if loss.labels is not None else None
+    scalar = loss.build(graph, value, labels)
+    scalar.name = "loss"
+    graph.outputs.append(scalar)
+    tidy(model)
+    return model

@@ -1,0 +1,94 @@
+"""Write graphs and weights of a bundle: equal bytes are stored once, whatever number of graphs reads them."""
+
+import hashlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
+
+#: Tensors below this size stay inside the ONNX file.
+INLINE_BYTES = 1024
+#: A multiple of every common page size's divisor: maps and direct reads start on a page of 4 KiB.
+ALIGNMENT = 4096
+
+
+class WeightWriter:
+    """Appends tensors to `weights.bin`; a tensor with bytes that are there already shares them."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._offsets: dict[bytes, int] = {}
+        self.tensors: dict[str, WeightTensor] = {}
+
+    def add(self, name: str, tensor: ir.TensorProtocol) -> WeightTensor:
+        """Store `tensor` under `name` and say where."""
+        data = tensor.tobytes()
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._offsets:
+            self._file.write(b"\0" * (-self._file.tell() % ALIGNMENT))
+            self._offsets[digest] = self._file.tell()
+            self._file.write(data)
+        stored = WeightTensor(
+            dtype=tensor.dtype.name.lower(),
+            shape=tuple(int(dim) for dim in tensor.shape),
+            offset=self._offsets[digest],
+            nbytes=len(data),
+        )
+        if self.tensors.setdefault(name, stored) != stored:
+            raise ValueError(f"two different tensors are named {name!r}")
+        return stored
+
+    def add_array(self, name: str, array: np.ndarray) -> WeightTensor:
+        """Store a numpy array."""
+        return self.add(name, ir.tensor(np.ascontiguousarray(array), name=name))
+
+
+def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file: str) -> None:
+    """Serialize `model` to `path`, its initializers of `INLINE_BYTES` and more to `weights`."""
+    kept: dict[str, ir.TensorProtocol] = {}
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes < INLINE_BYTES:
+            continue
+        stored = weights.add(name, tensor)
+        kept[name] = tensor
+        value.const_value = ir.ExternalTensor(
+            weights_file, stored.offset, stored.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+        )
+    try:
+        _strip_metadata(model)
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    finally:
+        for name, tensor in kept.items():
+            model.graph.initializers[name].const_value = tensor
+
+
+def graph_spec(model: ir.Model, file: str) -> GraphSpec:
+    """The signature of `model` for the manifest."""
+    return GraphSpec(
+        file=file,
+        inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
+        outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+    )
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.name is not None
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(value.name, value.dtype.numpy().name, shape)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Drop stack traces and other traces of the machine that exported."""
+    for node in model.graph:
+        scope = node.metadata_props.get("namespace")
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scope:
+            node.metadata_props["namespace"] = scope
