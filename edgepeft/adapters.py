@@ -9,7 +9,7 @@ Keys are PEFT's state-dict keys: `base_model.model.<module>.lora_A.weight` `[r, 
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,9 +97,17 @@ class Adapter:
         """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
         return self._scalings[module]
 
-    def has_effect(self) -> bool:
-        """Whether the adapter can change the model's output: a B that is not all zeros, or a saved module."""
-        return bool(self.saved_keys) or any(
+    def has_effect(self, defaults: Mapping[str, npt.NDArray[np.float32]] | None = None) -> bool:
+        """Whether the adapter can change the model's output: a B that is not all zeros, or a saved module.
+
+        Args:
+            defaults: the base's own saved modules by key; one that equals its default does not count.
+        """
+        for key in self.saved_keys:
+            default = (defaults or {}).get(key)
+            if default is None or not np.array_equal(default, self.tensors[key]):
+                return True
+        return any(
             bool(self.tensors[f"{PREFIX}{module}{_B}"].any()) and self.scaling(module) != 0.0
             for module in self.modules
         )

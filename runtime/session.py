@@ -1,0 +1,152 @@
+"""onnxruntime sessions over a bundle's graphs: one place for their options, bindings and errors."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
+
+from edgepeft.bundle.manifest import TensorSpec
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import BundleError, EdgePeftError
+
+Array = npt.NDArray[np.generic]
+
+# onnxruntime's exceptions have no common base of their own.
+_ERRORS: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    ValueError,
+    MemoryError,
+)
+
+
+def _options(threads: int) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    # The arena grows by doubling and keeps what it has; without it a session holds what the formulas count.
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    return options
+
+
+class GraphSession:
+    """One graph of a bundle, ready to run.
+
+    Inputs stay bound until they are bound again, so an adapter's hundreds of tensors are handed over once.
+    Arrays are not copied: the session reads and writes the memory of the arrays it is given, and keeps them
+    alive.
+
+    Args:
+        bundle: the opened bundle.
+        role: the graph's key in the manifest, such as `inference`.
+        threads: threads of this session; 0 lets onnxruntime choose.
+
+    Raises:
+        BundleError: onnxruntime refuses the graph, or its inputs and outputs are not the manifest's.
+    """
+
+    def __init__(self, bundle: Bundle, role: str, threads: int = 0) -> None:
+        self.role = role
+        self._where = f"{bundle.path}: graph {role!r}"
+        data = bundle.graph_bytes(role)
+        spec = bundle.manifest.graphs[role]
+        self.inputs: dict[str, TensorSpec] = {item.name: item for item in spec.inputs}
+        self.outputs: dict[str, TensorSpec] = {item.name: item for item in spec.outputs}
+        options = _options(threads)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
+        )
+        try:
+            # Folding would expand int4 and float16 weights to float32; the exporter has folded what is to be
+            # folded.
+            session = ort.InferenceSession(
+                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+            )
+        except _ERRORS as error:
+            raise BundleError(
+                f"{self._where}: onnxruntime {ort.__version__} refuses it: {_one_line(error)}"
+            ) from error
+        for kind, declared, found in (
+            ("inputs", self.inputs, {item.name for item in session.get_inputs()}),
+            ("outputs", self.outputs, {item.name for item in session.get_outputs()}),
+        ):
+            if declared.keys() != found:
+                differing = sorted(declared.keys() ^ found)[0]
+                raise BundleError(
+                    f"{self._where}: its {kind} are not the manifest's, {differing!r} is in one only"
+                )
+        self._session = session
+        self._binding = session.io_binding()
+        self._outputs_kept: dict[str, Array] = {}
+
+    def bind(self, values: Mapping[str, Array]) -> None:
+        """Use these arrays as inputs from now on; their memory is read at every run.
+
+        Raises:
+            EdgePeftError: a dtype or a number of axes is not the graph's.
+        """
+        with self._translated():
+            for name, value in values.items():
+                if not value.flags.c_contiguous:
+                    raise EdgePeftError(f"{self._where}: input {name!r} is not contiguous")
+                self._binding.bind_cpu_input(name, value)
+
+    def bind_values(self, values: Mapping[str, ort.OrtValue]) -> None:
+        """Use another run's outputs as inputs, without a copy."""
+        with self._translated():
+            for name, value in values.items():
+                self._binding.bind_ortvalue_input(name, value)
+
+    def bind_outputs(self, values: Mapping[str, Array]) -> None:
+        """Have these outputs written straight into arrays of the right dtype and shape from now on."""
+        with self._translated():
+            for name, value in values.items():
+                if not (value.flags.c_contiguous and value.flags.writeable):
+                    raise EdgePeftError(f"{self._where}: output {name!r} is not a writable contiguous array")
+                self._binding.bind_output(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+                self._outputs_kept[name] = value
+
+    def run(self) -> None:
+        """Run with everything bound; results are in the arrays given to `bind_outputs`."""
+        with self._translated():
+            self._session.run_with_iobinding(self._binding)
+
+    def run_for(self, names: Sequence[str]) -> dict[str, ort.OrtValue]:
+        """Run and return these outputs, whose shapes need not be known beforehand."""
+        with self._translated():
+            # Bound outputs keep the last run's buffers, and its shapes.
+            self._binding.clear_binding_outputs()
+            for name in names:
+                self._binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            values = dict(zip(names, self._binding.get_outputs(), strict=True))
+            self._binding.clear_binding_outputs()
+            return values
+
+    def close(self) -> None:
+        """Free the session's memory; it cannot run afterwards."""
+        self._outputs_kept.clear()
+        del self._binding
+        del self._session
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except _ERRORS as error:
+            text = _one_line(error)
+            if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
+                raise EdgePeftError(
+                    f"{self._where}: the device has no memory left for it ({text}): use smaller batches or "
+                    f"sequences"
+                ) from error
+            raise EdgePeftError(f"{self._where}: failed: {text}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else text[:397] + "..."
