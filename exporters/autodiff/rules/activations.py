@@ -1,0 +1,91 @@
+"""Activation functions."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+from ..context import RuleContext
+from ..registry import RULES, RuleResult
+
+rule = RULES.rule
+
+
+@rule("Tanh", since=6, until=13)
+def tanh(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · (1 − y²)"""
+    e, y = c.emit, c.output
+    return [lambda: e.mul(c.cotangent, e.sub(e.scalar(1, y), e.mul(y, y)))]
+
+
+@rule("Sigmoid", since=6, until=13)
+def sigmoid(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · y · (1 − y)"""
+    e, y = c.emit, c.output
+    return [lambda: e.mul(e.mul(c.cotangent, y), e.sub(e.scalar(1, y), y))]
+
+
+@rule("Relu", since=6, until=14)
+def relu(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ where y > 0, else 0"""
+    e, zero = c.emit, c.emit.scalar(0, c.cotangent)
+    return [lambda: e.where(e.compare("Greater", c.output, zero), c.cotangent, zero)]
+
+
+@rule("Swish", since=24, until=24)
+def swish(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · (s + α · y · (1 − s)) for y = x · s, s = σ(αx)"""
+    e, x, alpha = c.emit, c.input(0), c.attr_float("alpha", 1.0)
+    s = e.unary("Sigmoid", x if alpha == 1.0 else e.scale(x, alpha))
+    return [lambda: _gated(c, s, None if alpha == 1.0 else e.scalar(alpha, x))]
+
+
+@rule("Gelu", since=20, until=20)
+def gelu(c: RuleContext) -> RuleResult:
+    """exact: x̄ = ȳ/2 · (1 + erf u + (2/√π) · u · exp(−u²)), u = x/√2;
+    tanh: x̄ = ȳ · (s + y · (1 − s) · g′) for y = x · s, s = σ(g), g = 2√(2/π) · (x + 0.044715 x³)
+    """
+    if c.attr_str("approximate", "none") == "tanh":
+        return [lambda: _gelu_tanh(c)]
+    return [lambda: _gelu_exact(c)]
+
+
+def _gelu_exact(c: RuleContext) -> ir.Value:
+    e, x = c.emit, c.input(0)
+    u = e.scale(x, math.sqrt(0.5))
+    # The factor 2/√π goes into the exponent.
+    density = e.unary("Exp", e.sub(e.scalar(math.log(2 / math.sqrt(math.pi)), x), e.mul(u, u)))
+    slope = e.op("Sum", e.unary("Erf", u), e.mul(u, density), e.scalar(1, x), like=x)
+    return e.mul(c.cotangent, e.scale(slope, 0.5))
+
+
+def _gelu_tanh(c: RuleContext) -> ir.Value:
+    e, x = c.emit, c.input(0)
+    linear, cubic = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
+    square = e.mul(x, x)
+    s = e.unary("Sigmoid", e.mul(x, e.add(e.scale(square, cubic), e.scalar(linear, x))))
+    return _gated(c, s, e.add(e.scale(square, 3 * cubic), e.scalar(linear, x)))
+
+
+def _gated(c: RuleContext, s: ir.Value, slope: ir.Value | None) -> ir.Value:
+    """ȳ · (s + y · (1 − s) · slope), the cotangent of y = x · s where s is a sigmoid with this slope."""
+    e, y = c.emit, c.output
+    rest = e.mul(y, e.sub(e.scalar(1, y), s))
+    return e.mul(c.cotangent, e.add(s, rest if slope is None else e.mul(rest, slope)))
+
+
+@rule("Softmax", since=13, until=13)
+def softmax(c: RuleContext) -> RuleResult:
+    """x̄ = y · (ȳ − Σ ȳ·y), summed along the axis"""
+    e, y, axis = c.emit, c.output, c.attr_int("axis", -1)
+    return [lambda: e.mul(y, e.sub(c.cotangent, e.sum(e.mul(c.cotangent, y), [axis])))]
+
+
+@rule("LogSoftmax", since=13, until=13)
+def log_softmax(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ − exp(y) · Σ ȳ, summed along the axis"""
+    e, axis = c.emit, c.attr_int("axis", -1)
+    return [
+        lambda: e.sub(c.cotangent, e.mul(e.unary("Exp", c.output), e.sum(c.cotangent, [axis]))),
+    ]

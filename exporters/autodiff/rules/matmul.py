@@ -1,0 +1,124 @@
+"""Products of matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+
+from ..context import RuleContext
+from ..emitter import Emitter
+from ..registry import MICROSOFT, RULES, RuleResult
+
+rule = RULES.rule
+
+
+@rule("MatMul", since=1, until=13)
+def matmul(c: RuleContext) -> RuleResult:
+    """ā = ȳ bᵀ,  b̄ = aᵀ ȳ, summed over broadcast batch axes; vectors count as one row or one column"""
+    e, a, b, dy = c.emit, c.input(0), c.input(1), c.cotangent
+    a_vector, b_vector = e.rank(a) == 1, e.rank(b) == 1
+    if b_vector:
+        dy = e.unsqueeze(dy, [e.rank(dy)])
+    if a_vector:
+        dy = e.unsqueeze(dy, [e.rank(dy) - 1])
+    left = e.unsqueeze(a, [0]) if a_vector else a
+    right = e.unsqueeze(b, [1]) if b_vector else b
+
+    def into_a() -> ir.Value:
+        grad = e.unbroadcast(e.matmul(dy, right, trans_b=True), left)
+        return e.squeeze(grad, [0]) if a_vector else grad
+
+    def into_b() -> ir.Value:
+        grad = weight_cotangent(e, left, dy, right)
+        return e.squeeze(grad, [1]) if b_vector else grad
+
+    return [into_a, into_b]
+
+
+def weight_cotangent(e: Emitter, x: ir.Value, dy: ir.Value, weight: ir.Value) -> ir.Value:
+    """Σ xᵀ ȳ over all rows, for y = x @ weight.
+
+    A weight without batch axes sums over every leading axis. Einsum does that in one node; with the operand
+    of fewer columns first it transposes only that one (measured: 1.3 to 2 times as fast as the other order,
+    1.3 times as fast as Flatten and Gemm).
+    """
+    if e.rank(weight) > 2:
+        return e.unbroadcast(e.matmul(x, dy, trans_a=True), weight)
+    if e.rank(x) == 2 and e.rank(dy) == 2:
+        shape = ir.Shape([e.shape(x)[-1], e.shape(dy)[-1]])
+        return e.op("Gemm", x, dy, dtype=weight.dtype, shape=shape, transA=1)
+    if e.rank(x) != e.rank(dy):
+        return e.unbroadcast(e.matmul(x, dy, trans_a=True), weight)
+    batch = "abcdefgh"[: e.rank(x) - 1]
+    operands = [(x, f"{batch}m"), (dy, f"{batch}n")]
+    if _columns(e, dy) < _columns(e, x):
+        operands.reverse()
+    (first, first_axes), (second, second_axes) = operands
+    equation = f"{first_axes},{second_axes}->mn"
+    return e.op("Einsum", first, second, like=weight, equation=equation)
+
+
+def _columns(e: Emitter, value: ir.Value) -> float:
+    """The number of columns; a symbolic one is a LoRA rank, which is small."""
+    columns = e.shape(value)[-1]
+    return columns if isinstance(columns, int) else 0
+
+
+@rule("Gemm", since=7, until=13)
+def gemm(c: RuleContext) -> RuleResult:
+    """y = α·a·b + β·c:  ā = α ȳ bᵀ,  b̄ = α aᵀ ȳ,  c̄ = β Σ ȳ over broadcast axes; transposed as a, b are"""
+    e, a, b, dy = c.emit, c.input(0), c.input(1), c.cotangent
+    alpha, beta = c.attr_float("alpha", 1.0), c.attr_float("beta", 1.0)
+    trans_a, trans_b = bool(c.attr_int("transA", 0)), bool(c.attr_int("transB", 0))
+
+    def product(
+        left: ir.Value, right: ir.Value, trans_left: bool, trans_right: bool, like: ir.Value
+    ) -> ir.Value:
+        attributes: dict[str, Any] = {"alpha": alpha} if alpha != 1.0 else {}
+        if trans_left:
+            attributes["transA"] = 1
+        if trans_right:
+            attributes["transB"] = 1
+        return e.op("Gemm", left, right, like=like, **attributes)
+
+    def into_a() -> ir.Value:
+        return product(b, dy, trans_b, True, a) if trans_a else product(dy, b, False, not trans_b, a)
+
+    def into_b() -> ir.Value:
+        return product(dy, a, True, trans_a, b) if trans_b else product(a, dy, not trans_a, False, b)
+
+    def into_c() -> ir.Value:
+        grad = e.unbroadcast(dy, c.input(2))
+        return grad if beta == 1.0 else e.scale(grad, beta)
+
+    return [into_a, into_b, into_c]
+
+
+def _fused_matmul_refusal(node: ir.Node) -> str | None:
+    for name in ("transBatchA", "transBatchB"):
+        if name in node.attributes and node.attributes[name].as_int():
+            return f"{name} is not supported: run the graph through MatMul and Transpose instead"
+    if any(value is not None and value.shape is not None and value.shape.rank() < 2 for value in node.inputs):
+        return "an operand is a vector, which FusedMatMul transposes ambiguously: use MatMul"
+    return None
+
+
+@rule("FusedMatMul", domain=MICROSOFT, refuses=_fused_matmul_refusal)
+def fused_matmul(c: RuleContext) -> RuleResult:
+    """y = α·op(a)·op(b):  the cotangents of Gemm without c, summed over broadcast batch axes"""
+    e, a, b, dy = c.emit, c.input(0), c.input(1), c.cotangent
+    alpha = c.attr_float("alpha", 1.0)
+    trans_a, trans_b = bool(c.attr_int("transA", 0)), bool(c.attr_int("transB", 0))
+
+    def into_a() -> ir.Value:
+        if trans_a:
+            return e.unbroadcast(e.matmul(b, dy, trans_a=trans_b, trans_b=True, alpha=alpha), a)
+        return e.unbroadcast(e.matmul(dy, b, trans_b=not trans_b, alpha=alpha), a)
+
+    def into_b() -> ir.Value:
+        if trans_b:
+            return e.unbroadcast(e.matmul(dy, a, trans_a=True, trans_b=trans_a, alpha=alpha), b)
+        return e.unbroadcast(e.matmul(a, dy, trans_a=not trans_a, alpha=alpha), b)
+
+    return [into_a, into_b]

@@ -1,0 +1,54 @@
+"""A cotangent that touches few elements of its primal, kept as indices and updates until it is summed.
+
+A gather from `[tokens, vocab]` has a cotangent of one element per token. Turned into a dense tensor it would
+cost another `[tokens, vocab]` of zeros and an addition; applied to the dense cotangent that the same primal
+has from elsewhere, it costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+if TYPE_CHECKING:
+    from .emitter import Emitter
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """`updates` to be added to the primal's shape at `indices`.
+
+    Attributes:
+        indices: int64; ScatterElements' indices along `axis`, or ScatterND's where `axis` is None.
+        updates: the cotangent's elements.
+        axis: axis of ScatterElements, or None for ScatterND.
+    """
+
+    indices: ir.Value
+    updates: ir.Value
+    axis: int | None
+
+    def add_to(self, emit: Emitter, dense: ir.Value) -> ir.Value:
+        """Emits `dense` with the updates added; repeated indices add up."""
+        if self.axis is None:
+            return emit.op("ScatterND", dense, self.indices, self.updates, like=dense, reduction="add")
+        return emit.op(
+            "ScatterElements", dense, self.indices, self.updates, like=dense, axis=self.axis, reduction="add"
+        )
+
+
+def accumulate(emit: Emitter, primal: ir.Value, parts: list[ir.Value | Scatter]) -> ir.Value:
+    """Sums the parts of one cotangent, in as few nodes as possible, to the shape of `primal`."""
+    dense = [part for part in parts if isinstance(part, ir.Value)]
+    if not dense:
+        total = emit.zeros_like(primal)
+    elif len(dense) == 1:
+        total = dense[0]
+    else:
+        total = emit.op("Add" if len(dense) == 2 else "Sum", *dense, like=primal)
+    for part in parts:
+        if isinstance(part, Scatter):
+            total = part.add_to(emit, total)
+    return total
