@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -21,6 +22,7 @@ from edgepeft.files import atomic_file
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _MAX_HEADER_BYTES = 16 * 2**20
 _MAX_AXES = 8
+_METADATA = "__metadata__"
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,7 +51,6 @@ def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[dict[str,
         ) from error
     if not isinstance(header, dict):
         raise AdapterError(f"{path}: its safetensors header is a {type(header).__name__}, expected an object")
-    header.pop("__metadata__", None)
     return header, 8 + header_bytes
 
 
@@ -106,7 +107,9 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             header, start = _read_header(file, path, file_bytes)
-            entries = {name: _check_entry(path, name, entry) for name, entry in header.items()}
+            entries = {
+                name: _check_entry(path, name, entry) for name, entry in header.items() if name != _METADATA
+            }
             tensors: dict[str, npt.NDArray[np.float32]] = {}
             position = 0
             for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
@@ -127,13 +130,35 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, npt.NDArray[np.float32]]) -> None:
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in a safetensors file's `__metadata__`.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            header, _ = _read_header(file, path, path.stat().st_size)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
+    metadata = header.get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError(f"{path}: its __metadata__ is not an object of texts")
+    return metadata
+
+
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+) -> None:
     """Write float32 tensors as a safetensors file, byte for byte what the safetensors package would write.
 
     Raises:
         EdgePeftError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {_METADATA: dict(metadata)}
     position = 0
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -1,0 +1,129 @@
+"""Chat templates: the Jinja program in `tokenizer_config.json` that turns messages into text (the `chat`
+extra).
+
+A template is a program that came with the bundle, so it runs in Jinja's immutable sandbox, as in
+transformers, and its output is bounded.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import BundleError, DataError, MissingExtraError
+
+_CONFIG_FILE = "tokenizer_config.json"
+_TEMPLATE_FILE = "chat_template.jinja"
+_MAX_CHARACTERS = 2**22
+
+
+class ChatTemplate:
+    """The bundle's chat template.
+
+    Raises:
+        MissingExtraError: the package `jinja2` is not installed.
+        BundleError: the bundle has no chat template, or one that cannot be read.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        try:
+            import jinja2
+            import jinja2.ext
+            import jinja2.sandbox
+        except ImportError as error:
+            raise MissingExtraError("jinja2", "chat", "reading messages") from error
+        config = _read_config(bundle)
+        source = (
+            bundle.file(_TEMPLATE_FILE).read_text("utf-8")
+            if _TEMPLATE_FILE in bundle.manifest.files
+            else config.get("chat_template")
+        )
+        if not isinstance(source, str):
+            raise BundleError(
+                f"{bundle.path}: the model has no chat template: use prompt and completion instead"
+            )
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
+        environment.globals["raise_exception"] = _raise
+        self._tokens = {
+            name: _token(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        self._errors = (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError)
+        try:
+            self._template = environment.from_string(source)
+        except self._errors as error:
+            raise BundleError(f"{bundle.path}: its chat template cannot be read ({error})") from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool) -> str:
+        """The messages as text; with `prompt`, the beginning of the assistant's answer is added.
+
+        Raises:
+            DataError: the template refuses the messages.
+        """
+        try:
+            parts, size = [], 0
+            for part in self._template.generate(
+                messages=messages, add_generation_prompt=prompt, **self._tokens
+            ):
+                size += len(part)
+                if size > _MAX_CHARACTERS:
+                    raise DataError(
+                        f"{where}: the chat template wrote more than {_MAX_CHARACTERS:,} characters"
+                    )
+                parts.append(part)
+        except self._errors as error:
+            raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
+        return "".join(parts)
+
+    def split(self, messages: object, where: str) -> tuple[str, str]:
+        """Text up to the assistant's last message, and that message as the template writes it.
+
+        Raises:
+            DataError: the messages are not a conversation that ends with the assistant.
+        """
+        if not isinstance(messages, list | tuple) or not all(
+            isinstance(item, Mapping)
+            and isinstance(item.get("role"), str)
+            and isinstance(item.get("content"), str)
+            for item in messages
+        ):
+            raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise DataError(
+                f"{where}: the last of at least two messages must be the assistant's, it is what is learned"
+            )
+        prompt = self.render(messages[:-1], where, prompt=True)
+        whole = self.render(messages, where, prompt=False)
+        if not whole.startswith(prompt):
+            raise DataError(
+                f"{where}: the model's chat template writes a finished conversation differently from its "
+                f"beginning, so "
+                "the answer cannot be cut out: use prompt and completion"
+            )
+        return prompt, whole[len(prompt) :]
+
+
+def _read_config(bundle: Bundle) -> dict[str, Any]:
+    if _CONFIG_FILE not in bundle.manifest.files:
+        return {}
+    path = bundle.file(_CONFIG_FILE)
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: is not JSON ({error})") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _token(value: object) -> str:
+    """A special token, which tokenizer configurations write as a text or as `{"content": text}`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)

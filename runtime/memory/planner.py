@@ -1,0 +1,166 @@
+"""Predicting the peak of a run from the manifest's formulas, and refusing what the budget cannot hold."""
+
+import math
+from dataclasses import dataclass
+
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.errors import BudgetError, UsageError
+from edgepeft.sizes import format_size
+
+CHUNK_VALUES = 2**16
+"""Values that the optimizer graphs see at a time."""
+
+# The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
+_OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
+# Parameters, gradients, two moments and the values that training started from, float32 each.
+_BYTES_PER_TRAINED_VALUE = 5 * 4
+# The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
+_LOSS_COPIES = 3
+# A later process is never of exactly this one's size, so a suggested budget leaves this much.
+_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes a plan depends on.
+
+    Attributes:
+        batch_size: records a step.
+        rows: rows of a batch (a pair of sentences is two).
+        seq_len: tokens of the longest row.
+        rank: the largest rank of the adapter.
+        adapter_values: values in the adapter.
+        trained_values: those of them that train.
+    """
+
+    batch_size: int
+    rows: int
+    seq_len: int
+    rank: int
+    adapter_values: int
+    trained_values: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted peak of one strategy, in bytes, by what it is made of."""
+
+    strategy: str
+    exact: bool
+    process_bytes: int
+    session_bytes: int
+    activation_bytes: int
+    state_bytes: int
+    evaluation_bytes: int
+
+    @property
+    def training_bytes(self) -> int:
+        """Peak while training."""
+        return self.process_bytes + self.session_bytes + self.activation_bytes + self.state_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the whole update: training, or the evaluation before and after it."""
+        return max(self.training_bytes, self.process_bytes + self.state_bytes + self.evaluation_bytes)
+
+    @property
+    def smallest_budget_bytes(self) -> int:
+        """The budget to suggest: the peak and a small margin, in whole mebibytes."""
+        return math.ceil(self.peak_bytes * _MARGIN / 2**20) * 2**20
+
+
+def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Plan]:
+    """What every strategy of the bundle would need, cheapest in time first.
+
+    Args:
+        manifest: the bundle's manifest.
+        workload: the sizes.
+        process_bytes: what the process holds before any session is opened.
+
+    Raises:
+        UsageError: the bundle cannot be trained.
+    """
+    if not manifest.strategies:
+        raise UsageError("the bundle was exported with --no-train: export it again without, to adapt it")
+    inference = manifest.inference_memory
+    evaluation_bytes = inference.peak_bytes(workload.rows, workload.seq_len, workload.rank) + _loss_bytes(
+        manifest, workload
+    )
+    untrained = workload.adapter_values - workload.trained_values
+    batch_bytes = 4 * 8 * workload.rows * workload.seq_len
+    state_bytes = (
+        _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + batch_bytes + _OPTIMIZER_BYTES
+    )
+    return [
+        Plan(
+            strategy=strategy.name,
+            exact=strategy.exact,
+            process_bytes=process_bytes,
+            session_bytes=strategy.memory.session_bytes,
+            activation_bytes=strategy.memory.activation_bytes(workload.rows, workload.seq_len, workload.rank),
+            state_bytes=state_bytes,
+            evaluation_bytes=evaluation_bytes,
+        )
+        for strategy in manifest.strategies
+    ]
+
+
+def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
+    """The first plan that fits the budget; without a budget, the first.
+
+    Raises:
+        BudgetError: none fits; the error names the smallest budget that would do.
+    """
+    if budget_bytes is None:
+        return candidates[0]
+    for plan in candidates:
+        if plan.peak_bytes <= budget_bytes:
+            return plan
+    best = min(candidates, key=lambda plan: plan.peak_bytes)
+    required_bytes = best.smallest_budget_bytes
+    raise BudgetError(
+        f"training needs {format_size(best.peak_bytes)} with strategy {best.strategy} "
+        f"(process {format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, "
+        f"activations {format_size(best.activation_bytes)}, adapter and optimizer "
+        f"{format_size(best.state_bytes)}, "
+        f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "
+        f"at least "
+        f"--budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len",
+        budget_bytes=budget_bytes,
+        required_bytes=required_bytes,
+    )
+
+
+def check_inference(
+    manifest: Manifest, budget_bytes: int, process_bytes: int, rows: int, seq_len: int, rank: int
+) -> None:
+    """Refuse an inference that the budget cannot hold.
+
+    Raises:
+        BudgetError: names the smallest budget that would do.
+    """
+    memory = manifest.inference_memory
+    peak_bytes = process_bytes + memory.peak_bytes(rows, seq_len, rank)
+    if peak_bytes <= budget_bytes:
+        return
+    required_bytes = math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
+    raise BudgetError(
+        f"inference on {rows} rows of {seq_len} tokens needs {format_size(peak_bytes)} "
+        f"(process {format_size(process_bytes)}, session {format_size(memory.session_bytes)}, "
+        f"activations {format_size(memory.activation_bytes(rows, seq_len, rank))}), the budget is "
+        f"{format_size(budget_bytes)}: give at least {required_bytes // 2**20}MiB, or smaller batches or "
+        f"shorter texts",
+        budget_bytes=budget_bytes,
+        required_bytes=required_bytes,
+    )
+
+
+def _loss_bytes(manifest: Manifest, workload: Workload) -> int:
+    """What evaluating the loss of one batch of outputs holds beside the outputs themselves."""
+    model = manifest.model
+    width = {
+        "text-classification": len(model.labels),
+        "feature-extraction": (model.embedding_size or 0) + workload.rows,
+        "text-generation": model.vocab_size * workload.seq_len,
+    }[manifest.task]
+    return _LOSS_COPIES * 4 * workload.rows * width

@@ -1,0 +1,58 @@
+"""Text to tokens and back, with the tokenizer the base model shipped (the `text` extra)."""
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import BundleError, MissingExtraError, UsageError
+
+TOKENIZER_FILE = "tokenizer.json"
+
+
+class Text:
+    """The bundle's tokenizer.
+
+    Raises:
+        MissingExtraError: the package `tokenizers` is not installed.
+        BundleError: the bundle carries no tokenizer, or a damaged one.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise MissingExtraError("tokenizers", "text", "reading text (instead of input_ids)") from error
+        if TOKENIZER_FILE not in bundle.manifest.files:
+            raise BundleError(f"{bundle.path}: holds no {TOKENIZER_FILE}: give input_ids instead of text")
+        path = bundle.file(TOKENIZER_FILE)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises nothing more specific
+            raise BundleError(
+                f"{path}: tokenizers {tokenizers.__version__} cannot read it ({error})"
+            ) from error
+        # Sentence encoders ship with both switched on, at lengths of their own.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def encode(
+        self, text: str, max_length: int | None = None, special_tokens: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Token ids and token type ids of a text, special tokens included, cut to `max_length` tokens.
+
+        Raises:
+            UsageError: the text is not valid Unicode.
+        """
+        if max_length is None:
+            self._tokenizer.no_truncation()
+        else:
+            self._tokenizer.enable_truncation(max_length)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the text is not valid Unicode ({error.reason} at character {error.start})"
+            ) from error
+        encoding = self._tokenizer.encode(text, add_special_tokens=special_tokens)
+        return list(encoding.ids), list(encoding.type_ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of token ids, special tokens left out."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -1,0 +1,107 @@
+"""The state of an interrupted update, in one file that is always whole.
+
+It holds the trained tensors, AdamW's moments and where the run stands. Batches are a function of the seed and
+the step, so nothing else is needed to continue bit for bit.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from edgepeft.runtime.training.buffers import TrainingState
+
+from edgepeft.errors import AdapterError, UsageError
+from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+
+_KEY = "edgepeft_training_state"
+_BUFFERS = ("param", "exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class Progress:
+    """How far an update has come.
+
+    Attributes:
+        step: steps done.
+        losses, learning_rates, grad_norms: one entry a step.
+        held_out_before: loss and accuracy of the starting adapter, so that they are computed once.
+        limited_steps: steps after which the policy's bound scaled the update back.
+    """
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    learning_rates: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    held_out_before: tuple[float, float | None] | None = None
+    limited_steps: int = 0
+
+
+def checkpoint_path(output: Path) -> Path:
+    """Where the checkpoint of an update to `output` stands."""
+    return output.parent / f"{output.name}.checkpoint"
+
+
+def save_checkpoint(
+    path: Path, fingerprint: dict[str, Any], state: TrainingState, progress: Progress
+) -> None:
+    """Replace the checkpoint.
+
+    Raises:
+        EdgePeftError: it cannot be written; the last one is kept.
+    """
+    write_tensors(
+        path,
+        {name: getattr(state, name) for name in _BUFFERS},
+        {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
+    )
+
+
+def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingState) -> Progress | None:
+    """Put the checkpoint's tensors into the state; None if there is no checkpoint.
+
+    Raises:
+        UsageError: it belongs to another update, or is damaged.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(read_metadata(path).get(_KEY, "null"))
+        tensors = read_tensors(path)
+    except (AdapterError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: is no checkpoint ({error}): remove it to start over") from error
+    theirs = saved.get("fingerprint") if isinstance(saved, dict) else None
+    if not isinstance(theirs, dict):
+        raise UsageError(f"{path}: is no checkpoint: remove it to start over")
+    for name, value in fingerprint.items():
+        if theirs.get(name) != value:
+            raise UsageError(
+                f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
+                f"give what it "
+                "was made with, or start over without --resume"
+            )
+    for name in _BUFFERS:
+        buffer = getattr(state, name)
+        if name not in tensors or tensors[name].shape != buffer.shape:
+            raise UsageError(f"{path}: its {name} is not of this update: start over without --resume")
+        np.copyto(buffer, tensors[name])
+    try:
+        progress = Progress(**saved["progress"])
+        before = progress.held_out_before
+        progress.held_out_before = None if before is None else (before[0], before[1])
+        if (
+            not len(progress.losses)
+            == len(progress.learning_rates)
+            == len(progress.grad_norms)
+            == progress.step
+        ):
+            raise ValueError("its lists have different lengths")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
+    return progress
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

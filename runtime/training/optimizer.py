@@ -1,0 +1,85 @@
+"""AdamW and gradient clipping, driven chunk by chunk through the bundle's own graphs."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from edgepeft.runtime.memory.planner import CHUNK_VALUES
+from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.training.buffers import TrainingState
+
+from edgepeft.bundle.reader import Bundle
+
+_OUTPUTS = {"param_out": "param", "exp_avg_out": "exp_avg", "exp_avg_sq_out": "exp_avg_sq"}
+
+
+@dataclass(frozen=True)
+class AdamWOptions:
+    """Constants of AdamW; the rate comes with each step. `max_grad_norm` 0 switches clipping off."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+class AdamW:
+    """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, over a training state's flat buffers."""
+
+    def __init__(self, bundle: Bundle, state: TrainingState, options: AdamWOptions) -> None:
+        self._state = state
+        self._options = options
+        # One thread: a chunk fits the cache, and another pool would spin against the training graph's.
+        self._adamw = GraphSession(bundle, "adamw", threads=1)
+        self._grad_norm = GraphSession(bundle, "grad_norm", threads=1)
+        size = min(CHUNK_VALUES, max(len(state.param), 1))
+        # The graph's outputs must not overwrite what it still reads, so they go through these.
+        self._scratch = {name: np.empty(size, np.float32) for name in _OUTPUTS}
+        self._scalars = {
+            name: np.zeros((), np.float32)
+            for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_coef")
+        }
+        for name in ("beta1", "beta2", "eps", "weight_decay"):
+            self._scalars[name][...] = getattr(options, name)
+        self._adamw.bind(self._scalars)
+
+    def step(self, number: int, learning_rate: float) -> float:
+        """Update the parameters from the gradients.
+
+        Args:
+            number: of the step, from 1.
+            learning_rate: of the step.
+
+        Returns:
+            The gradients' global L2 norm before clipping.
+        """
+        norm = self._norm()
+        self._scalars["lr"][...] = learning_rate
+        self._scalars["step"][...] = number
+        limit = self._options.max_grad_norm
+        self._scalars["clip_coef"][...] = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        state = self._state
+        for start in range(0, len(state.param), CHUNK_VALUES):
+            chunk = slice(start, start + CHUNK_VALUES)
+            self._adamw.bind(
+                {name: getattr(state, name)[chunk] for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
+            )
+            size = len(state.param[chunk])
+            self._adamw.bind_outputs({name: scratch[:size] for name, scratch in self._scratch.items()})
+            self._adamw.run()
+            for output, name in _OUTPUTS.items():
+                getattr(state, name)[chunk] = self._scratch[output][:size]
+        return norm
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._adamw.close()
+        self._grad_norm.close()
+
+    def _norm(self) -> float:
+        total = 0.0
+        for start in range(0, len(self._state.grad), CHUNK_VALUES):
+            self._grad_norm.bind({"grad": self._state.grad[start : start + CHUNK_VALUES]})
+            total += float(self._grad_norm.run_for(["sum_of_squares"])["sum_of_squares"].numpy())
+        return math.sqrt(total)

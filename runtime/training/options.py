@@ -1,0 +1,96 @@
+"""What a caller may choose about an update, checked before anything is opened."""
+
+import math
+from dataclasses import dataclass
+
+from edgepeft.runtime.training.schedule import SCHEDULES
+
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.errors import UsageError
+
+TRAINABLE = ("all", "lora", "modules_to_save")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of one update.
+
+    Attributes:
+        adapter: name (or path) of the adapter to start from; None takes the bundle's first.
+        rank: start a fresh LoRA of this rank on every slot instead.
+        trainable: `all`, only the `lora` factors, or only `modules_to_save`.
+        steps: optimizer steps; None derives them from `epochs`.
+        epochs: passes over the training records.
+        batch_size: records (or pairs) a step.
+        seq_len: tokens a text is cut to.
+        learning_rate: peak rate.
+        warmup_steps: steps over which the rate rises from 0.
+        schedule: `linear`, `cosine` or `constant` after the warm-up.
+        weight_decay: of AdamW.
+        max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
+        eval_fraction: share of the records that is held out to judge the update.
+        seed: of the split, the batches and a fresh adapter.
+        resume: continue from the checkpoint beside the output, if there is one.
+    """
+
+    adapter: str | None = None
+    rank: int | None = None
+    trainable: str = "all"
+    steps: int | None = None
+    epochs: int = 1
+    batch_size: int = 8
+    seq_len: int = 128
+    learning_rate: float = 2e-4
+    warmup_steps: int = 0
+    schedule: str = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    eval_fraction: float = 0.1
+    seed: int = 0
+    resume: bool = False
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise where an option is out of range for this bundle.
+
+        Raises:
+            UsageError: names the option, its value and what is allowed.
+        """
+        for name, value, low in (
+            ("rank", self.rank, 1),
+            ("steps", self.steps, 1),
+            ("epochs", self.epochs, 1),
+            ("batch_size", self.batch_size, 1),
+            ("seq_len", self.seq_len, 2),
+            ("warmup_steps", self.warmup_steps, 0),
+            ("seed", self.seed, 0),
+        ):
+            if value is not None and (type(value) is not int or value < low or value >= 2**31):
+                raise UsageError(f"{name} is {value!r}, expected a whole number of at least {low}")
+        for name, number in (
+            ("learning_rate", self.learning_rate),
+            ("weight_decay", self.weight_decay),
+            ("max_grad_norm", self.max_grad_norm),
+        ):
+            if not isinstance(number, int | float) or not math.isfinite(number) or number < 0:
+                raise UsageError(f"{name} is {number!r}, expected a number from 0")
+        if not 0 < self.eval_fraction < 1:
+            raise UsageError(
+                f"eval_fraction is {self.eval_fraction!r}, expected between 0 and 1: every update is judged"
+            )
+        for name, choice, choices in (
+            ("schedule", self.schedule, SCHEDULES),
+            ("trainable", self.trainable, TRAINABLE),
+        ):
+            if choice not in choices:
+                raise UsageError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+        if self.rank is not None and self.adapter is not None:
+            raise UsageError(
+                "both an adapter to start from and the rank of a fresh one are given: give one of them"
+            )
+        if self.seq_len > manifest.model.max_length:
+            raise UsageError(
+                f"seq_len is {self.seq_len}, the model takes at most {manifest.model.max_length} tokens"
+            )
+        limit = manifest.policy.max_steps
+        if limit is not None and self.steps is not None and self.steps > limit:
+            raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")

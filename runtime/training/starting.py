@@ -1,0 +1,94 @@
+"""What an update starts from: an adapter of the bundle or a fresh one, and which of its tensors may train."""
+
+import math
+from typing import Any
+
+import numpy as np
+from edgepeft.runtime.activation import find_adapter
+from edgepeft.runtime.training.options import TrainingOptions
+
+from edgepeft.adapters import Adapter
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import UsageError
+
+_PEFT_TASKS = {
+    "text-classification": "SEQ_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+    "text-generation": "CAUSAL_LM",
+}
+
+
+def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
+    """The adapter to train.
+
+    Raises:
+        UsageError: the bundle has none and no rank for a fresh one is given.
+        AdapterError: it is damaged or does not fit.
+    """
+    if options.rank is not None:
+        return fresh_adapter(bundle, options.rank, options.seed)
+    names = bundle.manifest.adapters
+    if options.adapter is None and not names:
+        raise UsageError("the bundle has no adapter to start from: start a fresh one with --rank 8")
+    return find_adapter(bundle, options.adapter if options.adapter is not None else names[0])
+
+
+def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
+    """A LoRA on every slot as PEFT initializes it (A uniform as `kaiming_uniform_(a=sqrt(5))`, B zero, alpha
+    = 2 r), and the base's own saved modules.
+    """
+    manifest = bundle.manifest
+    if not manifest.lora_slots:
+        raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
+    generator = np.random.default_rng([seed, rank])
+    tensors = {}
+    for slot in manifest.lora_slots:
+        bound = 1 / math.sqrt(slot.in_features)
+        tensors[slot.a_input] = generator.uniform(-bound, bound, (rank, slot.in_features)).astype(np.float32)
+        tensors[slot.b_input] = np.zeros((slot.out_features, rank), np.float32)
+    for saved in manifest.saved_modules:
+        tensors[saved.input] = bundle.read_weight(saved.default)
+    return Adapter(
+        config=_fresh_config(manifest, rank), tensors=tensors, origin=f"a fresh adapter of rank {rank}"
+    )
+
+
+def _fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
+    saved = sorted({module.module for module in manifest.saved_modules})
+    return {
+        "base_model_name_or_path": manifest.model.name,
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": saved or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "target_modules": [slot.module for slot in manifest.lora_slots],
+        "task_type": _PEFT_TASKS[manifest.task],
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def trained_names(manifest: Manifest, adapter: Adapter, trainable: str) -> list[str]:
+    """Graph inputs that train: those the policy allows, the adapter has and the caller chose.
+
+    Raises:
+        UsageError: none is left.
+    """
+    factors = {name for slot in manifest.lora_slots for name in (slot.a_input, slot.b_input)}
+    names = [
+        name
+        for name in manifest.policy.trainable
+        if name in adapter.tensors and (trainable == "all" or (name in factors) == (trainable == "lora"))
+    ]
+    if not names:
+        raise UsageError(
+            f"nothing to train: with trainable={trainable!r} none of the adapter's {len(adapter.tensors)} "
+            f"tensors is among "
+            f"the {len(manifest.policy.trainable)} that the bundle's policy lets train"
+        )
+    return names
