@@ -32,7 +32,7 @@ class WeightWriter:
             self._offsets[digest] = self._file.tell()
             self._file.write(data)
         stored = WeightTensor(
-            dtype=tensor.dtype.name.lower(),
+            dtype=tensor.dtype.numpy().name,
             shape=tuple(int(dim) for dim in tensor.shape),
             offset=self._offsets[digest],
             nbytes=len(data),

@@ -1,0 +1,228 @@
+"""`edgepeft.export`: from a model and its adapters to a verified bundle."""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import edgepeft
+from edgepeft.adapters import Adapter, fit, load_adapter, write_adapter
+from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest, MemoryFormula, Policy, Quantization, Strategy
+from edgepeft.bundle.writer import MANIFEST_FILE, hash_folder, write_manifest
+from edgepeft.errors import AdapterError, UsageError
+from edgepeft.files import atomic_folder, check_replaceable
+
+from .forward import Forward, build_forward
+from .losses import LOSSES
+from .model_info import model_info, saved_module_names
+from .passes.quantize import Freezer
+from .quantization import BLOCK_SIZES
+from .sources.loading import Source, load_source
+from .starting_adapter import write_starting_adapter
+from .training.joint import build_joint, build_loss
+from .training.memory import measure_peaks
+from .training.optimizer import build_adamw, build_grad_norm
+from .training.probe import measure_session_bytes
+from .verify import verify_bundle
+from .writer import WeightWriter, graph_spec, write_graph
+
+WEIGHTS_FILE = "weights.bin"
+#: Name of the adapter that `rank` or `targets` create.
+STARTING_ADAPTER = "default"
+Report = Callable[[str], None]
+
+
+def export(
+    model: Any,
+    output: str | Path,
+    *,
+    task: str | None = None,
+    bits: int = 4,
+    block_size: int = 32,
+    adapters: Mapping[str, str | Path] | None = None,
+    labels: Sequence[str] | None = None,
+    rank: int | None = None,
+    targets: Sequence[str] | None = None,
+    lora_alpha: int | None = None,
+    train: bool = True,
+    verify: bool = True,
+    seed: int = 0,
+    report: Report = lambda stage: None,
+) -> Manifest:
+    """Export `model` and `adapters` as one bundle and check it against PyTorch.
+
+    Args:
+        model: a transformers model object, a folder or a hub id.
+        output: the bundle's folder; a bundle that is there is replaced, anything else refused.
+        task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where None.
+        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding.
+        block_size: weights that share a scale, at 4 and 8 bits.
+        adapters: PEFT LoRA folders by the name they get in the bundle.
+        labels: classes of a new classification head.
+        rank: makes a fresh adapter named `default` of this rank.
+        targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of `adapters`, or
+            every linear but the output head where there are none.
+        lora_alpha: of the fresh adapter; twice the rank where None.
+        train: also write the training graphs.
+        verify: compare logits, losses and gradients with PyTorch, and refuse a bundle that differs.
+        seed: draws a new head and a fresh adapter.
+        report: is told the name of each stage.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        UsageError: an argument cannot be used.
+        ExportError: the model cannot be exported.
+        AdapterError: an adapter does not fit the model or has no effect.
+        VerificationError: the bundle disagrees with PyTorch; nothing is written.
+    """
+    _check_arguments(bits, block_size, rank, adapters)
+    output = Path(output)
+    check_replaceable(output, MANIFEST_FILE)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgepeft-")))
+        folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
+        loaded = {name: load_adapter(folder) for name, folder in folders.items()}
+        report("loading the model")
+        source = load_source(model, task=task, labels=labels, seed=seed)
+        _check_modules(loaded, source)
+        if rank is not None:
+            folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
+            write_starting_adapter(
+                source, folders[STARTING_ADAPTER], rank=rank, targets=targets, lora_alpha=lora_alpha, seed=seed
+            )
+            loaded[STARTING_ADAPTER] = load_adapter(folders[STARTING_ADAPTER])
+        freezer = Freezer(bits, block_size)
+        modules = _slot_modules(loaded, targets)
+        saved = saved_module_names(source, loaded.values())
+        causal = source.task == "text-generation"
+        report("tracing and quantizing the inference graph")
+        inference = build_forward(
+            source, freezer, modules=modules, modules_to_save=saved, with_past=causal
+        )
+        for adapter in loaded.values():
+            fit(adapter, inference.slots, inference.saved_modules)
+        forward = inference
+        if train and causal:
+            report("tracing the training graph")
+            forward = build_forward(source, freezer, modules=modules, modules_to_save=saved)
+        folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
+        report("differentiating and writing" if train else "writing")
+        manifest = _write(folder, source, freezer, inference, forward if train else None, loaded)
+        report("measuring memory")
+        manifest = _with_memory(manifest, folder)
+        write_manifest(manifest, folder)
+        if verify:
+            report("verifying against PyTorch")
+            figures = verify_bundle(folder, source, freezer.reference, folders, STARTING_ADAPTER)
+            manifest = dataclasses.replace(manifest, verification=figures)
+            write_manifest(manifest, folder)
+        return manifest
+
+
+def _check_arguments(
+    bits: int, block_size: int, rank: int | None, adapters: Mapping[str, str | Path] | None
+) -> None:
+    if bits not in (4, 8, 16, 32):
+        raise UsageError(f"bits must be 4, 8, 16 or 32, got {bits}")
+    if block_size not in BLOCK_SIZES:
+        raise UsageError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
+    if rank is not None and STARTING_ADAPTER in (adapters or {}):
+        raise UsageError(f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one")
+
+
+def _check_modules(adapters: Mapping[str, Adapter], source: Source) -> None:
+    """Name the first module of an adapter that this model does not have, or has in another size."""
+    modules = dict(source.model.named_modules())
+    for adapter in adapters.values():
+        for name in adapter.modules:
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or weight.ndim != 2:
+                raise AdapterError(
+                    f"{adapter.origin}: module {name} is no linear of {source.name}: the adapter was made for another base"
+                )
+
+
+def _slot_modules(adapters: Mapping[str, Adapter], targets: Sequence[str] | None) -> list[str] | None:
+    """Modules that get a slot; None means every linear."""
+    named = [module for adapter in adapters.values() for module in adapter.modules]
+    return list(dict.fromkeys([*named, *(targets or [])])) or None
+
+
+def _write(
+    folder: Path,
+    source: Source,
+    freezer: Freezer,
+    inference: Forward,
+    training: Forward | None,
+    adapters: Mapping[str, Adapter],
+) -> Manifest:
+    """Write everything but the manifest, whose memory figures are still empty."""
+    loss = LOSSES[source.task]
+    models = {"inference": inference.model}
+    trainable: tuple[str, ...] = ()
+    if training is not None:
+        output = next(value for value in training.model.graph.outputs if value.name == loss.output)
+        joint = build_joint(training, loss)
+        trainable = joint.trainable
+        models |= {"train": joint.model, "loss": build_loss(loss, output)}
+        models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
+    (folder / "graphs").mkdir()
+    graphs = {}
+    parameters = dict(source.model.named_parameters(remove_duplicate=False))
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        weights = WeightWriter(file)
+        for role, graph in models.items():
+            path = f"graphs/{role}.onnx"
+            write_graph(graph, folder / path, weights, WEIGHTS_FILE)
+            graphs[role] = graph_spec(graph, path)
+        for saved in inference.saved_modules:
+            weights.add_array(saved.default, parameters[saved.default].detach().float().numpy())
+    for name, adapter in adapters.items():
+        (folder / "adapters" / name).mkdir(parents=True)
+        write_adapter(adapter, folder / "adapters" / name)
+    for name, data in source.tokenizer_files.items():
+        (folder / name).write_bytes(data)
+    unknown = MemoryFormula(session_bytes=0, peaks=())
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        edgepeft_version=edgepeft.__version__,
+        task=source.task,
+        model=model_info(source),
+        quantization=Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
+        graphs=graphs,
+        inference_memory=unknown,
+        weights_file=WEIGHTS_FILE,
+        weights=weights.tensors,
+        lora_slots=inference.slots,
+        saved_modules=inference.saved_modules,
+        adapters=tuple(adapters),
+        strategies=(Strategy("resident", "train", exact=True, memory=unknown),) if training else (),
+        policy=Policy(trainable=trainable),
+        verification={},
+        files=hash_folder(folder),
+    )
+
+
+def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
+    """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a bundle."""
+    write_manifest(manifest, folder)
+
+    def formula(role: str) -> MemoryFormula:
+        spec = manifest.graphs[role]
+        data = (folder / spec.file).read_bytes()
+        return MemoryFormula(
+            session_bytes=measure_session_bytes(folder, role),
+            peaks=measure_peaks(data, spec, folder),
+        )
+
+    return dataclasses.replace(
+        manifest,
+        inference_memory=formula("inference"),
+        strategies=tuple(
+            dataclasses.replace(strategy, memory=formula(strategy.graph)) for strategy in manifest.strategies
+        ),
+    )

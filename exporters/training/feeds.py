@@ -1,0 +1,23 @@
+"""Inputs of any size for a graph of a bundle, to measure it with."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgepeft.bundle.manifest import GraphSpec
+
+
+def sample_feeds(spec: GraphSpec, sizes: Mapping[str, int], rank: int) -> dict[str, np.ndarray]:
+    """Ones for every input: a token, an attended position, a counted label and an adapter's value at once.
+
+    Args:
+        sizes: sizes of the symbolic axes, by name.
+        rank: size of the rank axis of every slot.
+    """
+    return {item.name: np.ones(_resolve(item.shape, sizes, rank), item.dtype) for item in spec.inputs}
+
+
+def _resolve(shape: tuple[int | str, ...], sizes: Mapping[str, int], rank: int) -> tuple[int, ...]:
+    return tuple(
+        dim if isinstance(dim, int) else rank if dim.startswith("rank_") else sizes[dim] for dim in shape
+    )

@@ -1,0 +1,51 @@
+"""Measure what loading a graph costs: run in a process of its own, by `measure_session_bytes`.
+
+    python -m edgepeft.exporters.training.probe BUNDLE ROLE
+
+opens the bundle as a device does, runs the graph once on the smallest input and prints how much resident memory that
+added, in bytes.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from edgepeft.errors import ExportError
+
+from .feeds import sample_feeds
+
+
+def measure_session_bytes(bundle: Path, role: str) -> int:
+    """Resident bytes that graph `role` of the bundle at `bundle` adds to a process, tensors of a run left out.
+
+    Raises:
+        ExportError: the process failed.
+    """
+    command = [sys.executable, "-m", "edgepeft.exporters.training.probe", str(bundle), role]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return int(json.loads(done.stdout)["session_bytes"])
+
+
+def main() -> None:
+    """Print `{"session_bytes": …}`."""
+    from edgepeft.bundle.reader import open_bundle
+    from edgepeft.runtime.memory.process import read_memory
+    from edgepeft.runtime.session import GraphSession
+
+    bundle = open_bundle(sys.argv[1])
+    role = sys.argv[2]
+    sizes = {"batch": 2, "sequence": 2, "total_sequence": 2, "past_sequence": 0}
+    feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=1)
+    before = read_memory().resident_bytes
+    session = GraphSession(bundle, role)
+    session.bind(feeds)
+    session.run_for(list(session.outputs))
+    after = read_memory().resident_bytes
+    print(json.dumps({"session_bytes": max(after - before, 0)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Run a bundle as a device would and compare it with PyTorch + PEFT on the weights that the bundle holds.
+
+Compared are the outputs with no adapter and with each, the loss, and the gradient of every trainable tensor; each
+adapter must also change the output. A starting adapter, whose B is zero, is compared with B filled at random.
+"""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+
+from edgepeft.adapters import Adapter, load_adapter
+from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.errors import AdapterError, VerificationError
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.session import GraphSession
+
+from .losses.contrastive import SCALE
+from .sources.loading import Source
+
+#: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.
+OUTPUT_TOLERANCE = {4: 1e-3, 8: 1e-3, 16: 1e-3, 32: 1e-4}
+LOSS_TOLERANCE = 1e-3
+GRADIENT_COSINE = 0.9999
+GRADIENT_NORM_TOLERANCE = 1e-3
+#: A change of the output below this is no change.
+EFFECT = 1e-6
+BATCH, SEQUENCE = 4, 12
+
+Arrays = dict[str, np.ndarray]
+
+
+def verify_bundle(
+    folder: Path,
+    source: Source,
+    reference: Mapping[str, torch.Tensor],
+    adapters: Mapping[str, Path],
+    starting_adapter: str,
+) -> dict[str, Any]:
+    """Compare the bundle in `folder` with `source`, whose weights are replaced by `reference`.
+
+    Returns:
+        What was measured, for the manifest.
+
+    Raises:
+        VerificationError: an output, a loss or a gradient differs by more than the tolerance.
+        AdapterError: an adapter does not change the output.
+    """
+    bundle = open_bundle(folder)
+    with torch.no_grad():
+        for name, parameter in source.model.named_parameters(remove_duplicate=False):
+            if name in reference:
+                parameter.copy_(reference[name])
+    source.model.config.use_cache = False
+    batch = _sample_batch(bundle)
+    check = _Check(bundle, source, batch)
+    check.outputs("no adapter", None, source.model)
+    for name, path in adapters.items():
+        adapter = load_adapter(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
+        if name == starting_adapter:
+            adapter = _fill_lora_b(adapter, model)
+        check.outputs(f"adapter {name!r}", adapter, model)
+        check.effect(name)
+        if bundle.manifest.strategies:
+            check.gradients(name, adapter, model)
+        source.model = model.unload().requires_grad_(False)
+    return check.figures
+
+
+class _Check:
+    """Both sides of the comparison and what it measured."""
+
+    def __init__(self, bundle: Bundle, source: Source, batch: Arrays) -> None:
+        self.bundle = bundle
+        self.source = source
+        self.batch = batch
+        self.output_name = bundle.manifest.graphs["inference"].outputs[0].name
+        self.tolerance = OUTPUT_TOLERANCE[bundle.manifest.quantization.bits]
+        self.figures: dict[str, Any] = {"output_tolerance": self.tolerance, "outputs": {}, "gradients": {}}
+        self._session = GraphSession(bundle, "inference")
+        self._plain: np.ndarray | None = None
+        self._latest: np.ndarray | None = None
+
+    def outputs(self, what: str, adapter: Adapter | None, model: Any) -> None:
+        with torch.no_grad():
+            expected, _ = _torch_output(self.source, model, self.batch)
+        feeds = {**self._model_feeds("inference"), **self._adapter_feeds(adapter)}
+        self._session.bind(feeds)
+        got = self._session.run_for([self.output_name])[self.output_name].numpy()
+        counted = got, expected.numpy()
+        if got.ndim == 3:  # positions that are padding hold nothing
+            attended = self.batch["attention_mask"].astype(bool)
+            counted = got[attended], expected.numpy()[attended]
+        scale = max(1.0, float(np.abs(counted[1]).max()))
+        difference = float(np.abs(counted[0] - counted[1]).max()) / scale
+        self.figures["outputs"][what] = difference
+        if not difference <= self.tolerance:
+            raise VerificationError(
+                f"{self.output_name} with {what} differs from PyTorch's by {difference:.2e} of their largest magnitude, "
+                f"tolerance {self.tolerance:.0e}: nothing was written"
+            )
+        if adapter is None:
+            self._plain = counted[0]
+        self._latest = counted[0]
+
+    def effect(self, name: str) -> None:
+        assert self._plain is not None
+        assert self._latest is not None
+        if float(np.abs(self._latest - self._plain).max()) < EFFECT:
+            raise AdapterError(
+                f"adapter {name!r} does not change the output: it is untrained, or made for another base; nothing was written"
+            )
+
+    def gradients(self, name: str, adapter: Adapter, model: Any) -> None:
+        trainable = self.bundle.manifest.policy.trainable
+        session = GraphSession(self.bundle, self.bundle.manifest.strategies[0].graph)
+        session.bind({**self._model_feeds("train"), **self._adapter_feeds(adapter)})
+        outputs = {key: value.numpy() for key, value in session.run_for(list(session.outputs)).items()}
+        session.close()
+        model.zero_grad()
+        _, loss = _torch_output(self.source, model, self.batch)
+        loss.backward()
+        difference = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
+        if not difference <= LOSS_TOLERANCE:
+            raise VerificationError(
+                f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's {loss.item():.6f}: nothing was written"
+            )
+        worst_cosine, worst_norm = 1.0, 0.0
+        lora_inputs = {key for slot in self.bundle.manifest.lora_slots for key in (slot.a_input, slot.b_input)}
+        for key, expected in _torch_gradients(model).items():
+            if key not in trainable:
+                continue
+            got = outputs[f"grad.{key}"]
+            got = got.T if key in lora_inputs else got
+            cosine, norm = _compare(got, expected)
+            worst_cosine, worst_norm = min(worst_cosine, cosine), max(worst_norm, norm)
+            if not (cosine >= GRADIENT_COSINE and norm <= GRADIENT_NORM_TOLERANCE):
+                raise VerificationError(
+                    f"the gradient of {key} with adapter {name!r} has cosine {cosine:.6f} with PyTorch's (at least "
+                    f"{GRADIENT_COSINE}) and a norm off by {norm:.2e} (at most {GRADIENT_NORM_TOLERANCE:.0e}): nothing was "
+                    "written"
+                )
+        self.figures["gradients"][name] = {
+            "loss_difference": difference,
+            "smallest_cosine": worst_cosine,
+            "largest_norm_difference": worst_norm,
+        }
+
+    def _model_feeds(self, role: str) -> Arrays:
+        feeds = {}
+        for item in self.bundle.manifest.graphs[role].inputs:
+            if item.name in self.batch:
+                feeds[item.name] = self.batch[item.name]
+            elif item.name.startswith("past_key_values"):
+                shape = [BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
+                feeds[item.name] = np.zeros(shape, item.dtype)
+        return feeds
+
+    def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
+        return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
+
+
+def _sample_batch(bundle: Bundle) -> Arrays:
+    """Random tokens, right-padded to different lengths, with labels."""
+    manifest = bundle.manifest
+    sequence = min(SEQUENCE, manifest.model.max_length)
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, manifest.model.vocab_size, (BATCH, sequence))
+    lengths = np.maximum(sequence - 2 * np.arange(BATCH), 2)
+    mask = (np.arange(sequence)[None, :] < lengths[:, None]).astype(np.int64)
+    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    if manifest.task == "text-classification":
+        batch["labels"] = rng.integers(0, len(manifest.model.labels), BATCH)
+    elif manifest.task == "text-generation":
+        batch["labels"] = np.where(mask == 1, ids, -100)
+    return batch
+
+
+def _torch_output(source: Source, model: Any, batch: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+    """The task's output and loss as PyTorch computes them."""
+    inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
+    if source.pooling is None:
+        result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
+        return result.logits, result.loss
+    hidden = model(**inputs).last_hidden_state
+    if source.pooling.mode == "mean":
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    else:
+        pooled = hidden[:, 0]
+    embedding = torch.nn.functional.normalize(pooled, dim=-1) if source.pooling.normalize else pooled
+    anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
+    scores = SCALE * anchors @ positives.T
+    return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
+    """Gradients by PEFT's state-dict key."""
+    return {
+        name.replace(".default.", ".").replace(".modules_to_save.", "."): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def _fill_lora_b(adapter: Adapter, model: Any) -> Adapter:
+    """Fill every `lora_B` of both sides with the same small random numbers."""
+    rng = np.random.default_rng(1)
+    parameters = dict(model.named_parameters())
+    tensors = dict(adapter.tensors)
+    for module in adapter.modules:
+        key = f"base_model.model.{module}.lora_B"
+        filled = (0.05 * rng.standard_normal(tensors[f"{key}.weight"].shape)).astype(np.float32)
+        tensors[f"{key}.weight"] = filled
+        with torch.no_grad():
+            parameters[f"{key}.default.weight"].copy_(torch.from_numpy(filled))
+    return adapter.with_tensors(tensors, adapter.origin)
+
+
+def _compare(got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:
+    """Cosine, and the relative difference of the norms; gradients that vanish on both sides agree."""
+    norms = float(np.linalg.norm(got)), float(np.linalg.norm(expected))
+    if max(norms) < 1e-8:
+        return 1.0, 0.0
+    if min(norms) == 0.0:
+        return 0.0, 1.0
+    cosine = float((got.astype(np.float64) * expected).sum()) / (norms[0] * norms[1])
+    return min(cosine, 1.0), abs(norms[0] / norms[1] - 1.0)
