@@ -15,6 +15,8 @@
 A message says what failed and where, what was got against what was expected (with units), and the remedy.
 """
 
+from typing import Any
+
 
 class EdgePeftError(Exception):
     """Base of all errors raised by edgepeft on purpose."""
@@ -76,6 +78,14 @@ class BudgetError(EdgePeftError):
 
 
 class UpdateRejectedError(EdgePeftError):
-    """The adapted adapter is not better on the held-out records, so the old one stays."""
+    """The adapted adapter is not better on the held-out records, so the old one stays.
+
+    Attributes:
+        report: the update's report as JSON values, the same that a kept update gets; None if there is none.
+    """
 
     exit_code = 4
+
+    def __init__(self, message: str, report: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -24,8 +24,8 @@ AdapterSpec = str | Path | Mapping[str, float] | None
 """An adapter of the bundle by name, a PEFT folder by path, a mixture of names with weights, or none."""
 
 
-def resolve(bundle: Bundle, spec: AdapterSpec) -> list[tuple[Adapter, float]]:
-    """The adapters that a specification names, each with its weight.
+def resolve(bundle: Bundle, spec: AdapterSpec, *, check_effect: bool = True) -> list[tuple[Adapter, float]]:
+    """The adapters that a specification names, each with its weight; those of weight 0 are left out.
 
     Raises:
         UsageError: a weight is not a finite number.
@@ -40,7 +40,7 @@ def resolve(bundle: Bundle, spec: AdapterSpec) -> list[tuple[Adapter, float]]:
             raise UsageError(f"adapter {name!s}: its weight is {weight!r}, expected a number")
         if weight != 0:
             chosen.append((find_adapter(bundle, name), float(weight)))
-    for adapter, _ in chosen:
+    for adapter, _ in chosen if check_effect else ():
         _check_effect(bundle, adapter)
     return chosen
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.sizes import format_size
 
@@ -131,23 +131,38 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     )
 
 
-def check_inference(
-    manifest: Manifest, budget_bytes: int, process_bytes: int, rows: int, seq_len: int, rank: int
+def check_run(
+    memory: MemoryFormula,
+    budget_bytes: int,
+    process_bytes: int,
+    *,
+    shape: tuple[int, int],
+    rank: int,
+    session_open: bool,
 ) -> None:
-    """Refuse an inference that the budget cannot hold.
+    """Refuse a run of one graph that the budget cannot hold.
+
+    Args:
+        memory: the graph's formula.
+        budget_bytes: limit on the process's resident memory.
+        process_bytes: what it holds now.
+        shape: rows and tokens of the batch.
+        rank: the largest rank of the adapter.
+        session_open: whether the session is part of `process_bytes` already.
 
     Raises:
         BudgetError: names the smallest budget that would do.
     """
-    memory = manifest.inference_memory
-    peak_bytes = process_bytes + memory.peak_bytes(rows, seq_len, rank)
+    activation_bytes = memory.activation_bytes(*shape, rank)
+    session_bytes = 0 if session_open else memory.session_bytes
+    peak_bytes = process_bytes + session_bytes + activation_bytes
     if peak_bytes <= budget_bytes:
         return
     required_bytes = math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
     raise BudgetError(
-        f"inference on {rows} rows of {seq_len} tokens needs {format_size(peak_bytes)} "
-        f"(process {format_size(process_bytes)}, session {format_size(memory.session_bytes)}, "
-        f"activations {format_size(memory.activation_bytes(rows, seq_len, rank))}), the budget is "
+        f"{shape[0]} rows of {shape[1]} tokens need {format_size(peak_bytes)} (process "
+        f"{format_size(process_bytes)}, "
+        f"session {format_size(session_bytes)}, activations {format_size(activation_bytes)}), the budget is "
         f"{format_size(budget_bytes)}: give at least {required_bytes // 2**20}MiB, or smaller batches or "
         f"shorter texts",
         budget_bytes=budget_bytes,

@@ -1,0 +1,310 @@
+"""A loaded bundle: forward passes, gradients, generation, prediction and adaptation."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from edgepeft.runtime import generation
+from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
+from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.inputs import check_batch, model_inputs
+from edgepeft.runtime.memory.planner import check_run
+from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.tasks import Task, task_for
+from edgepeft.runtime.training.adapt import OnStep, Update
+from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.report import AdaptReport
+
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.errors import UsageError
+from edgepeft.sizes import parse_size
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class _OpenSession:
+    """A session and the adapter that is bound in it."""
+
+    session: GraphSession
+    adapter: AdapterSpec
+    rank: int
+
+
+class Model:
+    """A bundle, ready to run. Sessions are opened when they are first needed; close it or use it in a `with`
+    block.
+
+    Args:
+        bundle: an opened bundle.
+        memory_budget_bytes: limit on the whole process's resident memory; None for no limit.
+        threads: threads of a session; 0 lets onnxruntime choose.
+    """
+
+    def __init__(self, bundle: Bundle, memory_budget_bytes: int | None = None, threads: int = 0) -> None:
+        self._bundle = bundle
+        self._budget_bytes = memory_budget_bytes
+        self._threads = threads
+        self._task: Task = task_for(bundle)
+        self._open: dict[str, _OpenSession] = {}
+
+    @property
+    def manifest(self) -> Manifest:
+        """The bundle's manifest."""
+        return self._bundle.manifest
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the bundle's adapters."""
+        return self._bundle.adapter_names()
+
+    def forward(self, batch: Mapping[str, object], adapter: AdapterSpec = None) -> dict[str, FloatArray]:
+        """Run the model on a batch.
+
+        Args:
+            batch: the transformers model's keyword arguments as arrays, such as `input_ids` int64
+                `[batch, sequence]`; rows of language models are padded on the right.
+            adapter: an adapter's name, a PEFT folder's path, a mixture `{name: weight}`, or None for the base
+                alone.
+
+        Returns:
+            `logits` float32 `[batch, num_labels]` or `[batch, sequence, vocab]`, or `sentence_embedding`
+            `[batch, width]`.
+
+        Raises:
+            UsageError: an input cannot be used.
+            AdapterError: the adapter is missing, damaged, does not fit or has no effect.
+            BudgetError: the memory budget cannot hold this batch.
+        """
+        specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
+        arrays = check_batch(self.manifest, specs, batch)
+        shape = arrays["input_ids"].shape
+        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+        session.bind(arrays)
+        session.bind(generation.empty_cache(session, shape[0]))
+        outputs = session.run_for([self._task.output])
+        return {name: value.numpy() for name, value in outputs.items()}
+
+    def loss_and_gradients(
+        self, batch: Mapping[str, object], adapter: str | Path | None = None
+    ) -> tuple[float, dict[str, FloatArray]]:
+        """The loss of a batch and its gradients with respect to the adapter's tensors.
+
+        Args:
+            batch: as for `forward`, with `labels` where the task has them (unshifted, -100 ignored); for
+                sentence embeddings the rows are all anchors and then all positives.
+            adapter: the adapter's name or path; None is the base alone, whose LoRA gradients have rank 0.
+
+        Returns:
+            The loss, and float32 gradients by PEFT's state-dict key in PEFT's layout.
+
+        Raises:
+            UsageError: an input cannot be used, or the bundle was exported without training graphs.
+            AdapterError: the adapter is missing, damaged or does not fit.
+        """
+        if not self.manifest.strategies:
+            raise UsageError(
+                "the bundle was exported with --no-train, so it has no gradients: export it again without"
+            )
+        if isinstance(adapter, Mapping):
+            raise UsageError("gradients are of one adapter, not of a mixture: name one")
+        strategy = self.manifest.strategies[0]
+        specs = model_inputs(self.manifest, self.manifest.graphs[strategy.graph].inputs)
+        arrays = check_batch(self.manifest, specs, batch)
+        session = self._activated(strategy.graph, strategy.memory, adapter, arrays["input_ids"].shape)
+        session.bind(arrays)
+        names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
+        outputs = session.run_for(["loss", *names])
+        loss = float(outputs.pop("loss").numpy())
+        gradients = {names[output]: value.numpy() for output, value in outputs.items()}
+        return loss, to_peft_layout(self._bundle, gradients)
+
+    def generate(self, prompt: str, adapter: AdapterSpec = None, max_new_tokens: int = 64) -> str:
+        """Continue a text greedily.
+
+        Args:
+            prompt: the text to continue.
+            adapter: as for `forward`.
+            max_new_tokens: tokens to write at most; an end-of-sequence token ends earlier.
+
+        Returns:
+            The continuation without the prompt.
+
+        Raises:
+            UsageError: the bundle is no language model, or prompt and answer do not fit its context.
+            MissingExtraError: `tokenizers` is not installed.
+        """
+        self._require_language_model()
+        ids, _ = self._task.text.encode(prompt)
+        return self._task.text.decode(self.generate_ids(ids, adapter, max_new_tokens))
+
+    def generate_ids(
+        self, prompt: list[int], adapter: AdapterSpec = None, max_new_tokens: int = 64
+    ) -> list[int]:
+        """Continue token ids greedily; see `generate`. The end-of-sequence token is included if it was
+        reached.
+
+        Raises:
+            UsageError: the bundle is no language model, or prompt and answer do not fit its context.
+        """
+        self._require_language_model()
+        generation.check_length(self.manifest, len(prompt), max_new_tokens)
+        specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
+        check_batch(self.manifest, specs, {"input_ids": [prompt]})
+        shape = (1, len(prompt) + max_new_tokens)
+        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+        return generation.greedy(session, self.manifest, prompt, max_new_tokens)
+
+    def predict(
+        self,
+        source: RecordSource,
+        adapter: AdapterSpec = None,
+        batch_size: int = 8,
+        seq_len: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Classify or embed records.
+
+        Args:
+            source: a JSONL file's path, or mappings such as `{"text": …}`.
+            adapter: as for `forward`.
+            batch_size: records a run.
+            seq_len: tokens a text is cut to; None for the model's maximum.
+
+        Returns:
+            For each record `{"label", "score", "scores"}`, with `"expected"` if the record has a label, or
+            `{"embedding"}`.
+
+        Raises:
+            DataError: a record cannot be used.
+            UsageError: the task predicts nothing a record.
+        """
+        if self.manifest.task == "text-generation":
+            raise UsageError("a text-generation bundle predicts nothing a record: use generate")
+        length = self.manifest.model.max_length if seq_len is None else seq_len
+        if batch_size < 1 or not 2 <= length <= self.manifest.model.max_length:
+            raise UsageError(
+                f"batch_size is {batch_size} and seq_len {length}, expected at least 1, and 2 to "
+                f"{self.manifest.model.max_length}"
+            )
+        examples = self._task.encode_all(records(source), length, training=False)
+        results: list[dict[str, Any]] = []
+        for start in range(0, len(examples), batch_size):
+            chunk = examples[start : start + batch_size]
+            batch = self._task.batch(chunk, training=False)
+            for result, example in zip(
+                self._task.results(self.forward(batch, adapter), batch), chunk, strict=True
+            ):
+                if example.label is not None:
+                    result["expected"] = self.manifest.model.labels[example.label]
+                results.append(result)
+        return results
+
+    def adapt(
+        self, source: RecordSource, output: str | Path, *, on_step: OnStep | None = None, **options: Any
+    ) -> AdaptReport:
+        """Train an adapter on records, within the memory budget, and keep it if it is better on held-out
+        ones.
+
+        Args:
+            source: a JSONL file's path, or mappings such as `{"text": …, "label": …}`.
+            output: folder for the new adapter, in PEFT's format; it is left alone unless the update is kept.
+            on_step: called after every step.
+            **options: see `TrainingOptions`: `steps`, `seq_len`, `batch_size`, `learning_rate`, ….
+
+        Returns:
+            What was done, what it cost and how it was judged.
+
+        Raises:
+            BudgetError: the memory budget cannot be met.
+            UpdateRejectedError: the new adapter is worse, so nothing was written.
+            DataError: a record cannot be used.
+            UsageError: an option cannot be used.
+        """
+        known = {item.name for item in dataclasses.fields(TrainingOptions)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise UsageError(f"adapt takes no option {unknown[0]!r}: it takes {', '.join(sorted(known))}")
+        self.close()
+        return Update(
+            self._bundle,
+            self._task,
+            source,
+            Path(output),
+            TrainingOptions(**options),
+            self._budget_bytes,
+            self._threads,
+            on_step,
+        ).run()
+
+    def close(self) -> None:
+        """Free the sessions; the next call opens them again."""
+        if self._open:
+            for entry in self._open.values():
+                entry.session.close()
+            self._open.clear()
+            release_freed_memory()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _require_language_model(self) -> None:
+        if self.manifest.task != "text-generation":
+            raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
+
+    def _activated(
+        self, role: str, memory: MemoryFormula, adapter: AdapterSpec, shape: tuple[int, ...]
+    ) -> GraphSession:
+        """The session of a graph with this adapter's inputs bound, if the budget holds a batch of this
+        shape."""
+        frozen = dict(adapter) if isinstance(adapter, Mapping) else adapter
+        entry = self._open.get(role)
+        inputs = None
+        if entry is None or isinstance(frozen, Path) or frozen != entry.adapter:
+            chosen = resolve(self._bundle, frozen, check_effect=role == "inference")
+            inputs = graph_inputs(self._bundle, chosen)
+            rank = max((len(inputs[slot.scaling_input]) for slot in self.manifest.lora_slots), default=0)
+        else:
+            rank = entry.rank
+        if self._budget_bytes is not None:
+            if entry is None:
+                self.close()  # two sessions at once are in no plan
+            check_run(
+                memory,
+                self._budget_bytes,
+                read_memory().resident_bytes,
+                shape=(shape[0], shape[1]),
+                rank=rank,
+                session_open=entry is not None,
+            )
+        session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session
+        if inputs is not None:
+            session.bind(inputs)
+            self._open[role] = _OpenSession(session, frozen, rank)
+        return session
+
+
+def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:
+    """Open a bundle and check every file of it.
+
+    Args:
+        path: the bundle's folder.
+        memory_budget: limit on the whole process's resident memory, such as `"128MiB"`; None for no limit.
+        threads: threads of a session; 0 lets onnxruntime choose.
+
+    Raises:
+        BundleError: the bundle is missing, damaged, of a newer format or reaches outside its folder.
+        UsageError: the budget is no size.
+    """
+    return Model(open_bundle(path), None if memory_budget is None else parse_size(memory_budget), threads)

@@ -1,0 +1,92 @@
+"""What is told about an update, kept or not."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+REPORT_FILE = "adapt_report.json"
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Resident memory of the whole process, predicted and measured, in bytes.
+
+    Attributes:
+        budget_bytes: the budget, None if there was none.
+        predicted_peak_bytes: the plan's figure, of which `predicted` gives the parts.
+        measured_peak_bytes: the kernel's figure for the update; where `peak_is_exact` is false, the largest
+        sample.
+        timeline: `[seconds since the update began, resident bytes]`.
+    """
+
+    budget_bytes: int | None
+    predicted_peak_bytes: int
+    predicted: dict[str, int]
+    measured_peak_bytes: int
+    peak_is_exact: bool
+    timeline: list[tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss and accuracy (None where the task has none) on the held-out records."""
+
+    loss: float
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class AdaptReport:
+    """An update: what was done, what it cost and how it was judged.
+
+    Attributes:
+        edgepeft_version: that made the update.
+        task: the bundle's task.
+        model: the base model's name.
+        started_from: the adapter that training started from.
+        output: the folder that holds the new adapter if `decision` is `kept`.
+        decision: `kept` or `rejected`.
+        strategy: how gradients were computed.
+        options: the training options.
+        trained_tensors, trained_values: what trained.
+        records: counts of `train`, `held_out` and `truncated` records.
+        steps: optimizer steps; `resumed_from_step` of them were done by an earlier process.
+        losses, learning_rates, grad_norms: one entry a step, the norm before clipping.
+        limited_steps: steps after which the policy's `max_relative_change` scaled the update back.
+        relative_change: L2 norm of the update divided by that of what it started from.
+        held_out_before, held_out_after: the judgement.
+        seconds: `total`, `train`, `evaluate` and the median `step` of this process.
+        memory: see `MemoryReport`.
+    """
+
+    edgepeft_version: str
+    task: str
+    model: str
+    started_from: str
+    output: str
+    decision: str
+    strategy: str
+    options: dict[str, Any]
+    trained_tensors: int
+    trained_values: int
+    records: dict[str, int]
+    steps: int
+    resumed_from_step: int
+    losses: list[float]
+    learning_rates: list[float]
+    grad_norms: list[float]
+    limited_steps: int
+    relative_change: float
+    held_out_before: HeldOut
+    held_out_after: HeldOut
+    seconds: dict[str, float]
+    memory: MemoryReport = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"

@@ -1,0 +1,149 @@
+"""The training loop: one graph for loss and gradients, the optimizer's graphs, a checkpoint now and then."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.checkpoint import Progress
+from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
+from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.sampling import batch_indices
+from edgepeft.runtime.training.schedule import learning_rate
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import UpdateRejectedError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: its number from 1, of how many, its loss and the process's resident bytes after
+    it."""
+
+    number: int
+    total: int
+    loss: float
+    resident_bytes: int
+
+
+class GradientSession:
+    """A training graph with everything bound: parameters are read and gradients written in place.
+
+    Args:
+        bundle: the bundle.
+        role: the graph's key in the manifest.
+        constants: adapter inputs that do not train.
+        state: the trained tensors.
+        threads: threads of the session.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        role: str,
+        constants: Mapping[str, FloatArray],
+        state: TrainingState,
+        threads: int = 0,
+    ) -> None:
+        self._loss = np.zeros((), np.float32)
+        self._session = GraphSession(bundle, role, threads)
+        self._session.bind({name: value for name, value in constants.items() if name not in state.parameters})
+        self._session.bind(state.parameters)
+        self._session.bind_outputs({"loss": self._loss})
+        self._session.bind_outputs({f"grad.{name}": value for name, value in state.gradients.items()})
+
+    def run(self, batch: Mapping[str, npt.NDArray[np.generic]]) -> float:
+        """Compute the batch's loss and its gradients, which land in the state."""
+        self._session.bind({name: value for name, value in batch.items() if name in self._session.inputs})
+        self._session.run()
+        return float(self._loss)
+
+    def close(self) -> None:
+        """Free the session."""
+        self._session.close()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that fixes what each step does."""
+
+    options: TrainingOptions
+    total_steps: int
+    max_relative_change: float | None
+
+
+def train(
+    bundle: Bundle,
+    role: str,
+    task: Task,
+    examples: Sequence[Example],
+    constants: Mapping[str, FloatArray],
+    state: TrainingState,
+    progress: Progress,
+    schedule: Schedule,
+    after_step: Callable[[float], None],
+    threads: int = 0,
+) -> None:
+    """Train from `progress.step` to the schedule's end; `state` and `progress` are updated in place.
+
+    Args:
+        bundle: the bundle.
+        role: the training graph's key.
+        task: makes batches of the examples.
+        examples: what to train on.
+        constants: all adapter inputs; those in `state` are taken from there.
+        state: the trained tensors and moments.
+        progress: where the update stands.
+        schedule: what each step does.
+        after_step: called with the loss after every step; may raise to stop.
+        threads: threads of the training session.
+
+    Raises:
+        UpdateRejectedError: the loss or a gradient is not a number any more.
+    """
+    options = schedule.options
+    optimizer = AdamW(
+        bundle,
+        state,
+        AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm),
+    )
+    try:
+        gradients = GradientSession(bundle, role, constants, state, threads)
+        try:
+            while progress.step < schedule.total_steps:
+                indices = batch_indices(
+                    len(examples), options.batch_size, options.seed, progress.step, task.minimum_batch
+                )
+                loss = gradients.run(task.batch([examples[index] for index in indices], training=True))
+                rate = learning_rate(
+                    options.schedule,
+                    options.learning_rate,
+                    progress.step,
+                    schedule.total_steps,
+                    options.warmup_steps,
+                )
+                norm = optimizer.step(progress.step + 1, rate)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise UpdateRejectedError(
+                        f"step {progress.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, "
+                        f"so the update "
+                        "is given up: lower the learning rate"
+                    )
+                limit = schedule.max_relative_change
+                if limit is not None and state.limit_change(limit):
+                    progress.limited_steps += 1
+                progress.step += 1
+                progress.losses.append(loss)
+                progress.learning_rates.append(rate)
+                progress.grad_norms.append(norm)
+                after_step(loss)
+        finally:
+            gradients.close()
+    finally:
+        optimizer.close()
