@@ -25,7 +25,6 @@ class Workload:
     """The sizes a plan depends on.
 
     Attributes:
-        batch_size: records a step.
         rows: rows of a batch (a pair of sentences is two).
         seq_len: tokens of the longest row.
         rank: the largest rank of the adapter.
@@ -33,7 +32,6 @@ class Workload:
         trained_values: those of them that train.
     """
 
-    batch_size: int
     rows: int
     seq_len: int
     rank: int

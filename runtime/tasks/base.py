@@ -55,6 +55,8 @@ class Task(ABC):
 
     output: str
     """Name of the inference graph's output that holds the result."""
+    rows_per_record = 1
+    """Rows of a batch that one training record makes."""
     minimum_batch = 1
     """Records below which a batch has no gradient."""
 

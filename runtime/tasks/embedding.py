@@ -12,6 +12,7 @@ class Embedding(Task):
     others'."""
 
     output = "sentence_embedding"
+    rows_per_record = 2
     minimum_batch = 2
 
     def encode(self, record: Record, max_length: int, *, training: bool) -> Example:

@@ -121,15 +121,15 @@ class Update:
         bundle, options, task = self._bundle, self._options, self._task
         adapter = starting_adapter(bundle, options)
         names = trained_names(bundle.manifest, adapter, options.trainable)
-        examples = task.encode_all(records(self._source), options.seq_len, training=True)
+        examples = task.encode_all(records(self._source), options.tokens(bundle.manifest), training=True)
         task.release()
         train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
         total_steps = self._total_steps(len(train_on))
         release_freed_memory()
+        rows = min(options.batch_size, len(examples)) * task.rows_per_record
+        sizes = workload(adapter, names, rows, max(example.length for example in examples))
         plan = choose(
-            plans(
-                bundle.manifest, _workload(adapter, names, examples, options), read_memory().resident_bytes
-            ),
+            plans(bundle.manifest, sizes, read_memory().resident_bytes),
             self._budget_bytes,
         )
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
@@ -306,8 +306,8 @@ class Update:
             start.update(name.encode())
             start.update(adapter.tensors[name].tobytes())
         chosen = dataclasses.asdict(self._options)
-        # The bundle's adapter is known by its content, and steps by their number however it was asked for.
-        for name in ("resume", "adapter", "steps", "epochs"):
+        # These are known by what they lead to: the adapter's content, the data's tokens, the number of steps.
+        for name in ("resume", "adapter", "seq_len", "steps", "epochs"):
             del chosen[name]
         return {
             "bundle": hash_file(self._bundle.path / MANIFEST_FILE).sha256,
@@ -335,13 +335,11 @@ def _check_output(bundle: Bundle, output: Path) -> None:
     )
 
 
-def _workload(
-    adapter: Adapter, names: list[str], examples: list[Example], options: TrainingOptions
-) -> Workload:
+def workload(adapter: Adapter, names: list[str], rows: int, seq_len: int) -> Workload:
+    """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on."""
     return Workload(
-        batch_size=options.batch_size,
-        rows=min(options.batch_size, len(examples)) * len(examples[0].rows),
-        seq_len=max(example.length for example in examples),
+        rows=rows,
+        seq_len=seq_len,
         rank=max((adapter.rank(module) for module in adapter.modules), default=0),
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),

@@ -8,6 +8,7 @@ from edgepeft.runtime.training.schedule import SCHEDULES
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import UsageError
 
+DEFAULT_SEQ_LEN = 128
 TRAINABLE = ("all", "lora", "modules_to_save")
 
 
@@ -22,7 +23,7 @@ class TrainingOptions:
         steps: optimizer steps; None derives them from `epochs`.
         epochs: passes over the training records.
         batch_size: records (or pairs) a step.
-        seq_len: tokens a text is cut to.
+        seq_len: tokens a text is cut to; None is 128, or the model's maximum if that is less.
         learning_rate: peak rate.
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
@@ -39,7 +40,7 @@ class TrainingOptions:
     steps: int | None = None
     epochs: int = 1
     batch_size: int = 8
-    seq_len: int = 128
+    seq_len: int | None = None
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     schedule: str = "linear"
@@ -87,10 +88,14 @@ class TrainingOptions:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
             )
-        if self.seq_len > manifest.model.max_length:
+        if self.tokens(manifest) > manifest.model.max_length:
             raise UsageError(
                 f"seq_len is {self.seq_len}, the model takes at most {manifest.model.max_length} tokens"
             )
         limit = manifest.policy.max_steps
         if limit is not None and self.steps is not None and self.steps > limit:
             raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")
+
+    def tokens(self, manifest: Manifest) -> int:
+        """Tokens a text is cut to."""
+        return min(DEFAULT_SEQ_LEN, manifest.model.max_length) if self.seq_len is None else self.seq_len

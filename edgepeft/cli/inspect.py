@@ -1,0 +1,99 @@
+"""`edgepeft inspect`: what a bundle holds."""
+
+import json
+from typing import Any
+
+import click
+
+from edgepeft.cli.options import bundle_argument, json_option, table
+from edgepeft.sizes import format_size
+
+
+@click.command(short_help="Show what a bundle holds.")
+@bundle_argument()
+@json_option()
+def inspect(bundle: str, as_json: bool) -> None:
+    """Show what BUNDLE holds, after checking every file against its hash.
+
+    \b
+    Example:
+      edgepeft inspect model.edge
+    """
+    from edgepeft.bundle.reader import open_bundle
+
+    summary = _summary(open_bundle(bundle))
+    click.echo(json.dumps(summary, indent=1) if as_json else _table(summary))
+
+
+def _summary(bundle: Any) -> dict[str, Any]:
+    manifest = bundle.manifest
+    adapters = {name: bundle.adapter(name) for name in bundle.adapter_names()}
+    return {
+        "path": str(bundle.path),
+        "format_version": manifest.format_version,
+        "written_by": manifest.edgepeft_version,
+        "task": manifest.task,
+        "model": manifest.model.name,
+        "architecture": manifest.model.architecture,
+        "max_length": manifest.model.max_length,
+        "labels": list(manifest.model.labels),
+        "bits": manifest.quantization.bits,
+        "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
+        "weights_bytes": manifest.files[manifest.weights_file].nbytes,
+        "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
+        "lora_slots": len(manifest.lora_slots),
+        "saved_modules": [f"{saved.module}.{saved.parameter}" for saved in manifest.saved_modules],
+        "adapters": {
+            name: {
+                "rank": max((adapter.rank(module) for module in adapter.modules), default=0),
+                "parameters": adapter.parameters,
+                "modules": len(adapter.modules),
+                "in_manifest": name in manifest.adapters,
+            }
+            for name, adapter in adapters.items()
+        },
+        "strategies": [strategy.name for strategy in manifest.strategies],
+        "policy": {
+            "trainable": len(manifest.policy.trainable),
+            "max_steps": manifest.policy.max_steps,
+            "max_relative_change": manifest.policy.max_relative_change,
+        },
+        "verification": manifest.verification,
+    }
+
+
+def _table(summary: dict[str, Any]) -> str:
+    labels = summary["labels"]
+    shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+    limits = {
+        name: value for name, value in summary["policy"].items() if value is not None and name != "trainable"
+    }
+    rows = [
+        [
+            "bundle",
+            f"{summary['path']}  {format_size(summary['bundle_bytes'])}, format {summary['format_version']}",
+        ],
+        ["model", f"{summary['model']} ({summary['architecture']}), at most {summary['max_length']} tokens"],
+        ["task", summary["task"] + (f", {len(labels)} labels: {shown}" if labels else "")],
+        ["weights", f"{format_size(summary['weights_bytes'])} at {summary['bits']} bits"],
+        ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
+        [
+            "slots",
+            f"{summary['lora_slots']} linear modules; saved: {', '.join(summary['saved_modules']) or 'none'}",
+        ],
+        ["training", ", ".join(summary["strategies"]) or "none (exported with --no-train)"],
+        [
+            "policy",
+            f"{summary['policy']['trainable']} tensors may train"
+            + "".join(f", {k} {v}" for k, v in limits.items()),
+        ],
+    ]
+    for name, adapter in summary["adapters"].items():
+        rows.append(
+            [
+                "adapter",
+                f"{name}: rank {adapter['rank']} on {adapter['modules']} modules, {adapter['parameters']:,} "
+                f"parameters",
+            ]
+        )
+    return table(rows)

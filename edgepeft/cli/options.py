@@ -1,0 +1,87 @@
+"""Options and tables that several commands share."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+
+from edgepeft.errors import UsageError
+from edgepeft.sizes import parse_size
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    del ctx
+    try:
+        return None if value is None else parse_size(value)
+    except UsageError as error:
+        raise UsageError(f"--{param.name}: {error}") from error
+
+
+def bundle_argument() -> Decorator:
+    """The bundle's folder."""
+    return click.argument("bundle", type=click.Path())
+
+
+def json_option() -> Decorator:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+
+
+def budget_option(*, required: bool = False) -> Decorator:
+    """`--budget SIZE`."""
+    return click.option(
+        "--budget",
+        callback=_size,
+        required=required,
+        metavar="SIZE",
+        help="Limit on the whole process's resident memory, such as 128MiB or 0.5GB.",
+    )
+
+
+def adapters_option() -> Decorator:
+    """`--adapter NAME[=WEIGHT]`, which may be repeated."""
+    return click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="NAME[=WEIGHT]",
+        help="Adapter of the bundle, or a PEFT folder's path; repeat it to mix. None: the base alone.",
+    )
+
+
+def adapter_spec(values: Sequence[str]) -> str | dict[str, float] | None:
+    """What `Model.forward` takes for the values of `--adapter`.
+
+    Raises:
+        UsageError: a weight is not a number, or a name is given twice.
+    """
+    if not values:
+        return None
+    weights: dict[str, float] = {}
+    for value in values:
+        name, separator, weight = value.rpartition("=")
+        if not separator:
+            name, weight = value, "1"
+        try:
+            number = float(weight)
+        except ValueError as error:
+            raise UsageError(f"--adapter {value}: {weight!r} is not a weight: write NAME=0.7") from error
+        if not math.isfinite(number) or not name:
+            raise UsageError(f"--adapter {value}: write NAME or NAME=0.7")
+        if name in weights:
+            raise UsageError(f"--adapter {name}: is given twice: give it once, with the sum of its weights")
+        weights[name] = number
+    return values[0] if len(values) == 1 and weights.get(values[0]) == 1.0 else weights
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
+    """Columns aligned by their widest cell."""
+    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )

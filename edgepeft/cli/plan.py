@@ -1,0 +1,88 @@
+"""`edgepeft plan`: what training would need, before anything is loaded for it."""
+
+import contextlib
+import dataclasses
+import json
+from typing import Any
+
+import click
+
+from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.errors import BudgetError, MissingExtraError
+from edgepeft.sizes import format_size
+
+
+@click.command(short_help="Predict the memory of an update.")
+@bundle_argument()
+@budget_option(required=True)
+@click.option("--seq-len", type=int, help="Tokens of the longest text; 128 unless given.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
+@click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
+@click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
+@json_option()
+def plan(
+    bundle: str,
+    budget: int,
+    seq_len: int | None,
+    batch_size: int,
+    adapter: str | None,
+    rank: int | None,
+    as_json: bool,
+) -> None:
+    """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget.
+
+    \b
+    Example:
+      edgepeft plan model.edge --budget 128MiB --seq-len 64 --batch-size 4
+    """
+    from edgepeft.bundle.reader import open_bundle
+    from edgepeft.runtime.memory.planner import choose, plans
+    from edgepeft.runtime.memory.process import read_memory
+    from edgepeft.runtime.tasks import task_for
+    from edgepeft.runtime.training.adapt import workload
+    from edgepeft.runtime.training.options import TrainingOptions
+    from edgepeft.runtime.training.starting import starting_adapter, trained_names
+
+    opened = open_bundle(bundle)
+    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size)
+    options.check(opened.manifest)
+    start = starting_adapter(opened, options)
+    names = trained_names(opened.manifest, start, options.trainable)
+    task = task_for(opened)
+    with contextlib.suppress(MissingExtraError):
+        if "tokenizer.json" in opened.manifest.files:
+            assert task.text  # adapting text loads it, and its libraries stay
+            task.release()
+    rows = batch_size * task.rows_per_record
+    sizes = workload(start, names, rows, options.tokens(opened.manifest))
+    candidates = plans(opened.manifest, sizes, read_memory().resident_bytes)
+    fits: str | None = None
+    failure: BudgetError | None = None
+    try:
+        fits = choose(candidates, budget).strategy
+    except BudgetError as error:
+        failure = error
+    result = {
+        "budget_bytes": budget,
+        "batch_size": batch_size,
+        "seq_len": sizes.seq_len,
+        "chosen": fits,
+        "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates),
+        "strategies": [{**dataclasses.asdict(item), "peak_bytes": item.peak_bytes} for item in candidates],
+    }
+    click.echo(json.dumps(result, indent=1) if as_json else _table(result))
+    if failure is not None:
+        raise failure
+
+
+def _table(result: dict[str, Any]) -> str:
+    columns = ("process", "session", "activation", "state", "evaluation", "peak")
+    rows = [
+        [
+            item["strategy"],
+            *(format_size(item[f"{column}_bytes"]) for column in columns),
+            "fits" if item["peak_bytes"] <= result["budget_bytes"] else "does not fit",
+        ]
+        for item in result["strategies"]
+    ]
+    return table(rows, ["strategy", *columns, format_size(result["budget_bytes"])])

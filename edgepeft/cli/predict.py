@@ -1,0 +1,73 @@
+"""`edgepeft predict`: classify or embed the records of a file."""
+
+import json
+import math
+from typing import Any
+
+import click
+
+from edgepeft.cli.options import (
+    adapter_spec,
+    adapters_option,
+    budget_option,
+    bundle_argument,
+    json_option,
+    table,
+)
+
+
+@click.command(short_help="Classify or embed records.")
+@bundle_argument()
+@click.option("--data", required=True, type=click.Path(), help='JSONL file of records such as {"text": …}.')
+@adapters_option()
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a run.")
+@click.option("--seq-len", type=int, help="Tokens a text is cut to; the model's maximum unless given.")
+@budget_option()
+@json_option()
+def predict(
+    bundle: str,
+    data: str,
+    adapters: tuple[str, ...],
+    batch_size: int,
+    seq_len: int | None,
+    budget: int | None,
+    as_json: bool,
+) -> None:
+    """Classify or embed every record of a file; with labels in it, also say how many are right.
+
+    \b
+    Example:
+      edgepeft predict model.edge --data records.jsonl --adapter mine
+    """
+    from edgepeft.runtime import load
+
+    spec = adapter_spec(adapters)
+    with load(bundle, memory_budget=budget) as model:
+        records = model.predict(data, adapter=spec, batch_size=batch_size, seq_len=seq_len)
+        task = model.manifest.task
+    graded = [record["label"] == record["expected"] for record in records if "expected" in record]
+    accuracy = sum(graded) / len(graded) if graded else None
+    result = {"task": task, "adapter": spec, "accuracy": accuracy, "records": records}
+    click.echo(json.dumps(result) if as_json else _table(result))
+
+
+def _table(result: dict[str, Any]) -> str:
+    if result["task"] == "feature-extraction":
+        rows = [
+            [
+                str(number),
+                str(len(record["embedding"])),
+                f"{math.hypot(*record['embedding']):.4f}",
+                ", ".join(f"{value:.4f}" for value in record["embedding"][:4]) + ", …",
+            ]
+            for number, record in enumerate(result["records"], start=1)
+        ]
+        return table(rows, ["record", "width", "norm", "embedding (use --json for all of it)"])
+    rows = [
+        [str(number), record["label"], f"{record['score']:.4f}", record.get("expected", "")]
+        for number, record in enumerate(result["records"], start=1)
+    ]
+    text = table(rows, ["record", "label", "score", "expected"])
+    if result["accuracy"] is not None:
+        text += f"\naccuracy {result['accuracy']:.4f}"
+    return text
