@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +45,7 @@ class Emitter:
         self.metadata_props: dict[str, str] = {}
         self._emitted: dict[tuple[Any, ...], Sequence[ir.Value]] = {}
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._appended: list[ir.Node] = []
         self._names = {value.name for value in [*graph.inputs, *graph.initializers.values()]}
         self._counter = 0
         for node in graph:
@@ -102,6 +103,7 @@ class Emitter:
         if domain:
             self.graph.opset_imports.setdefault(domain, 1)
         self.graph.append(node)
+        self._appended.append(node)
         self._emitted[key] = node.outputs
         return node.outputs
 
@@ -113,6 +115,16 @@ class Emitter:
             if name not in self._names:
                 self._names.add(name)
                 return name
+
+    def remove_unused(self, keep: Iterable[ir.Value]) -> None:
+        """Removes emitted nodes and constants that lead to none of the values to keep."""
+        kept = set(keep)
+        for node in reversed(self._appended):
+            if not any(output.uses() or output in kept for output in node.outputs):
+                self.graph.remove(node, safe=True)
+        for value in self._constants.values():
+            if not value.uses() and value not in kept and value.name is not None:
+                del self.graph.initializers[value.name]
 
     # ---- constants and facts ---------------------------------------------------------------------
 

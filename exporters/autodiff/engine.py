@@ -85,10 +85,12 @@ def differentiate(
             pending.setdefault(primal, []).append(part)
     emit.metadata_props = {}
     gradients = {value: settle(value) for value in wrt}
-    return {
+    result = {
         value: emit.zeros_like(value) if gradient is None else gradient
         for value, gradient in gradients.items()
     }
+    emit.remove_unused(keep=result.values())
+    return result
 
 
 def _check_request(loss: ir.Value, opsets: Mapping[str, int]) -> None:

@@ -99,9 +99,10 @@ class Registry:
         key = (registration.domain, registration.op_type)
         for other in self._registrations.get(key, ()):
             if registration.since <= other.until and other.since <= registration.until:
+                name = f"{registration.domain or 'ai.onnx'}::{registration.op_type}"
                 raise ValueError(
-                    f"{registration.domain or 'ai.onnx'}::{registration.op_type} has two entries, for operator "
-                    f"versions {registration.since}-{registration.until} and {other.since}-{other.until}: "
+                    f"{name} has two entries, for operator versions "
+                    f"{registration.since}-{registration.until} and {other.since}-{other.until}: "
                     "remove one of them or make their ranges disjoint"
                 )
         self._registrations.setdefault(key, []).append(registration)

@@ -206,7 +206,7 @@ def cast(c: RuleContext) -> RuleResult:
     return [lambda: c.emit.cast(c.cotangent, c.emit.dtype(c.input(0)))]
 
 
-@rule("CastLike", since=15, until=28, differentiable=(0,))
+@rule("CastLike", since=15, until=25, differentiable=(0,))
 def cast_like(c: RuleContext) -> RuleResult:
     """x̄ = ȳ in the element type of x"""
     return [lambda: c.emit.cast(c.cotangent, c.emit.dtype(c.input(0)))]

@@ -143,7 +143,7 @@ def _pad_slice(c: RuleContext, x: ir.Value) -> ir.Value:
             min(max(int(start) + (dim if start < 0 else 0), 0), dim)  # type: ignore[operator, type-var]
             for start, dim in zip(starts_constant, sizes, strict=True)
         ]
-        after = [n - k - b for n, k, b in zip(sizes, lengths, before, strict=True)]  # type: ignore[operator]
+        after = [n - k - b for n, k, b in zip(sizes, lengths, before, strict=True)]
         pads = e.int64([*before, *after])  # type: ignore[list-item]
     else:
         starts = e.cast(c.input(1), ir.DataType.INT64)

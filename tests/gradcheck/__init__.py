@@ -1,0 +1,1 @@
+"""Every gradient rule against central differences, against PyTorch, and in random graphs."""
