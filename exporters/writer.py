@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
-#: Tensors below this size stay inside the ONNX file.
+#: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
 INLINE_BYTES = 1024
-#: A multiple of every common page size's divisor: maps and direct reads start on a page of 4 KiB.
+#: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
 
 
@@ -47,12 +47,12 @@ class WeightWriter:
 
 
 def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file: str) -> None:
-    """Serialize `model` to `path`, its initializers of `INLINE_BYTES` and more to `weights`."""
+    """Serialize `model` to `path`, its weights and large constants to `weights`."""
     kept: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes < INLINE_BYTES:
+        if tensor.nbytes < INLINE_BYTES and "." not in name:
             continue
         stored = weights.add(name, tensor)
         kept[name] = tensor

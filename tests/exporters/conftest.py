@@ -1,0 +1,66 @@
+"""Bundles are exported once a session: tracing takes seconds."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import edgepeft
+from edgepeft.bundle.manifest import Manifest
+
+from . import models
+
+LORA_TARGETS = {"bert": ["query", "key", "value", "dense"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}
+
+
+@dataclass
+class Exported:
+    """A bundle with two adapters, and what it was made from."""
+
+    folder: Path
+    manifest: Manifest
+    adapters: dict[str, Path]
+    build: Callable[[], transformers.PreTrainedModel]
+
+    def torch_model(self) -> transformers.PreTrainedModel:
+        """The PyTorch model on the bundle's weights."""
+        model = self.build()
+        models.use_reference(model, models.read_reference(self.folder, self.manifest))
+        model.config.use_cache = False
+        return model
+
+
+BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], str, str | None]] = {
+    "bert-classifier": (models.bert_classifier, "bert", "SEQ_CLS"),
+    "bert-encoder": (models.bert_encoder, "bert", "FEATURE_EXTRACTION"),
+    "llama-tied": (lambda: models.llama(tied=True), "llama", "CAUSAL_LM"),
+    "llama-untied": (lambda: models.llama(tied=False), "llama", "CAUSAL_LM"),
+}
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Exported]:
+    """`exported(name, bits)`: a bundle of one of `BUILDERS` with the adapters `plain` and `patterned`."""
+    made: dict[tuple[str, int], Exported] = {}
+
+    def make(name: str, bits: int) -> Exported:
+        if (name, bits) not in made:
+            build, family, task_type = BUILDERS[name]
+            root = tmp_path_factory.mktemp(f"{name}-{bits}")
+            targets = LORA_TARGETS[family]
+            common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
+            adapters = {
+                "plain": models.save_adapter(build(), root / "plain", 1, r=4, lora_alpha=8, **common),
+                "patterned": models.save_adapter(
+                    build(), root / "patterned", 2, r=2, lora_alpha=6, use_rslora=True,
+                    rank_pattern={targets[0]: 5}, alpha_pattern={targets[1]: 3}, **common,
+                ),  # fmt: skip
+            }
+            manifest = edgepeft.export(build(), root / "bundle", bits=bits, adapters=adapters)
+            made[name, bits] = Exported(root / "bundle", manifest, adapters, build)
+        return made[name, bits]
+
+    return make
