@@ -85,12 +85,12 @@ def differentiate(
             pending.setdefault(primal, []).append(part)
     emit.metadata_props = {}
     gradients = {value: settle(value) for value in wrt}
-    result = {
+    by_primal = {
         value: emit.zeros_like(value) if gradient is None else gradient
         for value, gradient in gradients.items()
     }
-    emit.remove_unused(keep=result.values())
-    return result
+    emit.remove_unused(keep=by_primal.values())
+    return by_primal
 
 
 def _check_request(loss: ir.Value, opsets: Mapping[str, int]) -> None:

@@ -106,7 +106,7 @@ def _fused_matmul_refusal(node: ir.Node) -> str | None:
 
 @rule("FusedMatMul", domain=MICROSOFT, refuses=_fused_matmul_refusal)
 def fused_matmul(c: RuleContext) -> RuleResult:
-    """y = α·op(a)·op(b):  the cotangents of Gemm without c, summed over broadcast batch axes"""
+    """y = α·op(a)·op(b):  ā = α ȳ op(b)ᵀ,  b̄ = α op(a)ᵀ ȳ, transposed as a, b are, summed over batch axes"""
     e, a, b, dy = c.emit, c.input(0), c.input(1), c.cotangent
     alpha = c.attr_float("alpha", 1.0)
     trans_a, trans_b = bool(c.attr_int("transA", 0)), bool(c.attr_int("transB", 0))
