@@ -1,6 +1,7 @@
 """`edgepeft adapt`: train an adapter on this device's records, inside a memory budget."""
 
 import json
+import sys
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class _Progress(ExitStack):
                 click.progressbar(
                     length=step.total,
                     label="adapting",
-                    file=click.get_text_stream("stderr"),
+                    file=sys.stderr,
                     item_show_func=_shown,
                 )
             )
