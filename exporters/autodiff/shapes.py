@@ -89,6 +89,12 @@ def normalize_axes(axes: Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(sorted(axis % rank for axis in axes))
 
 
+def static_dims(shape: ir.Shape, axes: Sequence[int]) -> list[int] | None:
+    """The sizes of some axes, or None unless all of them are static."""
+    dims = [dim for dim in (shape[axis] for axis in axes) if isinstance(dim, int)]
+    return dims if len(dims) == len(axes) else None
+
+
 def reduced_shape(shape: ir.Shape | None, axes: Sequence[int], *, keepdims: bool) -> ir.Shape | None:
     """The shape left after reducing `axes` (non-negative)."""
     if shape is None:

@@ -15,7 +15,7 @@ from edgepeft.exporters.autodiff.registry import (
     operator_version,
 )
 
-from gradcheck.cases import all_cases
+from .cases import all_cases
 
 TESTED = {
     (case.domain, case.op_type, operator_version(case.domain, case.op_type, 1 if case.domain else case.opset))

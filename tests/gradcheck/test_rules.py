@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from gradcheck.cases import all_cases
-from gradcheck.harness import (
+from .cases import all_cases
+from .harness import (
     Array,
     Case,
     central_differences,

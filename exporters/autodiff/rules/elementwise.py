@@ -27,8 +27,13 @@ def sub(c: RuleContext) -> RuleResult:
 
 @rule("Mul", since=7, until=14, broadcasts=True)
 def mul(c: RuleContext) -> RuleResult:
-    """ā = ȳ · b,  b̄ = ȳ · a"""
-    a, b = c.input(0), c.input(1)
+    """ā = ȳ · b,  b̄ = ȳ · a;  where b = σ(a), ā = ȳ · (b + y · (1 − b)) for both paths"""
+    e, a, b = c.emit, c.input(0), c.input(1)
+    for x, gate in ((a, b), (b, a)):
+        node = gate.producer()
+        if node is not None and node.op_type == "Sigmoid" and node.inputs[0] is x:
+            slope = e.add(gate, e.mul(c.output, e.sub(e.scalar(1, gate), gate)))
+            return [e.mul(c.cotangent, slope) if value is x else None for value in (a, b)]
     return [lambda: c.emit.mul(c.cotangent, b), lambda: c.emit.mul(c.cotangent, a)]
 
 

@@ -15,23 +15,30 @@ def _axes(c: RuleContext) -> list[int]:
     return list(range(c.attr_int("axis", -1) % rank, rank))
 
 
+def _extra_output(c: RuleContext, index: int, stem: str) -> ir.Value:
+    """An optional output of the forward node, float32 and of size 1 along the normalized axes."""
+    node, axes = c.node, _axes(c)
+    if len(node.outputs) <= index:
+        node.resize_outputs(index + 1)
+    output = node.outputs[index]
+    if output.name is None:
+        output.name = c.emit.new_name(stem)
+        output.dtype = ir.DataType.FLOAT
+        output.shape = ir.Shape(
+            [1 if axis in axes else dim for axis, dim in enumerate(c.emit.shape(c.input(0)))]
+        )
+    return output
+
+
 def _statistics(c: RuleContext, axes: list[int]) -> tuple[ir.Value, ir.Value]:
     """The mean and 1/√(variance + ε), each of size 1 along the normalized axes.
 
     In float32 the forward node hands them out as its optional outputs; in other types onnxruntime would give
     them in float32, so they are computed again.
     """
-    e, x, node = c.emit, c.input(0), c.node
+    e, x = c.emit, c.input(0)
     if e.dtype(x) == ir.DataType.FLOAT:
-        first_new = len(node.outputs)
-        if first_new < 3:
-            node.resize_outputs(3)
-        shape = ir.Shape([1 if axis in axes else dim for axis, dim in enumerate(e.shape(x))])
-        for output, stem in list(zip(node.outputs, ("", "Mean", "InvStdDev"), strict=True))[first_new:]:
-            output.name = e.new_name(stem)
-            output.dtype = ir.DataType.FLOAT
-            output.shape = shape.copy()
-        return node.outputs[1], node.outputs[2]
+        return _extra_output(c, 1, "Mean"), _extra_output(c, 2, "InvStdDev")
     mean = e.reduce("ReduceMean", x, axes, keepdims=True)
     centred = e.sub(x, mean)
     variance = e.reduce("ReduceMean", e.mul(centred, centred), axes, keepdims=True)
@@ -70,23 +77,26 @@ def layer_normalization(c: RuleContext) -> RuleResult:
 
 @rule("RMSNormalization", since=23, until=23)
 def rms_normalization(c: RuleContext) -> RuleResult:
-    """v = mean(x²) + ε, g = ȳ·w:  x̄ = (g − x·mean(g·x)/v) / √v,  w̄ = Σ ȳ·x/√v"""
-    e, x, weight, dy, axes = c.emit, c.input(0), c.input(1), c.cotangent, _axes(c)
-    size = e.element_count(x, axes)
-    epsilon = c.attr_float("epsilon", 1e-5)
+    """r = 1/√(mean(x²) + ε), x̂ = x·r:  x̄ = r·(ȳ·w − x̂·mean(ȳ·y)),  w̄ = Σ ȳ·x̂"""
+    if c.emit.dtype(c.input(0)) != ir.DataType.FLOAT:
+        return _rms_cotangents(c, _inverse_rms(c))
+    # onnxruntime runs both operators with the same kernel; only this one hands out r.
+    c.node.op_type = "SimplifiedLayerNormalization"
+    return _rms_cotangents(c, _extra_output(c, 1, "InvStdDev"))
 
-    def mean_square() -> ir.Value:
-        total = e.reduce("ReduceSumSquare", x, axes, keepdims=True)
-        return e.add(e.div(total, size), e.scalar(epsilon, x))
+
+def _inverse_rms(c: RuleContext) -> ir.Value:
+    e, x, axes = c.emit, c.input(0), _axes(c)
+    mean_square = e.reduce("ReduceMean", e.mul(x, x), axes, keepdims=True)
+    root = e.unary("Sqrt", e.add(mean_square, e.scalar(c.attr_float("epsilon", 1e-5), x)))
+    return e.unary("Reciprocal", root)
+
+
+def _rms_cotangents(c: RuleContext, inverse: ir.Value) -> RuleResult:
+    e, x, weight, dy, axes = c.emit, c.input(0), c.input(1), c.cotangent, _axes(c)
 
     def into_x() -> ir.Value:
-        v = mean_square()
-        g = e.mul(dy, weight)
-        projection = e.div(e.reduce("ReduceMean", e.mul(g, x), axes, keepdims=True), v)
-        return e.div(e.sub(g, e.mul(x, projection)), e.unary("Sqrt", v))
+        projection = e.reduce("ReduceMean", e.mul(dy, c.output), axes, keepdims=True)
+        return e.mul(inverse, e.sub(e.mul(dy, weight), e.mul(e.mul(x, inverse), projection)))
 
-    def into_weight() -> ir.Value:
-        scaled = e.div(x, e.unary("Sqrt", mean_square()))
-        return e.unbroadcast(e.mul(dy, scaled), weight)
-
-    return [into_x, into_weight]
+    return [into_x, lambda: e.unbroadcast(e.mul(dy, e.mul(x, inverse)), weight)]

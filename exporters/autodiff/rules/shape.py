@@ -7,6 +7,7 @@ import onnx_ir as ir
 from ..context import RuleContext
 from ..emitter import Emitter
 from ..registry import RULES, RuleResult
+from ..shapes import static_dims
 
 rule = RULES.rule
 
@@ -66,9 +67,11 @@ def concat(c: RuleContext) -> RuleResult:
     if len(inputs) == 1:
         return [c.cotangent]
     if wanted == [0] or len(wanted) > 1:
-        sizes = e.concat([e.dim_of(value, axis) for value in inputs], axis=0)
-        if all(isinstance(e.shape(value)[axis], int) for value in inputs):
-            sizes = e.int64([int(e.shape(value)[axis]) for value in inputs])  # type: ignore[arg-type]
+        static = static_dims(ir.Shape([e.shape(value)[axis] for value in inputs]), range(len(inputs)))
+        if static is not None:
+            sizes = e.int64(static)
+        else:
+            sizes = e.concat([e.dim_of(value, axis) for value in inputs], axis=0)
         pieces = e.ops(
             "Split", c.cotangent, sizes, outputs=[(value.dtype, value.shape) for value in inputs], axis=axis
         )
@@ -136,15 +139,12 @@ def _pad_slice(c: RuleContext, x: ir.Value) -> ir.Value:
         "Gather", e.shape_of(c.output), e.int64(axes), dtype=ir.DataType.INT64, shape=ir.Shape([len(axes)])
     )
     starts_constant = e.constant_of(c.input(1))
-    sizes = [e.shape(x)[axis] for axis in axes]
-    lengths = [e.shape(c.output)[axis] for axis in axes]
-    if starts_constant is not None and all(isinstance(dim, int) for dim in (*sizes, *lengths)):
-        before = [
-            min(max(int(start) + (dim if start < 0 else 0), 0), dim)  # type: ignore[operator, type-var]
-            for start, dim in zip(starts_constant, sizes, strict=True)
-        ]
+    sizes, lengths = static_dims(e.shape(x), axes), static_dims(e.shape(c.output), axes)
+    if starts_constant is not None and sizes is not None and lengths is not None:
+        starts_wrapped = [int(s) + (n if s < 0 else 0) for s, n in zip(starts_constant, sizes, strict=True)]
+        before = [min(max(start, 0), n) for start, n in zip(starts_wrapped, sizes, strict=True)]
         after = [n - k - b for n, k, b in zip(sizes, lengths, before, strict=True)]
-        pads = e.int64([*before, *after])  # type: ignore[list-item]
+        pads = e.int64([*before, *after])
     else:
         starts = e.cast(c.input(1), ir.DataType.INT64)
         wrapped = e.where(e.compare("Less", starts, e.int64(0)), e.add(starts, size), starts)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from gradcheck.cases import (
+from ..harness import Case
+from . import (
     activations,
     attention,
     elementwise,
@@ -15,7 +16,6 @@ from gradcheck.cases import (
     reduce,
     shape,
 )
-from gradcheck.harness import Case
 
 MODULES = (activations, attention, elementwise, indexing, matmul, normalization, quantized, reduce, shape)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from gradcheck.cases.arrays import distinct, normal
-from gradcheck.cases.elementwise import SHAPES
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import distinct, normal
+from .elementwise import SHAPES
 
 
 def cases() -> Iterator[Case]:

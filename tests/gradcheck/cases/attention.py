@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradcheck.cases.arrays import normal
-from gradcheck.harness import Array, Case
+from ..harness import Array, Case
+from .arrays import normal
 
 
 def _attention(

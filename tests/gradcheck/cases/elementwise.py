@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradcheck.cases.arrays import distinct, normal, positive
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import distinct, normal, positive
 
 BROADCASTS = [
     ((3,), (3,)),

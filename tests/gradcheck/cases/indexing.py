@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gradcheck.cases.arrays import integers, normal
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import integers, normal
 
 
 def _gather(x: torch.Tensor, indices: torch.Tensor, axis: int) -> torch.Tensor:

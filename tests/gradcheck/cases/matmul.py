@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gradcheck.cases.arrays import normal
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import normal
 
 
 def _gemm(attributes: dict[str, Any]) -> Any:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from gradcheck.cases.arrays import normal, positive
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import normal, positive
 
 
 def _layer_norm(axis: int, epsilon: float):  # type: ignore[no-untyped-def]

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gradcheck.cases.arrays import integers, normal
-from gradcheck.harness import Array, Case
+from ..harness import Array, Case
+from .arrays import integers, normal
 
 
 def pack(codes: Array, bits: int, block_size: int) -> Array:

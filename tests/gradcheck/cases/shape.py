@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gradcheck.cases.arrays import int64, normal
-from gradcheck.harness import Case
+from ..harness import Case
+from .arrays import int64, normal
 
 
 def cases() -> Iterator[Case]:
