@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-# Modules and packages that Python 3.11 to 3.13 all have (`datetime` moved to `_pydatetime` in 3.12).
-# Left out: what distributions package apart (tkinter, idlelib, turtle, venv) and what was removed (distutils, cgi…)
+# What Python 3.11 to 3.13 all have (`datetime` moved to `_pydatetime` in 3.12); not what distributions
+# package apart (tkinter, idlelib, turtle, venv), nor what was removed since (distutils).
 AREAS = {
     "concurrency": (
         "_threading_local asyncio concurrent contextvars multiprocessing queue sched subprocess threading"
