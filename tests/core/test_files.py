@@ -1,0 +1,138 @@
+"""Files and folders appear whole, or what was there stays."""
+
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgepeft.errors import EdgePeftError, UsageError
+from edgepeft.files import atomic_file, atomic_folder, atomic_write
+
+FULL = Path("/dev/full")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_written_file_replaces_the_old_one(tmp_path: Path) -> None:
+    """And leaves nothing else behind, with the permissions any new file has."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    (tmp_path / "other").write_bytes(b"")
+    atomic_write(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.txt", "other"]
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the file and says that nothing changed."""
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(EdgePeftError, match=r"a\.txt: the disk is full .*nothing was changed") as caught:
+        atomic_write(path, b"new")
+    assert caught.value.exit_code == 1
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_in_the_middle_of_a_folder(tmp_path: Path) -> None:
+    """The kernel's own ENOSPC, while a folder is being filled."""
+    folder = tmp_path / "out"
+    with atomic_folder(folder, "marker") as temporary:
+        (temporary / "marker").write_bytes(b"first")
+
+    def fill() -> None:
+        with atomic_folder(folder, "marker") as temporary, FULL.open("wb") as file:
+            (temporary / "marker").write_bytes(b"second")
+            file.write(b"x")
+
+    with pytest.raises(EdgePeftError, match="the disk is full"):
+        fill()
+    assert (folder / "marker").read_bytes() == b"first"
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_exception_in_the_block_leaves_what_was_there(tmp_path: Path) -> None:
+    """Also for errors that have nothing to do with the disk."""
+    for failing in (atomic_file(tmp_path / "a"), atomic_folder(tmp_path / "b", "marker")):
+        with pytest.raises(ZeroDivisionError), failing:
+            raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_folder_is_exchanged_whole(tmp_path: Path) -> None:
+    """Nothing of the old folder stays in the new one."""
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "out", "marker") as temporary:
+            (temporary / "marker").write_text(content)
+            (temporary / content).write_text("")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["marker", "second"]
+
+
+def test_a_failed_exchange_brings_the_old_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of the two renames fails."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "marker").write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, target: Any) -> Path:
+        if Path(target) == folder and self.name != ".out.previous":
+            raise OSError(errno.EIO, "broken")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(EdgePeftError, match="nothing was changed"), atomic_folder(folder, "marker"):
+        pass
+    assert (folder / "marker").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
+    """A process that died there left `.NAME.previous`, which the next call restores first."""
+    previous = tmp_path / ".out.previous"
+    previous.mkdir()
+    (previous / "marker").write_text("old")
+    with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", "marker"):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "marker").read_text() == "old"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
+def test_what_is_not_ours_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    """A file, a folder of something else, a link."""
+    path = tmp_path / "out"
+    if kind == "file":
+        path.write_text("mine")
+    elif kind == "folder":
+        path.mkdir()
+        (path / "thesis.tex").write_text("mine")
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    before = names(tmp_path)
+    with pytest.raises(UsageError, match=r"out: exists and holds no marker"), atomic_folder(path, "marker"):
+        pass
+    assert names(tmp_path) == before
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
+    """The parent is a file."""
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(EdgePeftError, match=r"x: cannot be written"),
+        atomic_folder(tmp_path / "file" / "x", "m"),
+    ):
+        pass

@@ -1,0 +1,183 @@
+"""manifest.json: what is written comes back, and what contradicts itself is refused before it is used."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest
+from edgepeft.bundle.serialization import manifest_from_json, manifest_to_json
+from edgepeft.errors import BundleError
+
+from ..runtime import tiny
+
+Data = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The manifest of a tiny bundle."""
+    return (tiny.write_bundle(tmp_path_factory.mktemp("m") / "b") / "manifest.json").read_text()
+
+
+def test_a_manifest_comes_back_equal(text: str) -> None:
+    """Through dataclasses and JSON twice."""
+    manifest = manifest_from_json(text)
+    assert isinstance(manifest, Manifest)
+    assert manifest_from_json(manifest_to_json(manifest).encode()) == manifest
+
+
+def test_a_newer_format_is_refused_before_anything_else() -> None:
+    """Even if its fields have changed altogether."""
+    with pytest.raises(
+        BundleError, match=rf"x\.json: written by a newer edgepeft \(format {FORMAT_VERSION + 1}"
+    ):
+        manifest_from_json(json.dumps({"format_version": FORMAT_VERSION + 1, "new": []}), "x.json")
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [b"", b"{", b"[]", b"null", b"\xff", b'{"format_version": NaN}', b'{"a": 1, "a": 2}', b"[" * 100_000],
+)
+def test_what_is_no_manifest(broken: bytes) -> None:
+    """Truncated, not JSON, not an object, a duplicated key, nested for ever."""
+    with pytest.raises(BundleError, match=r"^here: "):
+        manifest_from_json(broken, "here")
+
+
+def put(*path: str | int, value: Any) -> Callable[[Data], None]:
+    def change(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        if value is KeyError:
+            del data[path[-1]]
+        else:
+            data[path[-1]] = value
+
+    return change
+
+
+SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "inference")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("format_version", value=True), "format_version is True"),
+        (put("format_version", value=0), "format_version is 0"),
+        (put("task", value=KeyError), "lacks the field 'task'"),
+        (put("surprise", value=1), "unknown field 'surprise'"),
+        (put("task", value=3), r"manifest\.task is 3, expected str"),
+        (put("task", value="poetry"), "task is 'poetry'"),
+        (put("model", value=[]), r"manifest\.model is \[\], expected an object"),
+        (put("model", "max_length", value=0), "max_length is 0"),
+        (put("model", "max_length", value=1.5), "max_length is 1.5, expected int"),
+        (put("model", "max_length", value=2**60), "max_length is"),
+        (put("model", "vocab_size", value="many"), "vocab_size is 'many'"),
+        (put("model", "pad_token_id", value=99), "pad_token_id is 99"),
+        (put("model", "pad_token_id", value=1.0), "expected int or null"),
+        (put("model", "labels", value=["a", "a"]), "a label twice"),
+        (put("model", "labels", value=[]), "no labels"),
+        (put("model", "labels", value={}), "expected a list"),
+        (put("quantization", "bits", value=3), "bits is 3"),
+        (put("files", value=[]), "expected an object"),
+        (put("files", "weights.bin", "nbytes", value=-1), "has -1 B"),
+        (put("files", "weights.bin", "sha256", value="zz"), "sha256 'zz'"),
+        (put("files", "manifest.json", value={"nbytes": 1, "sha256": "0" * 64}), "its own hash"),
+        (put("weights_file", value="other.bin"), "'other.bin' is not in files"),
+        (put(*GRAPH, "file", value="graphs/none.onnx"), "which is not in files"),
+        (put(*GRAPH, "inputs", 0, "dtype", value="object"), "dtype 'object'"),
+        (put(*GRAPH, "inputs", 0, "shape", value=[-1]), r"shape \[-1\]"),
+        (put(*GRAPH, "inputs", 0, "shape", value=[1.5]), "expected int or str"),
+        (put(*GRAPH, "inputs", 0, "name", value="attention_mask"), "an input twice"),
+        (put("graphs", "inference", value=KeyError), "no inference graph"),
+        (put(*WEIGHT, "offset", value=1), "multiple of 4096"),
+        (put(*WEIGHT, "offset", value=-4096), "begins at byte -4096"),
+        (put(*WEIGHT, "offset", value=2**40), "the file has"),
+        (put(*WEIGHT, "nbytes", value=8), "needs 256 B, its entry says 8 B"),
+        (put(*WEIGHT, "shape", value=[2**26, 2**26, 2**26]), "needs"),
+        (put(*WEIGHT, "dtype", value="O"), "dtype 'O'"),
+        (put(*SLOT, "in_features", value=0), "0 -> 8"),
+        (put(*SLOT, "a_input", value="nothing"), "no input 'nothing'"),
+        (put(*SLOT, "a_input", value=tiny.B), "belongs to two slots"),
+        (put("saved_modules", 0, "default", value="nothing"), "not among the weights"),
+        (put("saved_modules", 0, "default", value="dense"), "its default is"),
+        (put("saved_modules", 0, "input", value=tiny.A), "is taken"),
+        (put("adapters", value=["mine", "mine"]), "listed twice"),
+        (put("adapters", value=["other"]), "'adapters/other/adapter_config.json' is not in files"),
+        (put("adapters", value=["../mine"]), "adapter name '../mine' is not usable"),
+        (put("policy", "trainable", value=["labels"]), "'labels' is no input of a slot"),
+        (put("policy", "max_steps", value=0), "max_steps is 0"),
+        (put("policy", "max_relative_change", value=-1), "max_relative_change is -1"),
+        (put("strategies", 0, "graph", value="gone"), "needs the graph 'gone'"),
+        (put("strategies", 0, "graph", value="inference"), "no gradient of"),
+        (put("strategies", 0, "exact", value=1), "exact is 1, expected bool"),
+        (put("inference_memory", "session_bytes", value=-1), "session_bytes is -1"),
+        (put("inference_memory", "peaks", 0, 0, "bytes", value=-1), "memory term"),
+        (put("inference_memory", "peaks", 0, 0, "seq_power", value=99), "memory term"),
+    ],
+)
+def test_a_manifest_that_contradicts_itself(text: str, change: Callable[[Data], None], message: str) -> None:
+    """Types, ranges, sizes, offsets and names; the message names the field."""
+    data = json.loads(text)
+    change(data)
+    with pytest.raises(BundleError, match=message):
+        manifest_from_json(json.dumps(data))
+
+
+PATHS = [
+    "/etc/passwd",
+    "../secret",
+    "graphs/../../secret",
+    "graphs/./x",
+    "graphs//x",
+    "",
+    ".",
+    "C:\\x",
+    "c:/x",
+    "a\\..\\b",
+    "a\0b",
+    "a\nb",
+    "x" * 300,
+    "graphs/",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_that_leave_the_bundle_are_refused(text: str, path: str) -> None:
+    """Absolute, upwards, on a drive, with a control character."""
+    data = json.loads(text)
+    data["files"][path] = {"nbytes": 1, "sha256": "0" * 64}
+    with pytest.raises(BundleError, match="not a plain path inside the bundle"):
+        manifest_from_json(json.dumps(data))
+    data = json.loads(text)
+    data["graphs"]["inference"]["file"] = path
+    with pytest.raises(BundleError, match="not in files"):
+        manifest_from_json(json.dumps(data))
+
+
+def test_nothing_is_written_that_could_not_be_read(text: str) -> None:
+    """The exporter meets the same checks."""
+    import dataclasses
+
+    manifest = dataclasses.replace(manifest_from_json(text), task="poetry")
+    with pytest.raises(BundleError, match="poetry"):
+        manifest_to_json(manifest)
+
+
+def test_every_field_survives_being_null(text: str) -> None:
+    """Whatever is put in the place of any value, the answer is a BundleError and never another exception."""
+
+    def places(data: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+        items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+        return [path] * bool(path) + [place for key, value in items for place in places(value, (*path, key))]
+
+    for place in places(json.loads(text)):
+        for value in (None, -1, "x", [], {}, [[]], 1e300, True):
+            data = json.loads(text)
+            put(*place, value=value)(data)
+            try:
+                manifest_from_json(json.dumps(data))
+            except BundleError:
+                continue

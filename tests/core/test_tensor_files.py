@@ -1,0 +1,104 @@
+"""safetensors files: the same bytes as the safetensors package, and one error for each way a file can lie."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+
+from edgepeft.errors import AdapterError
+from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+
+
+def test_bytes_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
+    """Names in any order, an empty tensor, a scalar."""
+    rng = np.random.default_rng(0)
+    tensors = {
+        "b": rng.random((3, 5)).astype(np.float32),
+        "a.weight": rng.random(7).astype(np.float32),
+        "none": np.zeros((0, 4), np.float32),
+        "one": np.array(3, np.float32),
+    }
+    write_tensors(tmp_path / "mine", tensors)
+    safetensors.numpy.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    theirs = safetensors.numpy.load_file(tmp_path / "mine")
+    assert theirs.keys() == tensors.keys()
+    assert all(np.array_equal(theirs[name], tensors[name]) for name in tensors)
+    mine = read_tensors(tmp_path / "theirs")
+    assert all(np.array_equal(mine[name], tensors[name]) for name in tensors)
+    assert (tmp_path / "mine").stat().st_size == (tmp_path / "theirs").stat().st_size
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_float_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As torch converts them, subnormals and negative zero included."""
+    tensor = torch.tensor([[1.5, -0.0, 1e-40, 3.14159, -65504.0]], dtype=torch.float64).to(dtype)
+    safetensors.torch.save_file({"t": tensor}, tmp_path / "file")
+    got = read_tensors(tmp_path / "file")["t"]
+    assert got.dtype == np.float32
+    assert got.tobytes() == tensor.to(torch.float32).numpy().tobytes()
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    """Texts beside the tensors."""
+    write_tensors(tmp_path / "file", {}, {"state": '{"step": 3}'})
+    assert read_metadata(tmp_path / "file") == {"state": '{"step": 3}'}
+
+
+def literal(header: Any, data: bytes = b"") -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "too short"),
+        (b"1234567", "too short"),
+        ((2**63).to_bytes(8, "little"), "header claims"),
+        ((100).to_bytes(8, "little") + b"{}", "header claims 100 B, the file has 10 B"),
+        (literal(b"{"), "header cannot be read"),
+        (literal(b"\xff\xfe"), "header cannot be read"),
+        (literal(b"[" * 100_000), "header cannot be read"),
+        (literal(b'{"a":{},"a":{}}'), "appears twice"),
+        (literal([]), "is a list"),
+        (literal({"t": 3}), "no usable shape"),
+        (literal({"t": entry(shape=[-1])}), "no usable shape"),
+        (literal({"t": entry(shape=[2.0])}), "no usable shape"),
+        (literal({"t": entry(shape=[True])}), "no usable shape"),
+        (literal({"t": entry(shape=[1] * 9)}), "no usable shape"),
+        (literal({"t": entry(shape=[2**60])}), "no usable shape"),
+        (literal({"t": entry(offsets=[8, 0])}), "data_offsets"),
+        (literal({"t": entry(offsets=[0])}), "data_offsets"),
+        (literal({"t": entry(offsets="all")}), "data_offsets"),
+        (literal({"t": entry(dtype="I64")}), "dtype 'I64'"),
+        (literal({"t": entry(dtype=[])}), r"dtype \[\]"),
+        (literal({"t": entry(shape=[2**40, 2**40])}), "needs"),
+        (literal({"t": entry(shape=[3])}, b"x" * 12), "needs 12 B, its data_offsets span 8 B"),
+        (literal({"t": entry()}, b"x" * 7), "ends at byte .* truncated"),
+        (literal({"t": entry()}, b"x" * 9), "its header accounts for"),
+        (literal({"t": entry(offsets=[4, 12])}, b"x" * 12), "begins at byte 4, expected 0"),
+        (literal({"t": entry(), "u": entry(offsets=[4, 12])}, b"x" * 12), "begins at byte 4, expected 8"),
+    ],
+)
+def test_a_file_that_lies_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    """Before anything of the claimed size is allocated."""
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match=message) as caught:
+        read_tensors(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    """With the system's reason."""
+    with pytest.raises(AdapterError, match=r"nothing: cannot be read \(No such file"):
+        read_tensors(tmp_path / "nothing")
