@@ -14,6 +14,8 @@ import torch
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 #: Fractions of the largest magnitude tried as the range of a 4-bit block; the one with the least squared error wins.
 CLIPS_4_BIT = (1.0, 0.95, 0.9, 0.85, 0.8)
+#: Weights quantized at a time: a chunk that stays in the cache is ten times faster than a whole embedding.
+CHUNK_VALUES = 2**18
 
 
 @dataclass(frozen=True)
@@ -55,29 +57,44 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeigh
     (-8), which uses all 16 codes, and several clippings of the range compete.
     """
     rows, columns = weight.shape
-    blocks = weight.float().reshape(rows, columns // block_size, block_size)
-    extreme = blocks.gather(2, blocks.abs().argmax(dim=2, keepdim=True)).squeeze(2)
+    blocks = weight.float().reshape(-1, block_size)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8)
+    scales = torch.empty(len(blocks))
+    step = CHUNK_VALUES // block_size
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        codes[part], scales[part] = _quantize_blocks(blocks[part], bits)
+    return QuantizedWeight(
+        codes.reshape(rows, columns).numpy(), scales.reshape(rows, -1).numpy(), bits, block_size
+    )
+
+
+def _quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of float32 `[blocks, block_size]`."""
+    extreme = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
     if bits == 8:
-        codes, scales = _encode(blocks, extreme.abs() / 127, 8)
-    else:
-        codes, scales = _encode(blocks, extreme / -8, 4)
-        error = _squared_error(blocks, codes, scales, 8)
-        for clip in CLIPS_4_BIT[1:]:
-            candidate, candidate_scales = _encode(blocks, extreme * clip / -8, 4)
-            candidate_error = _squared_error(blocks, candidate, candidate_scales, 8)
-            better = candidate_error < error
-            codes = torch.where(better[:, :, None], candidate, codes)
-            scales = torch.where(better, candidate_scales, scales)
-            error = torch.minimum(error, candidate_error)
-    return QuantizedWeight(codes.reshape(rows, columns).numpy(), scales.numpy(), bits, block_size)
+        scale = extreme.abs() / 127
+        return (_levels(blocks, scale, 8) + 128).to(torch.uint8), scale.squeeze(1)
+    best = extreme / -8
+    levels = _levels(blocks, best, 4)
+    error = _squared_error(blocks, levels, best)
+    for clip in CLIPS_4_BIT[1:]:
+        scale = extreme * clip / -8
+        candidate = _levels(blocks, scale, 4)
+        candidate_error = _squared_error(blocks, candidate, scale)
+        better = candidate_error < error
+        levels = torch.where(better, candidate, levels)
+        best = torch.where(better, scale, best)
+        error = torch.minimum(error, candidate_error)
+    return (levels + 8).to(torch.uint8), best.squeeze(1)
 
 
-def _encode(blocks: torch.Tensor, scales: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    zero_point = 2 ** (bits - 1)
-    inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
-    codes = torch.round(blocks * inverse[:, :, None]) + zero_point
-    return codes.clamp_(0, 2**bits - 1).to(torch.uint8), scales
+def _levels(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Signed integers, as floats, that times `scale` come nearest; all 0 where the scale is."""
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    half = 2 ** (bits - 1)
+    return (blocks * inverse).round_().clamp_(-half, half - 1)
 
 
-def _squared_error(blocks: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zero_point: int) -> torch.Tensor:
-    return (((codes.float() - zero_point) * scales[:, :, None] - blocks) ** 2).sum(dim=2)
+def _squared_error(blocks: torch.Tensor, levels: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (levels * scale).sub_(blocks).square_().sum(dim=1, keepdim=True)

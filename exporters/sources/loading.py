@@ -2,7 +2,8 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def load_source(
         module, folder, name = model, None, model.config.name_or_path or type(model).__name__
     else:
         module = _load_pretrained(str(model), resolved, labels)
-        folder, name = Path(model), Path(model).name if Path(model).is_dir() else str(model)
+        folder, name = Path(model), _name(Path(model))
     if module.config.model_type not in MODEL_TYPES:
         raise ExportError(
             f"{name} is a {module.config.model_type!r} model: edgepeft exports {', '.join(MODEL_TYPES)} so far"
@@ -90,6 +91,11 @@ def load_source(
     )
 
 
+def _name(model: Path) -> str:
+    """A folder's own name, or a hub id."""
+    return model.resolve().name if model.is_dir() else str(model)
+
+
 def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any:
     heads: dict[str, Any] = {}
     if labels is not None:
@@ -102,11 +108,27 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         cls: Any = model_class(task, config.model_type)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a new head is what was asked for
+        with _quiet():
             return cls.from_pretrained(model, dtype=torch.float32, **heads)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"cannot load {model!r} for {task}: {str(error).splitlines()[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' report on a head that the checkpoint does not have: it was asked for."""
+    settings = transformers.utils.logging
+    verbosity, progress = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    settings.set_verbosity_error()
+    settings.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        settings.set_verbosity(verbosity)
+        if progress:
+            settings.enable_progress_bar()
 
 
 def _read_pooling(folder: Path | None) -> Pooling:

@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 
 from . import models
+
+# Tiny models: a second thread only waits for the first.
+torch.set_num_threads(1)
 
 LORA_TARGETS = {"bert": ["query", "key", "value", "dense"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}
 
