@@ -1,0 +1,32 @@
+# Everything here works from a fresh clone: the virtual environment is made when it is first needed.
+
+PYTHON ?= python3
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint docs
+
+demo: $(STAMP)
+	$(BIN)/python samples/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+# mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed
+	$(BIN)/python -m build --outdir build/typed .
+	$(BIN)/pip install --quiet --no-deps --target build/typed/site build/typed/*.whl
+	cd build/typed && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgepeft
+
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
