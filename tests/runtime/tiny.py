@@ -344,7 +344,8 @@ def write_bundle(
     *,
     policy: Policy | None = None,
     adapters: dict[str, Adapter] | None = None,
-    tokenizer: bool = False,
+    tokenizer: dict[str, object] | None = None,
+    tokenizer_config: dict[str, object] | None = None,
 ) -> Path:
     """Write a tiny bundle of a task; the sentence encoder has no training graph."""
     (folder / "graphs").mkdir(parents=True)
@@ -364,8 +365,9 @@ def write_bundle(
     for name, item in adapters.items():
         (folder / "adapters" / name).mkdir(parents=True)
         write_adapter(item, folder / "adapters" / name)
-    if tokenizer:
-        (folder / "tokenizer.json").write_text(json.dumps(word_tokenizer()))
+    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", tokenizer_config)):
+        if content is not None:
+            (folder / name).write_text(json.dumps(content))
     saved = (
         (
             SavedModule("classifier", "weight", HEAD, (len(LABELS), WIDTH), "classifier.weight"),

@@ -1,0 +1,314 @@
+"""Records: what each task reads, and one error with its line for what it cannot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edgepeft.runtime.data import records
+from edgepeft.runtime.tasks import Example, Task, task_for
+
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.errors import BundleError, DataError, EdgePeftError
+
+from . import tiny
+
+
+def encode(task: Task, fields: dict[str, Any], training: bool = True, max_length: int = 16) -> Example:
+    return task.encode_all(records([fields]), max_length, training=training)[0]
+
+
+@pytest.fixture
+def classify(classifier: Path) -> Task:
+    return task_for(open_bundle(classifier))
+
+
+@pytest.fixture
+def embed(encoder: Path) -> Task:
+    return task_for(open_bundle(encoder))
+
+
+@pytest.fixture
+def write(language_model: Path) -> Task:
+    return task_for(open_bundle(language_model))
+
+
+def test_lines_come_one_at_a_time_with_their_numbers(tmp_path: Path) -> None:
+    """Blank lines count, a byte-order mark and a missing last newline do not matter."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\n  \n{"text": "\xc3\xa4"}')
+    assert [(record.where, record.fields["text"]) for record in records(path)] == [
+        (f"{path}:1", "a"),
+        (f"{path}:4", "ä"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a"', "is not JSON"),
+        (b"'text'", "is not JSON"),
+        (b'["a"]', "is a JSON list"),
+        (b"3", "is a JSON int"),
+        (b'{"text": "\xff"}', "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+        (b'"' + b"x" * 2**24, "longer than"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> None:
+    """The second of three."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    with pytest.raises(DataError, match=message) as caught:
+        list(records(path))
+    assert f"{path}:2" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n \n"])
+def test_no_records_at_all(tmp_path: Path, content: bytes) -> None:
+    """An empty file, a file of empty lines, an empty list."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    for source in (path, str(path), []):
+        with pytest.raises(DataError, match="holds no records"):
+            list(records(source))
+
+
+def test_a_missing_file_and_a_wrong_record(tmp_path: Path) -> None:
+    """From the system and from Python."""
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
+        list(records(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="record 2: is a str"):
+        list(records([{"text": "a"}, "b"]))  # type: ignore[list-item]
+
+
+def test_text_and_ids_are_the_same_record(classify: Task) -> None:
+    """Labels by name, by number and by numpy number."""
+    for fields in (
+        {"text": "w3 w4", "label": "green"},
+        {"input_ids": [3, 4], "label": 1},
+        {"input_ids": np.array([3, 4]), "labels": np.int64(1)},
+    ):
+        example = encode(classify, fields)
+        assert example.rows[0].input_ids.tolist() == [3, 4]
+        assert example.label == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "w1", "label": "purple"}, "label 'purple' was not known .* 3: red, green, blue"),
+        ({"text": "w1", "label": 3}, "label 3 was not known"),
+        ({"text": "w1", "label": -1}, "label -1 was not known"),
+        ({"text": "w1", "label": 1.0}, "label is 1.0"),
+        ({"text": "w1", "label": True}, "label is True"),
+        ({"text": "w1"}, 'needs a "label"'),
+        ({"label": "red"}, "has the fields 'label'"),
+        ({"text": 3, "label": "red"}, "text is 3, expected a text"),
+        ({"text": None, "label": "red"}, "lacks the field 'text'"),
+        ({"text": "", "label": "red"}, "text is empty"),
+        ({"text": "\ud800", "label": "red"}, "not valid Unicode"),
+        ({"input_ids": [1, 24], "label": "red"}, "holds token 24"),
+        ({"input_ids": [1, True], "label": "red"}, "expected a text or a list"),
+        ({"input_ids": [1], "token_type_ids": [0, 0], "label": "red"}, "token_type_ids has 2 entries"),
+    ],
+)
+def test_a_classification_record_that_cannot_be_used(
+    classify: Task, fields: dict[str, Any], message: str
+) -> None:
+    """With the line it stands on."""
+    with pytest.raises(DataError, match=rf"^record 1: .*{message}"):
+        encode(classify, fields)
+
+
+def test_a_label_is_not_needed_to_predict(classify: Task) -> None:
+    """But kept where it is given."""
+    assert encode(classify, {"text": "w1"}, training=False).label is None
+    assert encode(classify, {"text": "w1", "label": "blue"}, training=False).label == 2
+
+
+def test_long_texts_are_cut_and_counted(classify: Task) -> None:
+    """Exactly the longest allowed is not cut."""
+    text = " ".join(f"w{index}" for index in range(1, 9))
+    assert not encode(classify, {"text": text, "label": 0}, max_length=8).truncated
+    cut = encode(classify, {"text": text, "label": 0}, max_length=5)
+    assert (cut.rows[0].input_ids.tolist(), cut.truncated) == ([1, 2, 3, 4, 5], True)
+    cut = encode(classify, {"input_ids": [1, 2, 3], "label": 0}, max_length=2)
+    assert (cut.length, cut.truncated) == (2, True)
+
+
+def test_a_batch_is_padded_on_the_right(classify: Task) -> None:
+    """To its own longest row."""
+    examples = [encode(classify, {"input_ids": ids, "label": 0}) for ids in ([5], [6, 7, 8])]
+    batch = classify.batch(examples, training=True)
+    assert batch["input_ids"].tolist() == [[5, 0, 0], [6, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [0, 0]
+    assert "token_type_ids" not in batch  # the graph takes none
+    assert "labels" not in classify.batch(examples, training=False)
+
+
+def test_pairs_become_anchors_and_then_positives(embed: Task) -> None:
+    """As the contrastive loss expects its rows."""
+    pairs = [{"anchor": [1], "positive": "w2 w3"}, {"anchor": "w4", "positive": [5]}]
+    batch = embed.batch([encode(embed, pair) for pair in pairs], training=True)
+    assert batch["input_ids"].tolist() == [[1, 0], [4, 0], [2, 3], [5, 0]]
+    assert embed.items(batch) == 2
+    assert "labels" not in batch
+    with pytest.raises(DataError, match='"anchor", "positive"'):
+        encode(embed, {"text": "w1"})
+    assert encode(embed, {"text": "w1"}, training=False).rows[0].input_ids.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "ids", "labels"),
+    [
+        ({"text": "w1 w2"}, [1, 2, 23], [1, 2, 23]),
+        ({"text": "w1 w2 </s>"}, [1, 2, 23], [1, 2, 23]),
+        ({"prompt": "w1 w2", "completion": "w3"}, [1, 2, 3, 23], [-100, -100, 3, 23]),
+        ({"prompt": [1, 2], "completion": [3]}, [1, 2, 3, 23], [-100, -100, 3, 23]),
+        ({"input_ids": [1, 2, 3]}, [1, 2, 3], [1, 2, 3]),
+        ({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, [1, 2, 3], [-100, 2, 3]),
+    ],
+)
+def test_prompts_are_not_learned(
+    write: Task, fields: dict[str, Any], ids: list[int], labels: list[int]
+) -> None:
+    """Labels are unshifted, prompts -100, and text ends with the end-of-sequence token."""
+    example = encode(write, fields)
+    row = example.rows[0]
+    assert row.labels is not None
+    assert (row.input_ids.tolist(), row.labels.tolist()) == (ids, labels)
+    batch = write.batch([example], training=True)
+    assert write.items(batch) == sum(label != -100 for label in labels[1:])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": "w1"}, "has the fields 'prompt'"),
+        (
+            {"prompt": "w1 " * 20, "completion": "w2"},
+            "leaves nothing to learn in its first 16 tokens .it has 22",
+        ),
+        ({"input_ids": [4]}, "leaves nothing to learn"),
+        ({"input_ids": [1, 2], "labels": [1]}, "labels must be a list of 2"),
+        ({"input_ids": [1, 2], "labels": [1, 24]}, "labels must be"),
+        ({"input_ids": [1, 2], "labels": [1, -1]}, "labels must be"),
+        ({"input_ids": [1, 2], "labels": "ab"}, "labels must be"),
+        ({"prompt": 3, "completion": "w1"}, "prompt is 3"),
+    ],
+)
+def test_a_language_record_that_cannot_be_used(write: Task, fields: dict[str, Any], message: str) -> None:
+    """Including the one whose answer is cut off whole."""
+    with pytest.raises(DataError, match=rf"^record 1: .*{message}"):
+        encode(write, fields)
+
+
+def test_a_bundle_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
+    """The error says so."""
+    task = task_for(open_bundle(tiny.write_bundle(tmp_path / "b")))
+    assert encode(task, {"input_ids": [1], "label": 0}).length == 1
+    with pytest.raises(BundleError, match=r"holds no tokenizer\.json: give input_ids"):
+        encode(task, {"text": "w1", "label": 0})
+
+
+def test_padding_and_truncation_of_the_tokenizer_file_are_ignored(tmp_path: Path) -> None:
+    """Sentence encoders ship with both switched on, at lengths of their own."""
+    content = tiny.word_tokenizer()
+    content["truncation"] = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<pad>",
+    }
+    folder = tiny.write_bundle(tmp_path / "b", tokenizer=content)
+    example = encode(task_for(open_bundle(folder)), {"text": "w1 w2 w3", "label": 0})
+    assert example.rows[0].input_ids.tolist() == [1, 2, 3]
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }} "
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def chat_bundle(folder: Path, template: Any) -> Task:
+    vocabulary = {
+        "<pad>": 0,
+        "user": 1,
+        "assistant": 2,
+        **{f"w{index}": index for index in range(3, 23)},
+        "</s>": 23,
+    }
+    content: dict[str, Any] = tiny.word_tokenizer()
+    content["model"]["vocab"] = vocabulary
+    config = {"chat_template": template, "eos_token": {"content": "</s>"}}
+    return task_for(
+        open_bundle(tiny.write_bundle(folder, "text-generation", tokenizer=content, tokenizer_config=config))
+    )
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
+    """Only the assistant's last message is learned, the end token it writes included."""
+    task = chat_bundle(tmp_path / "b", CHAT)
+    messages = [
+        {"role": "user", "content": "w5"},
+        {"role": "assistant", "content": "w6"},
+        {"role": "user", "content": "w7"},
+        {"role": "assistant", "content": "w8 w9"},
+    ]
+    row = encode(task, {"messages": messages}).rows[0]
+    assert row.labels is not None
+    assert row.input_ids.tolist() == [1, 5, 2, 6, 23, 1, 7, 2, 8, 9, 23]
+    assert row.labels.tolist() == [-100] * 8 + [8, 9, 23]
+
+
+def test_the_template_agrees_with_transformers(tmp_path: Path) -> None:
+    """The same text as `apply_chat_template`."""
+    import transformers
+    from tokenizers import Tokenizer
+
+    task = chat_bundle(tmp_path / "b", CHAT)
+    backend = Tokenizer.from_str(json.dumps(tiny.word_tokenizer()))
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    theirs.chat_template = CHAT
+    messages = [{"role": "user", "content": "ä {{ x }}"}, {"role": "assistant", "content": "w6"}]
+    for count, prompt in ((1, True), (2, False)):
+        want = theirs.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        assert task.chat.render(messages[:count], "here", prompt=prompt) == want
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        (CHAT, "hello", "messages must be a list"),
+        (CHAT, [{"role": "user"}], "messages must be a list"),
+        (CHAT, [{"role": "assistant", "content": "w5"}], "at least two messages"),
+        (
+            CHAT,
+            [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w6"}],
+            "must be the assistant's",
+        ),
+        ("{{ raise_exception('no') }}", None, "refuses these messages .no"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", None, "refuses these messages"),
+        ("{% for i in range(10**9) %}x{% endfor %}", None, "refuses these messages"),
+        ("{{ messages|length }}", None, "writes a finished conversation differently"),
+        ("{% for m in messages %}{{ 'x' * 10**6 }}{% endfor %}{{ 'x' * 5 * 10**6 }}", None, "more than"),
+        ("{% if", None, "cannot be read"),
+        (None, None, "has no chat template"),
+    ],
+)
+def test_templates_and_messages_that_cannot_be_used(
+    tmp_path: Path, template: Any, messages: Any, message: str
+) -> None:
+    """A template is somebody's program: it runs in a sandbox and may not write without end."""
+    task = chat_bundle(tmp_path / "b", template)
+    default = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
+    with pytest.raises(EdgePeftError, match=message):
+        encode(task, {"messages": default if messages is None else messages})
