@@ -1,0 +1,115 @@
+"""AdamW, clipping, schedules and sampling against torch and transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from edgepeft.runtime.memory.planner import CHUNK_VALUES
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
+from edgepeft.runtime.training.sampling import batch_indices, split, steps_per_epoch
+from edgepeft.runtime.training.schedule import SCHEDULES, learning_rate
+
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.errors import DataError
+
+
+@pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.1, 1.0), (0.01, 1e6)])
+def test_adamw_is_torchs(classifier: Path, decay: float, clip: float) -> None:
+    """Several tensors, one larger than a chunk, with clipping that bites and that does not."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 5), "b": (CHUNK_VALUES + 7,), "c": (), "d": (0, 4)}
+    start = {name: np.array(rng.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+    state = TrainingState(start)
+    theirs = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
+    reference = torch.optim.AdamW(list(theirs.values()), lr=1.0, weight_decay=decay)
+    optimizer = AdamW(open_bundle(classifier), state, AdamWOptions(weight_decay=decay, max_grad_norm=clip))
+    for step in range(1, 8):
+        for name, shape in shapes.items():
+            gradient = np.array(rng.standard_normal(shape) * 10.0 ** (step - 4), np.float32)
+            state.gradients[name][...] = gradient
+            theirs[name].grad = torch.from_numpy(gradient.copy())
+        expected_norm = torch.nn.utils.get_total_norm([value.grad for value in theirs.values()])
+        if clip:
+            torch.nn.utils.clip_grad_norm_(list(theirs.values()), clip)
+        reference.param_groups[0]["lr"] = 1e-2 / step
+        reference.step()
+        assert optimizer.step(step, 1e-2 / step) == pytest.approx(expected_norm.item(), rel=1e-5)
+        for name in shapes:
+            np.testing.assert_allclose(
+                state.parameters[name], theirs[name].detach().numpy(), rtol=2e-5, atol=2e-6
+            )
+    optimizer.close()
+
+
+def test_views_share_the_buffer_and_start_is_kept() -> None:
+    """Tensors are aligned views; the gaps stay zero."""
+    state = TrainingState({"a": np.ones((2, 3), np.float32), "b": np.full(5, 2, np.float32)})
+    state.parameters["a"][1, 2] = 9
+    assert state.param[5] == 9
+    assert state.start[5] == 1
+    assert state.count == 11
+    assert [view.ctypes.data % 64 for view in state.parameters.values()] == [state.param.ctypes.data % 64] * 2
+    assert state.param.sum() == 5 + 9 + 10
+
+
+def test_an_update_is_scaled_back_to_its_limit() -> None:
+    """In its own direction; one within the limit is left alone."""
+    state = TrainingState({"a": np.array([3, 4], np.float32)})
+    state.parameters["a"] += np.array([0, 5], np.float32)
+    assert state.relative_change() == pytest.approx(1)
+    assert state.limit_change(0.5)
+    np.testing.assert_allclose(state.parameters["a"], [3, 6.5])
+    assert not state.limit_change(0.51)
+    assert TrainingState({"a": np.zeros(2, np.float32)}).relative_change() == 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("warmup", "total"), [(0, 20), (5, 20), (1, 1), (30, 20)])
+def test_schedules_are_those_of_transformers(schedule: str, warmup: int, total: int) -> None:
+    """Every step, also with a warm-up longer than the run."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    theirs = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
+    for step in range(total):
+        assert learning_rate(schedule, 3e-4, step, total, warmup) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-18
+        )
+        optimizer.step()
+        theirs.step()
+
+
+def test_batches_are_a_function_of_seed_and_step() -> None:
+    """Each epoch sees every record once, in another order; the order is the documented one."""
+    count, size = 10, 4
+    assert steps_per_epoch(count, size) == 3
+    epochs = [[batch_indices(count, size, 7, 3 * epoch + step) for step in range(3)] for epoch in range(3)]
+    orders = [np.concatenate(batches) for batches in epochs]
+    for epoch, order in enumerate(orders):
+        assert sorted(order) == list(range(count))
+        assert np.array_equal(order, np.random.default_rng([7, epoch]).permutation(count))
+    assert not np.array_equal(orders[0], orders[1])
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    assert not np.array_equal(batch_indices(count, size, 8, 0), epochs[0][0])
+
+
+def test_a_last_batch_without_a_gradient_is_left_out() -> None:
+    """One pair has no negatives."""
+    assert steps_per_epoch(9, 4, minimum=2) == 2
+    assert [len(batch_indices(9, 4, 0, step, minimum=2)) for step in range(4)] == [4, 4, 4, 4]
+
+
+def test_the_split_is_fixed_and_complete() -> None:
+    """By the seed, whatever the batches are."""
+    train, held_out = split(50, 0.2, seed=3)
+    assert sorted([*train, *held_out]) == list(range(50))
+    assert len(held_out) == 10
+    assert np.array_equal(split(50, 0.2, seed=3)[1], held_out)
+    assert not np.array_equal(split(50, 0.2, seed=4)[1], held_out)
+    assert [len(part) for part in split(2, 0.01, seed=0)] == [1, 1]
+    with pytest.raises(DataError, match="has 1 usable records, at least 2 are needed"):
+        split(1, 0.5, seed=0)
+    with pytest.raises(DataError, match="at least 4"):
+        split(3, 0.1, seed=0, minimum=2)
