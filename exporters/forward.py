@@ -71,5 +71,7 @@ def _all_but_head(linears: dict[str, Linear], source: Source) -> dict[str, Linea
     head = source.model.get_output_embeddings()
     names = {name for name, module in source.model.named_modules() if head is not None and module is head}
     if source.config.tie_word_embeddings:
-        names.add(next(n for n, m in source.model.named_modules() if m is source.model.get_input_embeddings()))
+        names.add(
+            next(n for n, m in source.model.named_modules() if m is source.model.get_input_embeddings())
+        )
     return {name: linear for name, linear in linears.items() if name not in names}

@@ -5,7 +5,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass, TopologicalSortPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    RemoveUnusedNodesPass,
+    TopologicalSortPass,
+)
 
 FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64

@@ -92,7 +92,12 @@ def export(
         if rank is not None:
             folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
             write_starting_adapter(
-                source, folders[STARTING_ADAPTER], rank=rank, targets=targets, lora_alpha=lora_alpha, seed=seed
+                source,
+                folders[STARTING_ADAPTER],
+                rank=rank,
+                targets=targets,
+                lora_alpha=lora_alpha,
+                seed=seed,
             )
             loaded[STARTING_ADAPTER] = load_adapter(folders[STARTING_ADAPTER])
         freezer = Freezer(bits, block_size)
@@ -100,9 +105,7 @@ def export(
         saved = saved_module_names(source, loaded.values())
         causal = source.task == "text-generation"
         report("tracing and quantizing the inference graph")
-        inference = build_forward(
-            source, freezer, modules=modules, modules_to_save=saved, with_past=causal
-        )
+        inference = build_forward(source, freezer, modules=modules, modules_to_save=saved, with_past=causal)
         for adapter in loaded.values():
             fit(adapter, inference.slots, inference.saved_modules)
         forward = inference

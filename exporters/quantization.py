@@ -41,7 +41,9 @@ class QuantizedWeight:
     def dequantize(self) -> np.ndarray:
         """float32 `[rows, columns]`, as onnxruntime computes it."""
         rows, columns = self.codes.shape
-        blocks = self.codes.astype(np.float32).reshape(rows, -1, self.block_size) - np.float32(self.zero_point)
+        blocks = self.codes.astype(np.float32).reshape(rows, -1, self.block_size) - np.float32(
+            self.zero_point
+        )
         return (blocks * self.scales[:, :, None]).reshape(rows, columns)
 
 

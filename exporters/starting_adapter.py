@@ -20,7 +20,13 @@ TASK_TYPES = {
 
 
 def write_starting_adapter(
-    source: Source, folder: Path, *, rank: int, targets: Sequence[str] | None, lora_alpha: int | None, seed: int
+    source: Source,
+    folder: Path,
+    *,
+    rank: int,
+    targets: Sequence[str] | None,
+    lora_alpha: int | None,
+    seed: int,
 ) -> None:
     """Write a LoRA with a random A and a zero B (and the model's own head, for a classifier) to `folder`.
 

@@ -133,7 +133,9 @@ class _Check:
                 f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's {loss.item():.6f}: nothing was written"
             )
         worst_cosine, worst_norm = 1.0, 0.0
-        lora_inputs = {key for slot in self.bundle.manifest.lora_slots for key in (slot.a_input, slot.b_input)}
+        lora_inputs = {
+            key for slot in self.bundle.manifest.lora_slots for key in (slot.a_input, slot.b_input)
+        }
         for key, expected in _torch_gradients(model).items():
             if key not in trainable:
                 continue
@@ -159,7 +161,9 @@ class _Check:
             if item.name in self.batch:
                 feeds[item.name] = self.batch[item.name]
             elif item.name.startswith("past_key_values"):
-                shape = [BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
+                shape = [
+                    BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape
+                ]
                 feeds[item.name] = np.zeros(shape, item.dtype)
         return feeds
 

@@ -29,11 +29,17 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 
 @click.command()
 @click.argument("model")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle.")
-@click.option("--task", help="text-classification, feature-extraction or text-generation. [default: the model's]")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
+)
+@click.option(
+    "--task", help="text-classification, feature-extraction or text-generation. [default: the model's]"
+)
 @click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), default="4", show_default=True,
               help="Bits of a frozen weight.")  # fmt: skip
-@click.option("--block-size", type=int, default=32, show_default=True, help="Weights that share a scale (4 and 8 bits).")
+@click.option(
+    "--block-size", type=int, default=32, show_default=True, help="Weights that share a scale (4 and 8 bits)."
+)
 @click.option("--adapter", "adapters", multiple=True, callback=_adapters, metavar="NAME=DIR",
               help="A PEFT adapter to take along; may be repeated.")  # fmt: skip
 @click.option("--rank", type=int, help="Make a fresh adapter named 'default' of this rank.")
@@ -110,7 +116,9 @@ def export(
     )
     if manifest.verification:
         worst = max(manifest.verification["outputs"].values())
-        click.echo(f"verified against PyTorch: outputs differ by at most {worst:.1e} of their largest magnitude")
+        click.echo(
+            f"verified against PyTorch: outputs differ by at most {worst:.1e} of their largest magnitude"
+        )
 
 
 class _Stages:

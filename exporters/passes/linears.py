@@ -83,7 +83,9 @@ def select(linears: dict[str, Linear], targets: Iterable[str]) -> dict[str, Line
         }
         if not matching:
             kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
-            raise ExportError(f"target module {target!r} is not a linear of this model: it has {', '.join(kinds)}")
+            raise ExportError(
+                f"target module {target!r} is not a linear of this model: it has {', '.join(kinds)}"
+            )
         chosen.update(matching)
     return {name: linear for name, linear in linears.items() if name in chosen}
 
@@ -97,7 +99,9 @@ def _products(weight: ir.Value) -> Iterable[tuple[ir.Node, ir.Value]]:
                     assert x is not None
                     yield product, x
         elif node.op_type == "Gemm" and index == 1 and node.attributes.get_int("transB", 0) == 1:
-            plain = node.attributes.get_int("transA", 0) == 0 and node.attributes.get_float("alpha", 1.0) == 1.0
+            plain = (
+                node.attributes.get_int("transA", 0) == 0 and node.attributes.get_float("alpha", 1.0) == 1.0
+            )
             x = node.inputs[0]
             if plain and x is not None:
                 yield node, x

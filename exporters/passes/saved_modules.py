@@ -20,7 +20,9 @@ def keep_saved_modules(weights: dict[str, ir.Value], modules: Iterable[str]) -> 
     for module in modules:
         names = [name for name in weights if name.startswith(f"{module}.") or f".{module}." in name]
         if not names:
-            raise ExportError(f"modules_to_save names {module!r}, but no weight of that module is in the graph")
+            raise ExportError(
+                f"modules_to_save names {module!r}, but no weight of that module is in the graph"
+            )
         for name in names:
             value = weights.pop(name)
             assert value.shape is not None

@@ -15,7 +15,12 @@ from edgepeft.errors import ExportError, UsageError
 
 from .tasks import infer_task, model_class, resolve_task
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 #: Model types whose linears and positions the passes know; others are refused by name until they are proven.
 MODEL_TYPES = ("bert", "llama")
 

@@ -27,9 +27,7 @@ CANDIDATES = tuple(itertools.product((1, 4, 16, 64), (16, 64, 256, 1024, 4096), 
 SHAPE_ERROR_BYTES = 1.0
 
 
-def measure_peaks(
-    graph: bytes, spec: GraphSpec, folder: Path
-) -> tuple[tuple[MemoryTerm, ...], ...]:
+def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[MemoryTerm, ...], ...]:
     """The sums of live tensors that are the largest for some batch, sequence and rank.
 
     Args:
@@ -64,9 +62,7 @@ def measure_peaks(
     )
 
 
-def _profiled_session(
-    graph: bytes, folder: Path
-) -> tuple[ort.InferenceSession, Callable[[], np.ndarray]]:
+def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession, Callable[[], np.ndarray]]:
     """A session, and what ends its profile: bytes in use, float64 `[runs, nodes]` in order of execution."""
     scratch = tempfile.TemporaryDirectory(prefix="edgepeft-profile-")
     options = ort.SessionOptions()

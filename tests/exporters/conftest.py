@@ -17,7 +17,10 @@ from . import models
 # Tiny models: a second thread only waits for the first.
 torch.set_num_threads(1)
 
-LORA_TARGETS = {"bert": ["query", "key", "value", "dense"], "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]}
+LORA_TARGETS = {
+    "bert": ["query", "key", "value", "dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+}
 
 
 @dataclass
@@ -59,8 +62,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
             adapters = {
                 "plain": models.save_adapter(build(), root / "plain", 1, r=4, lora_alpha=8, **common),
                 "patterned": models.save_adapter(
-                    build(), root / "patterned", 2, r=2, lora_alpha=6, use_rslora=True,
-                    rank_pattern={targets[0]: 5}, alpha_pattern={targets[1]: 3}, **common,
+                    build(),
+                    root / "patterned",
+                    2,
+                    r=2,
+                    lora_alpha=6,
+                    use_rslora=True,
+                    rank_pattern={targets[0]: 5},
+                    alpha_pattern={targets[1]: 3},
+                    **common,
                 ),  # fmt: skip
             }
             manifest = edgepeft.export(build(), root / "bundle", bits=bits, adapters=adapters)

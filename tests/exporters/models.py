@@ -13,25 +13,39 @@ import transformers
 
 from edgepeft.bundle.manifest import Manifest
 
-SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128, "vocab_size": 320}
+SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 320,
+}
 
 
 def bert_classifier(labels: int = 3) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=64, num_labels=labels, initializer_range=0.2)
+    config = transformers.BertConfig(
+        **SIZES, max_position_embeddings=64, num_labels=labels, initializer_range=0.2
+    )
     return transformers.BertForSequenceClassification(config).eval()
 
 
 def bert_encoder() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    return transformers.BertModel(transformers.BertConfig(**SIZES, max_position_embeddings=64, initializer_range=0.2)).eval()
+    return transformers.BertModel(
+        transformers.BertConfig(**SIZES, max_position_embeddings=64, initializer_range=0.2)
+    ).eval()
 
 
 def llama(*, tied: bool) -> transformers.PreTrainedModel:
     """Grouped heads: 4 of queries, 2 of keys and values."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **SIZES, num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied, initializer_range=0.2
+        **SIZES,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,
     )
     return transformers.LlamaForCausalLM(config).eval()
 

@@ -47,11 +47,15 @@ def test_outputs_losses_and_gradients_equal_pytorch(exported: Make, name: str, b
         for adapter in (None, "plain", "patterned"):
             model = bundle.torch_model()
             if adapter is not None:
-                model = peft.PeftModel.from_pretrained(model, bundle.adapters[adapter], is_trainable=True).eval()
+                model = peft.PeftModel.from_pretrained(
+                    model, bundle.adapters[adapter], is_trainable=True
+                ).eval()
             expected, loss = torch_output(model, batch)
             (got,) = device.forward(inputs, adapter=adapter).values()
             counted = attended if got.ndim == 3 else slice(None)
-            np.testing.assert_allclose(got[counted], expected.detach().numpy()[counted], rtol=0, atol=TOLERANCE[bits])
+            np.testing.assert_allclose(
+                got[counted], expected.detach().numpy()[counted], rtol=0, atol=TOLERANCE[bits]
+            )
             if adapter is None:
                 continue
             got_loss, gradients = device.loss_and_gradients(batch.arrays, adapter=adapter)

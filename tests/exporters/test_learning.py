@@ -1,0 +1,107 @@
+"""Training on the device against the same training in PyTorch + PEFT, step by step, and the way back to PEFT."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+
+import edgepeft
+from edgepeft.runtime.training.sampling import batch_indices, split
+
+from . import models
+from .conftest import Exported
+
+Make = Callable[[str, int], Exported]
+STEPS, BATCH, SEED = 50, 8, 3
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM, WARMUP = 2e-3, 0.01, 1.0, 5
+
+
+def records(kind: str) -> list[dict[str, Any]]:
+    """Learnable records: the first token tells the label; a sequence repeats a short phrase."""
+    rng = np.random.default_rng(7)
+    made: list[dict[str, Any]] = []
+    for index in range(48):
+        length = int(rng.integers(4, 12))
+        if kind == "bert-classifier":
+            ids = rng.integers(10, models.SIZES["vocab_size"], length)
+            ids[0] = index % 3
+            made.append({"input_ids": ids.tolist(), "label": index % 3})
+        else:
+            phrase = (np.arange(length) * 3 + index % 4) % 40 + 10
+            made.append({"input_ids": phrase.tolist(), "labels": phrase.tolist()})
+    return made
+
+
+def padded(chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch as a PyTorch user pads it."""
+    width = max(len(record["input_ids"]) for record in chosen)
+    ids = torch.zeros(len(chosen), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, -100)
+    for row, record in enumerate(chosen):
+        count = len(record["input_ids"])
+        ids[row, :count] = torch.tensor(record["input_ids"])
+        mask[row, :count] = 1
+        if "labels" in record:
+            labels[row, :count] = torch.tensor(record["labels"])
+    if "label" in chosen[0]:
+        labels = torch.tensor([record["label"] for record in chosen])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def torch_losses(model: torch.nn.Module, data: list[dict[str, Any]]) -> list[float]:
+    """AdamW with warm-up, linear decay and clipping, as the transformers Trainer does it."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, STEPS)
+    train_on, _ = split(len(data), 0.1, SEED)
+    losses = []
+    for step in range(STEPS):
+        chosen = [data[train_on[index]] for index in batch_indices(len(train_on), BATCH, SEED, step)]
+        loss = model(**padded(chosen)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "llama-tied"])
+def test_fifty_steps_follow_pytorch_and_the_adapter_returns_to_peft(
+    exported: Make, name: str, tmp_path: Path
+) -> None:
+    bundle = exported(name, 32)
+    data = records(name)
+    model = peft.PeftModel.from_pretrained(
+        bundle.torch_model(), bundle.adapters["plain"], is_trainable=True
+    ).eval()
+    expected = torch_losses(model, data)
+
+    output = tmp_path / "adapted"
+    with edgepeft.load(bundle.folder, memory_budget="2GiB") as device:
+        report = device.adapt(
+            data, output, adapter="plain", steps=STEPS, batch_size=BATCH, seq_len=16, seed=SEED, warmup_steps=WARMUP,
+            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+        )  # fmt: skip
+        np.testing.assert_allclose(report.losses, expected, rtol=0.01)
+        assert np.mean(expected[-5:]) < 0.8 * np.mean(expected[:5]), (
+            "nothing was learned, so nothing was compared"
+        )
+
+        batch = models.batch()
+        (on_device,) = device.forward(batch.arrays, adapter=output).values()
+    reopened = peft.PeftModel.from_pretrained(bundle.torch_model(), output).eval()
+    with torch.no_grad():
+        in_peft = reopened(**batch.tensors).logits.numpy()
+    counted = batch.arrays["attention_mask"].astype(bool) if in_peft.ndim == 3 else slice(None)
+    np.testing.assert_allclose(on_device[counted], in_peft[counted], rtol=0, atol=1e-4)
+    trained = {key: value.detach() for key, value in peft.get_peft_model_state_dict(model).items()}
+    for key, value in peft.get_peft_model_state_dict(reopened).items():
+        torch.testing.assert_close(value, trained[key], rtol=0.02, atol=2e-3)
