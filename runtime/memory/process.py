@@ -71,10 +71,12 @@ class MemoryRecorder:
     Attributes:
         resettable: whether `peak_bytes` is the block's own peak and not the process's whole past.
         samples: `(seconds since the block began, resident bytes)`.
+        phases: `(seconds since the block began, name)` of what `mark` announced.
     """
 
     def __init__(self, interval_s: float = 0.02) -> None:
         self.samples: list[tuple[float, int]] = []
+        self.phases: list[tuple[float, str]] = []
         self.resettable = False
         self._interval_s = interval_s
         self._stop = threading.Event()
@@ -94,6 +96,10 @@ class MemoryRecorder:
         self._stop.set()
         self._thread.join()
         self._sample()
+
+    def mark(self, phase: str) -> None:
+        """Note that a phase begins now."""
+        self.phases.append((time.perf_counter() - self._start_s, phase))
 
     @property
     def peak_bytes(self) -> int:

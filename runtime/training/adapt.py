@@ -119,6 +119,7 @@ class Update:
 
     def _run(self, recorder: MemoryRecorder) -> AdaptReport:
         bundle, options, task = self._bundle, self._options, self._task
+        recorder.mark("read records")
         adapter = starting_adapter(bundle, options)
         names = trained_names(bundle.manifest, adapter, options.trainable)
         examples = task.encode_all(records(self._source), options.tokens(bundle.manifest), training=True)
@@ -142,6 +143,7 @@ class Update:
         judged = [examples[index] for index in held_out]
 
         def judge() -> Evaluation:
+            recorder.mark("evaluate")
             began_s = time.perf_counter()
             result = evaluate(
                 bundle, task, {**inputs, **state.parameters}, judged, options.batch_size, self._threads
@@ -154,6 +156,7 @@ class Update:
             first = judge()
             progress.held_out_before = (first.loss, first.accuracy)
         before = Evaluation(*progress.held_out_before)
+        recorder.mark("train")
         self._train(
             plan,
             [examples[index] for index in train_on],
@@ -358,4 +361,5 @@ def _memory_report(budget_bytes: int | None, plan: Plan, recorder: MemoryRecorde
         measured_peak_bytes=recorder.peak_bytes,
         peak_is_exact=recorder.resettable,
         timeline=list(recorder.samples),
+        phases=list(recorder.phases),
     )

@@ -18,6 +18,7 @@ class MemoryReport:
         measured_peak_bytes: the kernel's figure for the update; where `peak_is_exact` is false, the largest
         sample.
         timeline: `[seconds since the update began, resident bytes]`.
+        phases: `[seconds since the update began, what began then]`.
     """
 
     budget_bytes: int | None
@@ -26,6 +27,7 @@ class MemoryReport:
     measured_peak_bytes: int
     peak_is_exact: bool
     timeline: list[tuple[float, int]]
+    phases: list[tuple[float, str]]
 
 
 @dataclass(frozen=True)
