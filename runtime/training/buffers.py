@@ -1,5 +1,6 @@
 """One flat float32 buffer each for parameters, gradients and moments, with the tensors as views into them."""
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,6 +8,7 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
+_CHUNK_VALUES = 2**16
 _ALIGNMENT_VALUES = 16  # 64 bytes, what onnxruntime's kernels read fastest
 
 
@@ -42,9 +44,14 @@ class TrainingState:
 
     def relative_change(self) -> float:
         """L2 norm of the update divided by that of what it started from."""
-        start = float(np.linalg.norm(self.start))
-        change = float(np.linalg.norm(self.param - self.start))
-        return change / start if start else (0.0 if change == 0.0 else float("inf"))
+        start = change = 0.0
+        # Piecewise, so that float64 copies of the whole buffers are never in memory.
+        for begin in range(0, len(self.param), _CHUNK_VALUES):
+            before = self.start[begin : begin + _CHUNK_VALUES].astype(np.float64)
+            after = self.param[begin : begin + _CHUNK_VALUES]
+            start += float(before @ before)
+            change += float(np.sum((after - before) ** 2))
+        return math.sqrt(change / start) if start else (0.0 if change == 0.0 else math.inf)
 
     def limit_change(self, limit: float) -> bool:
         """Scale the update back to `limit` times the norm of its start; whether that was necessary."""
