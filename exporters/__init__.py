@@ -1,7 +1,8 @@
 """The workstation side: transformers models and PEFT adapters in, a verified bundle out.
 
-Needs the `export` extra. `sources/` loads and traces, `passes/` rewrites, `autodiff/` differentiates, `losses/` and
-`training/` make the training graphs, `writer` and `pipeline` close the bundle, `verify` compares it with PyTorch.
+Needs the `export` extra. `sources/` loads and traces, `passes/` rewrites, `autodiff/` differentiates,
+`losses/` and `training/` make the training graphs, `writer` and `pipeline` close the bundle, `verify`
+compares it with PyTorch.
 """
 
 from typing import TYPE_CHECKING, Any

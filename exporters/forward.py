@@ -41,8 +41,8 @@ def build_forward(
 
     Args:
         freezer: stores the frozen weights, for this and the other graphs of the bundle.
-        modules: names (or suffixes) of the linear modules that get a LoRA slot; None: all but the output head.
-        modules_to_save: modules whose parameters stay inputs.
+        modules: names (or suffixes) of the linear modules that get a LoRA slot; None: all but the output
+        head. modules_to_save: modules whose parameters stay inputs.
         with_past: with a key/value cache among the inputs and outputs.
 
     Raises:

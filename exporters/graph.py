@@ -15,7 +15,8 @@ FLOAT = ir.DataType.FLOAT
 INT64 = ir.DataType.INT64
 MICROSOFT = "com.microsoft"
 #: Operator sets every graph of a bundle imports: `DequantizeLinear` knows blocks since 21, `Attention`,
-#: `RMSNormalization` and `RotaryEmbedding` exist since 23, the quantized matrix product is a contrib operator.
+#: `RMSNormalization` and `RotaryEmbedding` exist since 23, the quantized matrix product is a contrib
+#: operator.
 OPSET_IMPORTS = {"": 23, MICROSOFT: 1}
 IR_VERSION = 11
 
@@ -33,7 +34,8 @@ def append(
     domain: str = "",
     name: str | None = None,
 ) -> ir.Value:
-    """Append one single-output node and return its output, typed and shaped; `sort` restores the order later."""
+    """Append one single-output node and return its output, typed and shaped; `sort` restores the order
+    later."""
     output = ir.Value(
         name=name,
         shape=None if shape is None else ir.Shape(shape),

@@ -49,20 +49,21 @@ def export(
     train: bool = True,
     verify: bool = True,
     seed: int = 0,
-    report: Report = lambda stage: None,
+    report: Report = lambda _: None,
 ) -> Manifest:
     """Export `model` and `adapters` as one bundle and check it against PyTorch.
 
     Args:
         model: a transformers model object, a folder or a hub id.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
-        task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where None.
-        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding.
-        block_size: weights that share a scale, at 4 and 8 bits.
+        task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where
+        None. bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the
+        embedding. block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
         rank: makes a fresh adapter named `default` of this rank.
-        targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of `adapters`, or
+        targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
+        `adapters`, or
             every linear but the output head where there are none.
         lora_alpha: of the fresh adapter; twice the rank where None.
         train: also write the training graphs.
@@ -145,7 +146,8 @@ def _check_modules(adapters: Mapping[str, Adapter], source: Source) -> None:
             weight = getattr(modules.get(name), "weight", None)
             if weight is None or weight.ndim != 2:
                 raise AdapterError(
-                    f"{adapter.origin}: module {name} is no linear of {source.name}: the adapter was made for another base"
+                    f"{adapter.origin}: module {name} is no linear of {source.name}: "
+                    "the adapter was made for another base"
                 )
 
 
@@ -211,7 +213,8 @@ def _write(
 
 
 def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
-    """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a bundle."""
+    """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
+    bundle."""
     write_manifest(manifest, folder)
 
     def formula(role: str) -> MemoryFormula:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-#: Fractions of the largest magnitude tried as the range of a 4-bit block; the one with the least squared error wins.
+#: Fractions of the largest magnitude tried as the range of a 4-bit block; the one with the least squared
+#: error wins.
 CLIPS_4_BIT = (1.0, 0.95, 0.9, 0.85, 0.8)
 #: Weights quantized at a time: a chunk that stays in the cache is ten times faster than a whole embedding.
 CHUNK_VALUES = 2**18
@@ -20,7 +21,8 @@ CHUNK_VALUES = 2**18
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight `[rows, columns]`: `codes` uint8 `[rows, columns]`, one code a byte; `scales` float32 `[rows, blocks]`."""
+    """A weight `[rows, columns]`: `codes` uint8 `[rows, columns]`, one code a byte; `scales` float32 `[rows,
+    blocks]`."""
 
     codes: np.ndarray
     scales: np.ndarray
@@ -55,8 +57,8 @@ def can_quantize(columns: int, block_size: int) -> bool:
 def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeight:
     """Quantize float32 `[rows, columns]`, whose columns `block_size` divides.
 
-    At 8 bits the scale is the largest magnitude / 127. At 4 bits the signed extreme of a block is given the code 0
-    (-8), which uses all 16 codes, and several clippings of the range compete.
+    At 8 bits the scale is the largest magnitude / 127. At 4 bits the signed extreme of a block is given the
+    code 0 (-8), which uses all 16 codes, and several clippings of the range compete.
     """
     rows, columns = weight.shape
     blocks = weight.float().reshape(-1, block_size)

@@ -53,7 +53,8 @@ def write_starting_adapter(
             model = peft.get_peft_model(source.model, config)
         except ValueError as error:
             raise UsageError(f"--targets {','.join(targets or [])}: {error}") from error
-        # Not embeddings: an adapter does not train them, and asking the hub whether it should needs a network.
+        # Not embeddings: an adapter does not train them, and asking the hub whether it should needs a
+        # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         source.model = model.unload()
     source.model.requires_grad_(False)

@@ -1,7 +1,8 @@
 """Run a bundle as a device would and compare it with PyTorch + PEFT on the weights that the bundle holds.
 
-Compared are the outputs with no adapter and with each, the loss, and the gradient of every trainable tensor; each
-adapter must also change the output. A starting adapter, whose B is zero, is compared with B filled at random.
+Compared are the outputs with no adapter and with each, the loss, and the gradient of every trainable tensor;
+each adapter must also change the output. A starting adapter, whose B is zero, is compared with B filled at
+random.
 """
 
 import warnings
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.session import GraphSession
 
 from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
-from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.session import GraphSession
 
 from .losses.contrastive import SCALE
 from .sources.loading import Source
@@ -103,8 +104,8 @@ class _Check:
         self.figures["outputs"][what] = difference
         if not difference <= self.tolerance:
             raise VerificationError(
-                f"{self.output_name} with {what} differs from PyTorch's by {difference:.2e} of their largest magnitude, "
-                f"tolerance {self.tolerance:.0e}: nothing was written"
+                f"{self.output_name} with {what} differs from PyTorch's by {difference:.2e} of their largest "
+                f"magnitude, tolerance {self.tolerance:.0e}: nothing was written"
             )
         if adapter is None:
             self._plain = counted[0]
@@ -115,7 +116,8 @@ class _Check:
         assert self._latest is not None
         if float(np.abs(self._latest - self._plain).max()) < EFFECT:
             raise AdapterError(
-                f"adapter {name!r} does not change the output: it is untrained, or made for another base; nothing was written"
+                f"adapter {name!r} does not change the output: it is untrained, or made for another base; "
+                "nothing was written"
             )
 
     def gradients(self, name: str, adapter: Adapter, model: Any) -> None:
@@ -130,7 +132,8 @@ class _Check:
         difference = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
         if not difference <= LOSS_TOLERANCE:
             raise VerificationError(
-                f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's {loss.item():.6f}: nothing was written"
+                f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's {loss.item():.6f}: "
+                "nothing was written"
             )
         worst_cosine, worst_norm = 1.0, 0.0
         lora_inputs = {
@@ -145,9 +148,9 @@ class _Check:
             worst_cosine, worst_norm = min(worst_cosine, cosine), max(worst_norm, norm)
             if not (cosine >= GRADIENT_COSINE and norm <= GRADIENT_NORM_TOLERANCE):
                 raise VerificationError(
-                    f"the gradient of {key} with adapter {name!r} has cosine {cosine:.6f} with PyTorch's (at least "
-                    f"{GRADIENT_COSINE}) and a norm off by {norm:.2e} (at most {GRADIENT_NORM_TOLERANCE:.0e}): nothing was "
-                    "written"
+                    f"the gradient of {key} with adapter {name!r} has cosine {cosine:.6f} with PyTorch's "
+                    f"(at least {GRADIENT_COSINE}) and a norm off by {norm:.2e} (at most "
+                    f"{GRADIENT_NORM_TOLERANCE:.0e}): nothing was written"
                 )
         self.figures["gradients"][name] = {
             "loss_difference": difference,

@@ -70,8 +70,8 @@ def export(
 ) -> None:
     """Export MODEL (a transformers folder or hub id) and its adapters as one bundle.
 
-    The bundle is compared with PyTorch before it is put in place: outputs with and without each adapter, the loss and
-    every gradient. Needs the `export` extra.
+    The bundle is compared with PyTorch before it is put in place: outputs with and without each adapter, the
+    loss and every gradient. Needs the `export` extra.
 
     \b
     edgepeft export ./all-MiniLM-L6-v2 -o topics.edge --task text-classification \\

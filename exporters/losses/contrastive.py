@@ -10,7 +10,8 @@ SCALE = 20.0
 
 
 def contrastive_loss(graph: ir.Graph, embedding: ir.Value, labels: ir.Value | None) -> ir.Value:
-    """Cross-entropy of `20 * cos(anchor_i, positive_j)` against `j = i`: the other positives are the negatives.
+    """Cross-entropy of `20 * cos(anchor_i, positive_j)` against `j = i`: the other positives are the
+    negatives.
 
     Args:
         embedding: float32 `[2 * pairs, width]`: all anchors, then all positives in the same order.

@@ -2,9 +2,9 @@
 
     y = x Wᵀ + ((x A) * scaling) B        A [in, rank], scaling [rank], B [rank, out]
 
-`A`, `B` and `scaling` are graph inputs with a rank axis of their own, so one graph serves any rank (0 switches the slot
-off exactly) and adapters mix by concatenation along the rank axis. `A` may have a leading batch axis: every row of the
-batch then has an adapter of its own.
+`A`, `B` and `scaling` are graph inputs with a rank axis of their own, so one graph serves any rank (0
+switches the slot off exactly) and adapters mix by concatenation along the rank axis. `A` may have a leading
+batch axis: every row of the batch then has an adapter of its own.
 
 Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 """

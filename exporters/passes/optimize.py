@@ -12,7 +12,8 @@ from .rotary import expand_rotary_caches
 def optimize_forward(model: ir.Model) -> None:
     """Optimize `model` in place with onnxscript's folding and fusions.
 
-    Weights are graph inputs at this point (see `sources.tracing`), so none is folded, transposed or merged away.
+    Weights are graph inputs at this point (see `sources.tracing`), so none is folded, transposed or merged
+    away.
     """
     onnxscript.optimizer.optimize_ir(model)
     onnx_fusions.fuse(model)

@@ -1,7 +1,7 @@
 """Replace products by and look-ups in frozen weights with onnxruntime's quantized operators.
 
-Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, block * bits / 8]`; an embedding that the
-output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
+Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, block * bits / 8]`; an embedding
+that the output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,8 @@ from .linears import find_embeddings, linear_products
 
 @dataclass
 class Freezer:
-    """Stores frozen weights at `bits`; one instance serves all graphs of a bundle, so that each is quantized once.
+    """Stores frozen weights at `bits`; one instance serves all graphs of a bundle, so that each is quantized
+    once.
 
     Attributes:
         reference: by state-dict key, the values that the graphs compute with, float32.
@@ -33,8 +34,8 @@ class Freezer:
     def freeze(self, graph: ir.Graph, weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> None:
         """Turn the weight inputs into initializers: quantized where they are matrices, float32 otherwise.
 
-        A matrix that no block divides, and an embedding that is not the largest (positions, token types), is kept in
-        float16; vectors stay float32. The graph is left unsorted.
+        A matrix that no block divides, and an embedding that is not the largest (positions, token types), is
+        kept in float16; vectors stay float32. The graph is left unsorted.
         """
         largest = _largest_embedding(weights)
         for name, (value, tensor) in weights.items():

@@ -1,7 +1,7 @@
 """Give the caches of `RotaryEmbedding` the batch axis that the operator asks for.
 
-onnxscript's fusion hands over cos and sin as the model computed them, `[1, sequence, head_dim / 2]`; the operator
-(ai.onnx, version 23) wants `[batch, sequence, head_dim / 2]` and onnxruntime refuses anything else.
+onnxscript's fusion hands over cos and sin as the model computed them, `[1, sequence, head_dim / 2]`; the
+operator (ai.onnx, version 23) wants `[batch, sequence, head_dim / 2]` and onnxruntime refuses anything else.
 """
 
 import numpy as np

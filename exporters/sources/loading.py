@@ -62,7 +62,8 @@ def load_source(
 
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
-        labels: names of the classes of a new classification head (text-classification only); the weights of a head
+        labels: names of the classes of a new classification head (text-classification only); the weights of
+        a head
             that the checkpoint does not have are drawn with `seed`.
 
     Raises:
@@ -82,7 +83,8 @@ def load_source(
         folder, name = Path(model), _name(Path(model))
     if module.config.model_type not in MODEL_TYPES:
         raise ExportError(
-            f"{name} is a {module.config.model_type!r} model: edgepeft exports {', '.join(MODEL_TYPES)} so far"
+            f"{name} is a {module.config.model_type!r} model: "
+            f"edgepeft exports {', '.join(MODEL_TYPES)} so far"
         )
     module = module.to(torch.float32).cpu().eval().requires_grad_(False)
     is_folder = folder is not None and folder.is_dir()

@@ -10,8 +10,8 @@ from .loading import Pooling
 def append_pooling(graph: ir.Graph, pooling: Pooling) -> ir.Value:
     """Replace the graph's outputs by `sentence_embedding` float32 `[batch, width]`.
 
-    `mean`: Σ mask * h / max(Σ mask, 1e-9) over the sequence; `cls`: h[:, 0]. Normalized: divided by max(‖·‖₂, 1e-12).
-    The first output must be the last hidden state, float32 `[batch, sequence, width]`.
+    `mean`: Σ mask * h / max(Σ mask, 1e-9) over the sequence; `cls`: h[:, 0]. Normalized: divided by
+    max(‖·‖₂, 1e-12). The first output must be the last hidden state, float32 `[batch, sequence, width]`.
     """
     hidden = graph.outputs[0]
     assert hidden.shape is not None

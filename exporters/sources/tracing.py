@@ -24,7 +24,8 @@ SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 7, 5
 
 @dataclass
 class Traced:
-    """A forward graph, not optimized yet; each name of `weights` is a graph input to be bound or lifted later."""
+    """A forward graph, not optimized yet; each name of `weights` is a graph input to be bound or lifted
+    later."""
 
     model: ir.Model
     weights: dict[str, torch.Tensor]
@@ -34,9 +35,9 @@ class Traced:
 def trace(source: Source, *, with_past: bool = False) -> Traced:
     """Trace `source` at opset 23 with symbolic axes `batch`, `sequence` (and `past_sequence`).
 
-    Weights become graph inputs, so that no later optimization folds, transposes or merges them; tied weights are one
-    input. With `with_past` the graph takes `past_key_values.{i}.key/value` `[batch, kv_heads, past_sequence, head_dim]`
-    and returns `present.{i}.key/value`.
+    Weights become graph inputs, so that no later optimization folds, transposes or merges them; tied weights
+    are one input. With `with_past` the graph takes `past_key_values.{i}.key/value` `[batch, kv_heads,
+    past_sequence, head_dim]` and returns `present.{i}.key/value`.
 
     Raises:
         ExportError: the model cannot be traced.
@@ -141,7 +142,8 @@ def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.T
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' progress marks and their notes on versions and on packages that are not installed."""
+    """Silence the exporters' progress marks and their notes on versions and on packages that are not
+    installed."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -23,8 +23,8 @@ class Joint:
 def build_joint(forward: Forward, loss: Loss) -> Joint:
     """Append loss and backward pass to a copy of `forward`.
 
-    The gradient of an input has its layout (`A` `[in, rank]`, `B` `[rank, out]`). Inputs that do not reach the loss (a
-    pooler that the task does not use) get none.
+    The gradient of an input has its layout (`A` `[in, rank]`, `B` `[rank, out]`). Inputs that do not reach
+    the loss (a pooler that the task does not use) get none.
 
     Raises:
         UnsupportedOperatorError: an operator between an adapter and the loss has no gradient rule.

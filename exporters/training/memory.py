@@ -1,8 +1,8 @@
 """Measure what a graph's tensors need, as a formula of batch, sequence and rank.
 
-onnxruntime's profiler reports the bytes requested and in use after every node. At a grid of small sizes each node's
-figure is a polynomial of the sizes, so solving for the coefficients gives the exact amount at any size; the nodes that
-are the worst for some size make the formula.
+onnxruntime's profiler reports the bytes requested and in use after every node. At a grid of small sizes each
+node's figure is a polynomial of the sizes, so solving for the coefficients gives the exact amount at any
+size; the nodes that are the worst for some size make the formula.
 """
 
 import itertools
@@ -19,7 +19,8 @@ from edgepeft.bundle.manifest import GraphSpec, MemoryTerm
 
 from .feeds import sample_feeds
 
-#: Grid of sizes; an axis needs one size more than its highest power. Batches are even: some losses split them in two.
+#: Grid of sizes; an axis needs one size more than its highest power. Batches are even: some losses split
+#: them in two.
 BATCHES, SEQUENCES, RANKS = (2, 4, 6), (4, 7, 10), (1, 3)
 POWERS = tuple(itertools.product(range(len(BATCHES)), range(len(SEQUENCES)), range(len(RANKS))))
 #: Sizes among which the worst nodes are looked for.
@@ -48,7 +49,8 @@ def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[Me
     )
     coefficients = np.linalg.solve(design, in_use).T  # [nodes, powers]
     coefficients[np.abs(coefficients) < SHAPE_ERROR_BYTES] = 0.0
-    # What is in use at every size are initializers and prepacked weights, which the session itself accounts for.
+    # What is in use at every size are initializers and prepacked weights, which the session itself accounts
+    # for.
     coefficients[:, 0] -= coefficients[:, 0].min()
     candidates = np.array([[float(b**i * s**j * r**k) for i, j, k in POWERS] for b, s, r in CANDIDATES])
     worst = sorted(set(np.argmax(coefficients @ candidates.T, axis=0).tolist()))
@@ -93,7 +95,8 @@ def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession,
 def _scratch_bytes(args: dict[str, Any]) -> int:
     """What a kernel allocates and frees again while it runs, which the profiler's figure after it leaves out.
 
-    `Attention` holds the scores, float32 `[batch, heads, queries, keys]`; the other kernels in use need next to nothing.
+    `Attention` holds the scores, float32 `[batch, heads, queries, keys]`; the other kernels in use need next
+    to nothing.
     """
     if args["op_name"] != "Attention":
         return 0

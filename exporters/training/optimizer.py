@@ -51,7 +51,8 @@ def build_adamw() -> ir.Model:
 
 
 def build_grad_norm() -> ir.Model:
-    """`sum_of_squares` float32 `[]` of `grad` float32 `[n]`; the global norm is the root of the sum over chunks."""
+    """`sum_of_squares` float32 `[]` of `grad` float32 `[n]`; the global norm is the root of the sum over
+    chunks."""
     graph = ir.Graph([], [], nodes=[], name="grad_norm")
     model = new_model(graph)
     grad = graph_input(graph, "grad", ["n"])

@@ -2,8 +2,8 @@
 
     python -m edgepeft.exporters.training.probe BUNDLE ROLE
 
-opens the bundle as a device does, runs the graph once on the smallest input and prints how much resident memory that
-added, in bytes.
+opens the bundle as a device does, runs the graph once on the smallest input and prints how much resident
+memory that added, in bytes.
 """
 
 import json
@@ -17,7 +17,8 @@ from .feeds import sample_feeds
 
 
 def measure_session_bytes(bundle: Path, role: str) -> int:
-    """Resident bytes that graph `role` of the bundle at `bundle` adds to a process, tensors of a run left out.
+    """Resident bytes that graph `role` of the bundle at `bundle` adds to a process, tensors of a run left
+    out.
 
     Raises:
         ExportError: the process failed.
@@ -31,9 +32,10 @@ def measure_session_bytes(bundle: Path, role: str) -> int:
 
 def main() -> None:
     """Print `{"session_bytes": …}`."""
-    from edgepeft.bundle.reader import open_bundle
     from edgepeft.runtime.memory.process import read_memory
     from edgepeft.runtime.session import GraphSession
+
+    from edgepeft.bundle.reader import open_bundle
 
     bundle = open_bundle(sys.argv[1])
     role = sys.argv[2]

@@ -71,7 +71,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
                     rank_pattern={targets[0]: 5},
                     alpha_pattern={targets[1]: 3},
                     **common,
-                ),  # fmt: skip
+                ),
             }
             manifest = edgepeft.export(build(), root / "bundle", bits=bits, adapters=adapters)
             made[name, bits] = Exported(root / "bundle", manifest, adapters, build)

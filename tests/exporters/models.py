@@ -51,7 +51,7 @@ def llama(*, tied: bool) -> transformers.PreTrainedModel:
 
 
 def save_adapter(model: transformers.PreTrainedModel, folder: Path, seed: int, **config: Any) -> Path:
-    """A PEFT LoRA over `model` with random factors (and a random head, if it saves one), as PEFT writes it."""
+    """A PEFT LoRA over `model`, its factors (and its head, if it saves one) random, as PEFT writes it."""
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     for name, parameter in wrapped.named_parameters():
@@ -65,8 +65,8 @@ def save_adapter(model: transformers.PreTrainedModel, folder: Path, seed: int, *
 def read_reference(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Decode the frozen matrices of a bundle from the bytes of `weights.bin`, by the formats' definitions.
 
-    Not with the exporter's code: q4 holds `[N, K / block, block / 2]` bytes, low half first, zero point 8; q8 holds bytes
-    with zero point 128; f16 holds halves; anything else is float32.
+    Not with the exporter's code: q4 holds `[N, K / block, block / 2]` bytes, low half first, zero point 8; q8
+    holds bytes with zero point 128; f16 holds halves; anything else is float32.
     """
     data = (folder / manifest.weights_file).read_bytes()
 

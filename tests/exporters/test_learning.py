@@ -1,4 +1,4 @@
-"""Training on the device against the same training in PyTorch + PEFT, step by step, and the way back to PEFT."""
+"""Training on the device against the same in PyTorch + PEFT, step by step, and the way back to PEFT."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
+from edgepeft.runtime.training.sampling import batch_indices, split
 
 import edgepeft
-from edgepeft.runtime.training.sampling import batch_indices, split
 
 from . import models
 from .conftest import Exported
@@ -87,9 +87,18 @@ def test_fifty_steps_follow_pytorch_and_the_adapter_returns_to_peft(
     output = tmp_path / "adapted"
     with edgepeft.load(bundle.folder, memory_budget="2GiB") as device:
         report = device.adapt(
-            data, output, adapter="plain", steps=STEPS, batch_size=BATCH, seq_len=16, seed=SEED, warmup_steps=WARMUP,
-            learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
-        )  # fmt: skip
+            data,
+            output,
+            adapter="plain",
+            steps=STEPS,
+            batch_size=BATCH,
+            seq_len=16,
+            seed=SEED,
+            warmup_steps=WARMUP,
+            learning_rate=LEARNING_RATE,
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=MAX_GRAD_NORM,
+        )
         np.testing.assert_allclose(report.losses, expected, rtol=0.01)
         assert np.mean(expected[-5:]) < 0.8 * np.mean(expected[:5]), (
             "nothing was learned, so nothing was compared"

