@@ -47,7 +47,7 @@ def _fail(message: str, exit_code: int) -> None:
     raise click.exceptions.Exit(exit_code)
 
 
-@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group("edgepeft", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="edgepeft")
 def main() -> None:
     """Export quantized models with PEFT adapters to ONNX; run and adapt them on a device.

@@ -1,0 +1,244 @@
+"""The commands: answers, one-line errors, exit codes, JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from edgepeft.runtime.training.sampling import split
+
+from edgepeft import cli
+from edgepeft.adapters import load_adapter, save_adapter
+from edgepeft.cli.options import adapter_spec
+from edgepeft.errors import UsageError
+
+from . import tiny
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def fails(exit_code: int, *arguments: object) -> str:
+    """The error of a command that fails: one line on stderr, nothing on stdout."""
+    result = run(*arguments)
+    assert result.exit_code == exit_code, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in tiny.records()))
+    return path
+
+
+FAST = ("--lr", "0.02", "--batch-size", "4", "--steps", "30")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    """And every option says what it is."""
+    text = run(name, "--help")
+    assert text.exit_code == 0
+    assert text.output.count(f"edgepeft {name} ") >= 2  # the usage line and an example
+    command = cli.main.get_command(click.Context(cli.main), name)
+    assert command is not None
+    assert all(option.help for option in command.params if isinstance(option, click.Option))
+
+
+def test_the_group_lists_its_commands() -> None:
+    """With version and help."""
+    text = run("--help").output
+    assert all(name in text for name in cli.COMMANDS)
+    assert run("--version").output.startswith("edgepeft, version ")
+
+
+def test_inspect(classifier: Path) -> None:
+    """A table, and the same as JSON."""
+    text = run("inspect", classifier).stdout
+    assert "text-classification, 3 labels: red, green, blue" in text
+    assert "mine: rank 2 on 1 modules" in text
+    summary = json.loads(run("inspect", classifier, "--json").stdout)
+    assert (
+        summary["adapters"]["mine"]["parameters"] == load_adapter(classifier / "adapters" / "mine").parameters
+    )
+    assert summary["graphs"].keys() == {"inference", "loss", "train", "adamw", "grad_norm"}
+
+
+def test_plan(classifier: Path) -> None:
+    """It fits, or exit 3 with the table before the error."""
+    plan = json.loads(run("plan", classifier, "--budget", "4GiB", "--json").stdout)
+    assert plan["chosen"] == "resident"
+    assert plan["strategies"][0]["peak_bytes"] < plan["smallest_budget_bytes"] < 4 * 2**30
+    refused = run("plan", classifier, "--budget", "1MiB")
+    assert refused.exit_code == 3
+    assert "does not fit" in refused.stdout
+    assert refused.stderr.startswith("error: training needs")
+    assert f"--budget {plan['smallest_budget_bytes'] // 2**20}MiB"[:10] in refused.stderr
+
+
+def test_adapt_predict_and_the_adapter_in_between(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """The whole path on the device: predict, adapt, predict."""
+    before = json.loads(run("predict", classifier, "--data", data, "--adapter", "mine", "--json").stdout)
+    result = run("adapt", classifier, "--data", data, "--budget", "4GiB", "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 0, result.output
+    assert "(kept, started from" in result.stdout
+    assert "peak memory" in result.stdout
+    after = json.loads(
+        run("predict", classifier, "--data", data, "--adapter", tmp_path / "out", "--json").stdout
+    )
+    assert after["accuracy"] > before["accuracy"]
+    assert len(after["records"]) == 40
+    text = run("predict", classifier, "--data", data, "--adapter", tmp_path / "out").stdout
+    assert text.splitlines()[-1] == f"accuracy {after['accuracy']:.4f}"
+
+
+def test_adapt_reports_in_json(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """The same report as in the output folder."""
+    result = run(
+        "adapt", classifier, "--data", data, "--budget", "4GiB", "-o", tmp_path / "out", "--json", *FAST
+    )
+    report = json.loads(result.stdout)
+    written = json.loads((tmp_path / "out" / "adapt_report.json").read_text())
+    assert report["losses"] == written["losses"]
+    assert report["decision"] == "kept"
+    assert "adapting" in result.stderr
+
+
+def test_a_rejected_update_exits_4_with_its_report(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """And writes nothing."""
+    good = run("adapt", classifier, "--data", data, "--budget", "4GiB", "-o", tmp_path / "good", *FAST)
+    assert good.exit_code == 0
+    held_out = set(split(40, 0.1, 0)[1])
+    # Whatever is trained on has a wrong label, whatever it is judged by the right one.
+    wrong = [
+        record
+        if index in held_out
+        else {**record, "label": (tiny.LABELS.index(str(record["label"])) + 1) % 3}
+        for index, record in enumerate(tiny.records())
+    ]
+    data.write_text("".join(json.dumps(record) + "\n" for record in wrong))
+    arguments = ("adapt", classifier, "--data", data, "--budget", "4GiB", "--adapter", tmp_path / "good")
+    rejected = run(*arguments, "-o", tmp_path / "bad", "--json", *FAST)
+    assert rejected.exit_code == 4
+    assert "error: the update is rejected: held-out loss went from" in rejected.stderr
+    assert json.loads(rejected.stdout)["decision"] == "rejected"
+    assert not (tmp_path / "bad").exists()
+
+
+def test_generate(language_model: Path) -> None:
+    """Text, and JSON."""
+    text = run("generate", language_model, "--prompt", "w3 w4", "--max-new-tokens", "4").stdout.strip()
+    answer = json.loads(
+        run("generate", language_model, "--prompt", "w3 w4", "--max-new-tokens", "4", "--json").stdout
+    )
+    assert answer == {"prompt": "w3 w4", "adapter": None, "text": text}
+
+
+def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:
+    """The table shows the beginning, JSON all of it."""
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "w1 w2"}\n{"text": "w3"}\n')
+    assert "1.0000" in run("predict", encoder, "--data", path).stdout
+    answer = json.loads(run("predict", encoder, "--data", path, "--json").stdout)
+    assert [len(record["embedding"]) for record in answer["records"]] == [tiny.WIDTH] * 2
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "arguments", "message"),
+    [
+        (2, ("frobnicate",), "No such command"),
+        (2, ("adapt", "BUNDLE"), "Missing option '--data'"),
+        (2, ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT"), "Missing option '--budget'"),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "0"),
+            "--budget: '0' is no memory",
+        ),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "lots"),
+            "--budget: 'lots' is not a size",
+        ),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "1GiB", "--steps", "many"),
+            "--steps",
+        ),
+        (2, ("adapt", "BUNDLE", "--data", "DATA", "-o", "DATA", "--budget", "1GiB"), "exists and holds no"),
+        (3, ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "1MiB"), "--budget "),
+        (1, ("adapt", "BUNDLE", "--data", "NONE", "-o", "OUT", "--budget", "1GiB"), "cannot be read"),
+        (1, ("adapt", "NONE", "--data", "DATA", "-o", "OUT", "--budget", "1GiB"), "no such bundle"),
+        (1, ("inspect", "DATA"), "expected a bundle's folder"),
+        (1, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "yours"), "has no adapter 'yours'"),
+        (2, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "mine=much"), "'much' is not a weight"),
+        (2, ("predict", "BUNDLE", "--data", "DATA", "--seq-len", "99"), "seq_len 99"),
+        (3, ("predict", "BUNDLE", "--data", "DATA", "--budget", "1MiB"), "the budget is 1.0 MiB"),
+        (2, ("generate", "BUNDLE", "--prompt", "w1"), "use predict"),
+    ],
+)
+def test_errors_are_one_line_with_their_exit_code(
+    classifier: Path, data: Path, tmp_path: Path, exit_code: int, arguments: tuple[str, ...], message: str
+) -> None:
+    """Nothing is written, nothing is printed on stdout."""
+    places = {"BUNDLE": classifier, "DATA": data, "OUT": tmp_path / "out", "NONE": tmp_path / "none"}
+    line = fails(exit_code, *(places.get(argument, argument) for argument in arguments))
+    assert message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
+
+
+def test_bad_data_names_its_line(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """Malformed JSON, a label never seen at export, an empty file."""
+    lines = data.read_text().splitlines()
+    for content, message in (
+        ("\n".join([*lines[:2], '{"text": ', *lines[3:]]), "data.jsonl:3: is not JSON"),
+        ("\n".join([*lines[:4], '{"text": "w1", "label": "mauve"}']), "data.jsonl:5: label 'mauve'"),
+        ("", "holds no records"),
+    ):
+        data.write_text(content)
+        line = fails(1, "adapt", classifier, "--data", data, "--budget", "1GiB", "-o", tmp_path / "out")
+        assert message in line
+
+
+def test_an_untrained_adapter_from_outside(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """It loads and does nothing, which is an error."""
+    save_adapter(tiny.adapter(), tmp_path / "untrained")
+    line = fails(1, "predict", classifier, "--data", data, "--adapter", tmp_path / "untrained")
+    assert "has no effect" in line
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], None),
+        (["mine"], "mine"),
+        (["./a=b/c"], None),
+        (["mine=1"], {"mine": 1.0}),
+        (["mine=0.7", "other=0.3"], {"mine": 0.7, "other": 0.3}),
+        (["mine", "other=-2e-1"], {"mine": 1.0, "other": -0.2}),
+    ],
+)
+def test_adapters_and_weights_on_the_command_line(values: list[str], expected: Any) -> None:
+    """A single name stays a name; the weight stands after the last equals sign."""
+    if values == ["./a=b/c"]:
+        with pytest.raises(UsageError, match="'b/c' is not a weight"):
+            adapter_spec(values)
+        assert adapter_spec(["./a=b/c=1"]) == {"./a=b/c": 1.0}
+    else:
+        assert adapter_spec(values) == expected
+
+
+@pytest.mark.parametrize("values", [["a=x"], ["=1"], ["a=nan"], ["a=inf"], ["a", "a"]])
+def test_weights_that_are_none(values: list[str]) -> None:
+    """Or names given twice."""
+    with pytest.raises(UsageError, match="--adapter"):
+        adapter_spec(values)
