@@ -20,7 +20,7 @@ MICROSOFT = "com.microsoft"
 OPSET_IMPORTS = {"": 23, MICROSOFT: 1}
 IR_VERSION = 11
 
-Shape = Sequence[int | str | None]
+Shape = Sequence[int | str | ir.SymbolicDim | None]
 
 
 def append(
@@ -51,7 +51,9 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtoco
     if name in graph.initializers:
         return graph.initializers[name]
     tensor = ir.tensor(array, name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

@@ -38,7 +38,7 @@ class QuantizedWeight:
         """uint8 `[rows, columns * bits / 8]`; at 4 bits the even column is the low half of a byte."""
         if self.bits == 8:
             return self.codes
-        return (self.codes[:, 0::2] | (self.codes[:, 1::2] << 4)).astype(np.uint8)
+        return np.asarray(self.codes[:, 0::2] | (self.codes[:, 1::2] << 4), np.uint8)
 
     def dequantize(self) -> np.ndarray:
         """float32 `[rows, columns]`, as onnxruntime computes it."""
@@ -46,7 +46,8 @@ class QuantizedWeight:
         blocks = self.codes.astype(np.float32).reshape(rows, -1, self.block_size) - np.float32(
             self.zero_point
         )
-        return (blocks * self.scales[:, :, None]).reshape(rows, columns)
+        weights: np.ndarray = (blocks * self.scales[:, :, None]).reshape(rows, columns)
+        return weights
 
 
 def can_quantize(columns: int, block_size: int) -> bool:

@@ -132,8 +132,8 @@ class _Check:
         difference = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
         if not difference <= LOSS_TOLERANCE:
             raise VerificationError(
-                f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's {loss.item():.6f}: "
-                "nothing was written"
+                f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's is "
+                f"{loss.item():.6f}: nothing was written"
             )
         worst_cosine, worst_norm = 1.0, 0.0
         lora_inputs = {

@@ -33,7 +33,7 @@ class WeightWriter:
             self._file.write(data)
         stored = WeightTensor(
             dtype=tensor.dtype.numpy().name,
-            shape=tuple(int(dim) for dim in tensor.shape),
+            shape=tuple(tensor.shape.numpy()),
             offset=self._offsets[digest],
             nbytes=len(data),
         )
@@ -57,7 +57,12 @@ def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file
         stored = weights.add(name, tensor)
         kept[name] = tensor
         value.const_value = ir.ExternalTensor(
-            weights_file, stored.offset, stored.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=name
+            weights_file,
+            stored.offset,
+            stored.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape.numpy()),
+            name=name,
         )
     try:
         _strip_metadata(model)

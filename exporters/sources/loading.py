@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.utils.hub import cached_file
 
 from edgepeft.errors import ExportError, UsageError
 
@@ -86,7 +87,7 @@ def load_source(
             f"{name} is a {module.config.model_type!r} model: "
             f"edgepeft exports {', '.join(MODEL_TYPES)} so far"
         )
-    module = module.to(torch.float32).cpu().eval().requires_grad_(False)
+    module = module.float().cpu().eval().requires_grad_(False)
     is_folder = folder is not None and folder.is_dir()
     return Source(
         model=module,
@@ -164,7 +165,7 @@ def _tokenizer_files(model: str) -> dict[str, bytes]:
         return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     found = {}
     for name in TOKENIZER_FILES:
-        cached = transformers.utils.cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+        cached = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
         if cached is not None:
             found[name] = Path(cached).read_bytes()
     return found
