@@ -1,0 +1,124 @@
+"""Losses, optimizer graphs and memory formulas against PyTorch and against the profiler's own figures."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from edgepeft.exporters.graph import graph_input, new_model, tidy
+from edgepeft.exporters.losses import LOSSES
+from edgepeft.exporters.training import memory
+from edgepeft.exporters.training.feeds import sample_feeds
+from edgepeft.exporters.training.joint import build_loss
+from edgepeft.exporters.training.optimizer import build_adamw, build_grad_norm
+
+from .conftest import Exported
+
+
+def run(model: ir.Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    names = [item.name for item in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def loss_graph(task: str, shape: list[int | str]) -> ir.Model:
+    graph = ir.Graph([], [], nodes=[], name="forward")
+    new_model(graph)
+    return build_loss(LOSSES[task], graph_input(graph, LOSSES[task].output, shape))
+
+
+def test_the_causal_loss_is_transformers() -> None:
+    rng = np.random.default_rng(0)
+    logits = (8 * rng.standard_normal((3, 6, 11))).astype(np.float32)
+    labels = rng.integers(0, 11, (3, 6))
+    labels[0, :4] = -100
+    labels[1] = -100
+    model = loss_graph("text-generation", ["batch", "sequence", 11])
+    got = run(model, {"logits": logits, "labels": labels})["loss"]
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits[:, :-1].reshape(-1, 11)), torch.from_numpy(labels[:, 1:].reshape(-1))
+    )
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_batch_without_a_counted_label_has_loss_zero() -> None:
+    model = loss_graph("text-generation", ["batch", "sequence", 5])
+    feeds = {"logits": np.ones((2, 3, 5), np.float32), "labels": np.full((2, 3), -100)}
+    assert run(model, feeds)["loss"] == 0.0
+
+
+def test_logits_of_any_size_do_not_overflow() -> None:
+    logits = np.array([[1e4, -1e4, 0.0], [-1e4, 0.0, 1e4]], np.float32)
+    feeds = {"logits": logits, "labels": np.array([0, 1])}
+    got = run(loss_graph("text-classification", ["batch", 3]), feeds)["loss"]
+    assert got == pytest.approx(5e3)
+
+
+def test_the_ranking_loss_is_that_of_cosines() -> None:
+    rng = np.random.default_rng(0)
+    embedding = rng.standard_normal((6, 16)).astype(np.float32)
+    got = run(loss_graph("feature-extraction", ["batch", 16]), {"sentence_embedding": embedding})["loss"]
+    anchors, positives = torch.nn.functional.normalize(torch.from_numpy(embedding), dim=-1).chunk(2)
+    expected = torch.nn.functional.cross_entropy(20 * anchors @ positives.T, torch.arange(3))
+    assert got == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_adamw_is_torchs() -> None:
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal(37).astype(np.float32)
+    parameter = torch.nn.Parameter(torch.from_numpy(start.copy()))
+    optimizer = torch.optim.AdamW([parameter], lr=3e-3, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)
+    model = build_adamw()
+    state = {"param": start, "exp_avg": np.zeros(37, np.float32), "exp_avg_sq": np.zeros(37, np.float32)}
+    scalars = {"lr": 3e-3, "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1, "clip_coef": 0.5}
+    for step in range(1, 21):
+        grad = rng.standard_normal(37).astype(np.float32)
+        parameter.grad = torch.from_numpy(0.5 * grad)
+        optimizer.step()
+        feeds = {name: np.array(value, np.float32) for name, value in {**scalars, "step": step}.items()}
+        outputs = run(model, {**state, "grad": grad, **feeds})
+        state = {name: outputs[f"{name}_out"] for name in state}
+        np.testing.assert_allclose(state["param"], parameter.detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_norm_is_the_root_of_the_sum_over_chunks() -> None:
+    grad = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+    model = build_grad_norm()
+    total = sum(run(model, {"grad": part})["sum_of_squares"] for part in np.split(grad, [300, 301]))
+    assert np.sqrt(total) == pytest.approx(np.linalg.norm(grad), rel=1e-6)
+
+
+@pytest.mark.parametrize("role", ["inference", "train"])
+def test_the_memory_formula_predicts_sizes_it_has_not_seen(
+    exported: Callable[[str, int], Exported], role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sizes far from the grid, onnxruntime's own peak of requested bytes equals the formula's."""
+    bundle = exported("bert-classifier", 4)
+    manifest = bundle.manifest
+    formula = manifest.inference_memory if role == "inference" else manifest.strategies[0].memory
+    spec = manifest.graphs[role]
+    data = Path(bundle.folder / spec.file).read_bytes()
+    for batch, sequence, rank in ((3, 33, 2), (16, 60, 8)):
+        for name, value in (("BATCHES", (batch,)), ("SEQUENCES", (sequence,)), ("RANKS", (rank,))):
+            monkeypatch.setattr(memory, name, value)
+        session, close = memory._profiled_session(data, bundle.folder)
+        session.run(None, sample_feeds(spec, {"batch": batch, "sequence": sequence}, rank))
+        in_use = close()[0]
+        measured = float(in_use.max() - in_use.min())
+        assert formula.activation_bytes(batch, sequence, rank) == pytest.approx(measured, rel=0.02)
+
+
+def test_tidy_merges_duplicates_and_drops_what_nothing_reads() -> None:
+    graph = ir.Graph([], [], nodes=[], name="g")
+    model = new_model(graph)
+    x = graph_input(graph, "x", [2])
+    twins = [ir.node("Exp", [x]) for _ in range(2)]
+    graph.extend([*twins, ir.node("Log", [x])])
+    total = ir.node("Add", [twins[0].outputs[0], twins[1].outputs[0]])
+    graph.append(total)
+    graph.outputs.append(total.outputs[0])
+    tidy(model)
+    assert sorted(node.op_type for node in graph) == ["Add", "Exp"]
