@@ -152,11 +152,11 @@ class Registry:
 
 
 def operator_version(domain: str, op_type: str, opset: int) -> int:
-    """The version of an operator that an opset contains; `opset` itself where onnx has no schema for it."""
+    """The version of an operator that an opset contains; 1 where onnx has no schema for it."""
     try:
         return onnx.defs.get_schema(op_type, opset, domain).since_version
     except onnx.defs.SchemaError:
-        return opset
+        return 1
 
 
 def operator_versions(domain: str, op_type: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ has from elsewhere, it costs next to nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
@@ -32,11 +32,17 @@ class Scatter:
 
     def add_to(self, emit: Emitter, dense: ir.Value) -> ir.Value:
         """Emits `dense` with the updates added; repeated indices add up."""
+        return self._emit(emit, dense, {"reduction": "add"})
+
+    def write_to(self, emit: Emitter, dense: ir.Value) -> ir.Value:
+        """Emits `dense` with the updates in place of its elements."""
+        return self._emit(emit, dense, {})
+
+    def _emit(self, emit: Emitter, dense: ir.Value, attributes: dict[str, Any]) -> ir.Value:
         if self.axis is None:
-            return emit.op("ScatterND", dense, self.indices, self.updates, like=dense, reduction="add")
-        return emit.op(
-            "ScatterElements", dense, self.indices, self.updates, like=dense, axis=self.axis, reduction="add"
-        )
+            return emit.op("ScatterND", dense, self.indices, self.updates, like=dense, **attributes)
+        attributes = {"axis": self.axis, **attributes}
+        return emit.op("ScatterElements", dense, self.indices, self.updates, like=dense, **attributes)
 
 
 def accumulate(emit: Emitter, primal: ir.Value, parts: list[ir.Value | Scatter]) -> ir.Value:

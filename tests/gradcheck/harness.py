@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +15,12 @@ import onnxruntime
 import torch
 from edgepeft.exporters.autodiff import differentiate
 from edgepeft.exporters.autodiff.registry import MICROSOFT
-from onnx.reference.op_run import OpRun
 from onnxruntime.capi import onnxruntime_pybind11_state
 
+from .reference_ops import REFERENCE_OPS
+
 Array = np.ndarray[Any, Any]
+_IN_REFERENCE = {op.__name__ for op in REFERENCE_OPS}
 _NO_KERNEL = (
     onnxruntime_pybind11_state.NotImplemented,
     onnxruntime_pybind11_state.InvalidGraph,
@@ -37,8 +38,10 @@ class Case:
         function: the operator on torch tensors, returning one tensor or several.
         wrt: positions of the inputs to differentiate by; None stands for all float64 ones.
         constants: positions of inputs that are initializers instead of graph inputs.
-        float64: whether the operator exists in float64. One that does not must be linear in each input, so
-            that its central differences are exact for any step and can be taken in float32.
+        float64: whether the operator exists in float64.
+        linear: whether the operator is linear in each input, so that its central differences are exact for
+            any step. One that exists in float32 only has no precise ones otherwise.
+        static_inputs: positions of inputs whose shape is always static.
         symbolic_axes: axes that are not static in the variant with symbolic shapes; None stands for all.
         tolerance64: of the float64 gradients; float attributes are rounded to float32 by ONNX.
         tolerance: of the float32 gradients, relative to the largest element.
@@ -54,6 +57,8 @@ class Case:
     outputs: int = 1
     opset: int = 23
     float64: bool = True
+    linear: bool = True
+    static_inputs: tuple[int, ...] = ()
     symbolic_axes: tuple[int, ...] | None = None
     tolerance64: float = 1e-9
     tolerance: float = 2e-5
@@ -114,11 +119,11 @@ def build(
 ) -> tuple[ir.Model, list[ir.Value]]:
     """The node of `case` with loss = Σ projection · output; shapes are static, or of unknown dimensions."""
 
-    def shape_of(array: Array) -> ir.Shape:
-        axes = case.symbolic_axes
-        return ir.Shape(
-            [d if static or (axes is not None and i not in axes) else None for i, d in enumerate(array.shape)]
-        )
+    def shape_of(array: Array, position: int | None = None) -> ir.Shape:
+        axes = range(array.ndim) if case.symbolic_axes is None else case.symbolic_axes
+        if static or position in case.static_inputs:
+            return ir.Shape(array.shape)
+        return ir.Shape([None if i in axes else d for i, d in enumerate(array.shape)])
 
     graph = ir.Graph([], [], nodes=[], opset_imports={"": case.opset, MICROSOFT: 1}, name="case")
     values: list[ir.Value | None] = []
@@ -128,7 +133,7 @@ def build(
             continue
         array = array.astype(dtype) if array.dtype == np.float64 else array
         tensor = ir.tensor(array, name=f"x{i}")
-        value = ir.Value(name=f"x{i}", shape=shape_of(array), type=ir.TensorType(tensor.dtype))
+        value = ir.Value(name=f"x{i}", shape=shape_of(array, i), type=ir.TensorType(tensor.dtype))
         if i in case.constants:
             value.const_value = tensor
             value.shape = ir.Shape(array.shape)
@@ -211,28 +216,15 @@ def run(model: ir.Model, case: Case, dtype: type) -> list[Array]:
     return evaluator(proto, dtype)(feeds)
 
 
-class Erf(OpRun):
-    """erf in the precision of its input; onnx's own rounds to float32."""
-
-    op_domain = ""
-
-    def _run(self, x: Array) -> tuple[Array]:
-        return (np.vectorize(math.erf, otypes=[x.dtype])(x),)
-
-
-class Gelu(OpRun):
-    """Gelu in the precision of its input; onnx's own is a graph with float32 constants."""
-
-    op_domain = ""
-
-    def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
-        if approximate == "tanh":
-            return (0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),)
-        return (0.5 * x * (1 + np.vectorize(math.erf, otypes=[x.dtype])(x / math.sqrt(2))),)
+def _reference(proto: onnx.ModelProto) -> Callable[[dict[str, Array]], list[Array]]:
+    reference = onnx.reference.ReferenceEvaluator(proto, new_ops=REFERENCE_OPS)
+    return lambda feeds: list(reference.run(None, feeds))
 
 
 def evaluator(proto: onnx.ModelProto, dtype: type) -> Callable[[dict[str, Array]], list[Array]]:
     """A function from feeds to outputs."""
+    if dtype is np.float64 and any(node.op_type in _IN_REFERENCE for node in proto.graph.node):
+        return _reference(proto)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
@@ -243,8 +235,7 @@ def evaluator(proto: onnx.ModelProto, dtype: type) -> Callable[[dict[str, Array]
     except _NO_KERNEL:
         if dtype is np.float32:
             raise
-        reference = onnx.reference.ReferenceEvaluator(proto, new_ops=[Erf, Gelu])
-        return lambda feeds: reference.run(None, feeds)
+        return _reference(proto)
     names = {value.name for value in session.get_inputs()}
     return lambda feeds: session.run(None, {k: v for k, v in feeds.items() if k in names})
 
@@ -294,7 +285,7 @@ def torch_outputs(case: Case) -> tuple[list[Array], list[Array]]:
 
 def central_differences(case: Case, outputs: Sequence[Array]) -> list[Array]:
     """The gradients of the operator itself, by moving one element at a time."""
-    dtype, step = (np.float64, 1e-5) if case.float64 else (np.float32, 1.0)
+    dtype, step = (np.float64, 1e-5) if case.float64 else (np.float32, 1.0 if case.linear else 1e-2)
     loss = forward_function(case, dtype, outputs)
     gradients = []
     for i in case.differentiable:

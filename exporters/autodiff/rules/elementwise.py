@@ -138,6 +138,18 @@ def pow_(c: RuleContext) -> RuleResult:
     return [base, exponent]
 
 
+def _mod_refusal(node: ir.Node) -> str | None:
+    fmod = node.attributes.get("fmod")
+    return None if fmod is not None and fmod.as_int() else "fmod is not set"
+
+
+@rule("Mod", since=10, until=13, broadcasts=True, refuses=_mod_refusal)
+def mod(c: RuleContext) -> RuleResult:
+    """ā = ȳ,  b̄ = −ȳ · trunc(a/b) = −ȳ · (a − y)/b"""
+    e, a, b = c.emit, c.input(0), c.input(1)
+    return [c.cotangent, lambda: e.neg(e.mul(c.cotangent, e.div(e.sub(a, c.output), b)))]
+
+
 @rule("Where", since=9, until=16, differentiable=(1, 2), broadcasts=True)
 def where(c: RuleContext) -> RuleResult:
     """ā = ȳ where the condition holds, else 0;  b̄ = ȳ where it does not, else 0"""
@@ -191,18 +203,6 @@ def clip(c: RuleContext) -> RuleResult:
         return result
 
     return [operand]
-
-
-@rule("Sin", since=7, until=22)
-def sin(c: RuleContext) -> RuleResult:
-    """x̄ = ȳ · cos x"""
-    return [lambda: c.emit.mul(c.cotangent, c.emit.unary("Cos", c.input(0)))]
-
-
-@rule("Cos", since=7, until=22)
-def cos(c: RuleContext) -> RuleResult:
-    """x̄ = −ȳ · sin x"""
-    return [lambda: c.emit.mul(c.emit.neg(c.cotangent), c.emit.unary("Sin", c.input(0)))]
 
 
 @rule("Cast", since=9, until=28, differentiable=(0,))

@@ -85,6 +85,18 @@ def rms_normalization(c: RuleContext) -> RuleResult:
     return _rms_cotangents(c, _extra_output(c, 1, "InvStdDev"))
 
 
+def _simplified_refusal(node: ir.Node) -> str | None:
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+        return "its InvStdDev output is used: compute it with ReduceMean"
+    return None
+
+
+@rule("SimplifiedLayerNormalization", refuses=_simplified_refusal)
+def simplified_layer_normalization(c: RuleContext) -> RuleResult:
+    """onnxruntime's RMSNormalization, r = InvStdDev, x̂ = x·r:  x̄ = r·(ȳ·w − x̂·mean(ȳ·y)),  w̄ = Σ ȳ·x̂"""
+    return _rms_cotangents(c, _extra_output(c, 1, "InvStdDev"))
+
+
 def _inverse_rms(c: RuleContext) -> ir.Value:
     e, x, axes = c.emit, c.input(0), _axes(c)
     mean_square = e.reduce("ReduceMean", e.mul(x, x), axes, keepdims=True)

@@ -1,83 +1,187 @@
-"""Products with frozen, block-quantized weights."""
+"""Products with frozen, block-quantized weights: only the activations have a cotangent."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import onnx_ir as ir
 
-from edgepeft.errors import ExportError
-
 from ..context import RuleContext
+from ..emitter import Emitter
 from ..registry import MICROSOFT, RULES, RuleResult
 
 rule = RULES.rule
+INT64 = ir.DataType.INT64
+
+# Values of the 16 codes of bitsandbytes' 4-bit types. Source: onnxruntime's MatMulBnb4.
+_FP4 = (0, 5.208333333e-03, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25)
+FP4_TABLE = [*_FP4, *(-value for value in _FP4)]
+NF4_TABLE = [
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+]
+
+
+def _attribute(node: ir.Node, name: str, default: int) -> int:
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def _input(node: ir.Node, index: int) -> ir.Value | None:
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def _matmul_nbits_refusal(node: ir.Node) -> str | None:
-    bits = node.attributes["bits"].as_int() if "bits" in node.attributes else 4
-    size = node.attributes["K"].as_int()
-    block = node.attributes["block_size"].as_int()
-    if bits not in (4, 8):
-        return f"only 4 and 8 bits are supported, got {bits}"
-    if size % block:
-        return f"K={size} is not a multiple of block_size={block}"
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        return "it has zero points; only symmetric quantization is supported"
-    if len(node.inputs) > 4 and node.inputs[4] is not None:
-        return "it has a group index (g_idx); only blocks of consecutive columns are supported"
+    if _attribute(node, "bits", 4) not in (2, 4, 8):
+        return f"only 2, 4 and 8 bits are supported, got {_attribute(node, 'bits', 4)}"
+    if _input(node, 4) is not None:
+        return "it has a group index (g_idx): quantize blocks of consecutive columns"
+    zero_points = _input(node, 3)
+    if zero_points is not None:
+        tensor = ir.convenience.get_const_tensor(zero_points)
+        if tensor is None:
+            return "its zero points are not constant"
+        if tensor.dtype != ir.DataType.UINT8:
+            return f"its zero points are {tensor.dtype}, expected packed uint8"
     packed = node.inputs[1]
     if packed is None or packed.const_value is None:
         return "its packed weight is not an initializer"
     return None
 
 
-@rule("MatMulNBits", domain=MICROSOFT, differentiable=(0,), refuses=_matmul_nbits_refusal)
+@rule("MatMulNBits", domain=MICROSOFT, differentiable=(0, 5), refuses=_matmul_nbits_refusal)
 def matmul_nbits(c: RuleContext) -> RuleResult:
-    """ā = ȳ w, where w `[N, K]` is the packed weight, whose bytes are read again by DequantizeLinear"""
-    e = c.emit
-    bits, block = c.attr_int("bits", 4), c.attr_int("block_size", 0)
-    columns, rows = c.attr_int("N", 0), c.attr_int("K", 0)
-    scales, dtype = c.input(2), e.dtype(c.input(2))
+    """ā = ȳ w, where w `[N, K]` is read from the same bytes by DequantizeLinear;  b̄ = Σ ȳ"""
 
-    def operand() -> ir.Value:
-        quantized = _unpacked(c, c.input(1), bits, columns, rows)
-        blocks = rows // block
-        # scales may be flat, [N · K / block_size]
-        grid = scales
-        if e.rank(scales) == 1:
-            grid = e.op(
-                "Reshape", scales, e.int64([columns, blocks]), dtype=dtype, shape=ir.Shape([columns, blocks])
-            )
-        zero_points = e.constant(np.full([columns, blocks], 1 << (bits - 1)), e.dtype(quantized))
+    def activations() -> ir.Value:
+        return c.emit.matmul(c.cotangent, _dequantized(c))
+
+    nothing = [None] * 4
+    return [activations, *nothing, lambda: c.emit.unbroadcast(c.cotangent, c.input(5))]
+
+
+def _dequantized(c: RuleContext) -> ir.Value:
+    """The weight of a MatMulNBits node, `[N, K]`."""
+    e, bits, block = c.emit, c.attr_int("bits", 4), c.attr_int("block_size", 0)
+    rows, columns = c.attr_int("N", 0), c.attr_int("K", 0)
+    blocks = -(-columns // block)
+    scales = c.input(2)
+    dtype = e.dtype(scales)
+    if e.rank(scales) == 1:
+        shape = ir.Shape([rows, blocks])
+        scales = e.op("Reshape", scales, e.int64([rows, blocks]), dtype=dtype, shape=shape)
+    zero_points = _zero_points(c, bits, rows, blocks)
+    padded = ir.Shape([rows, blocks * block])
+    if bits == 2:
+        weight = _dequantized_2_bits(e, c.input(1), scales, zero_points, [rows, blocks, block])
+    else:
+        integer = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
         weight = e.op(
             "DequantizeLinear",
-            quantized,
-            grid,
-            zero_points,
+            e.reinterpreted(c.input(1), integer, [rows, blocks * block]),
+            scales,
+            e.constant(zero_points, integer),
             dtype=dtype,
-            shape=ir.Shape([columns, rows]),
+            shape=padded,
             axis=1,
             block_size=block,
         )
+    if blocks * block == columns:
+        return weight
+    bounds = [e.int64([0]), e.int64([columns]), e.int64([1])]
+    return e.op("Slice", weight, *bounds, dtype=dtype, shape=ir.Shape([rows, columns]))
+
+
+def _zero_points(
+    c: RuleContext, bits: int, rows: int, blocks: int
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """One number per block `[N, blocks]`; each row of the packed ones starts at a byte."""
+    packed = c.emit.constant_of(c.optional_input(3))
+    if packed is None:
+        return np.full([rows, blocks], 1 << (bits - 1), np.uint8)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (packed.reshape(rows, -1, 1) >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(rows, -1)[:, :blocks].astype(np.uint8)
+
+
+def _dequantized_2_bits(
+    e: Emitter,
+    packed: ir.Value,
+    scales: ir.Value,
+    zero_points: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+    dims: list[int],
+) -> ir.Value:
+    """Four codes a byte, taken apart with integer operators: opset 25 is the first with a 2-bit type."""
+    dtype = e.dtype(scales)
+    codes = _codes(e, packed, bits=2, low_first=True)
+    grid = e.op("Reshape", codes, e.int64(dims), dtype=ir.DataType.UINT8, shape=ir.Shape(dims))
+    centred = e.sub(e.cast(grid, dtype), e.constant(zero_points[..., None], dtype))
+    product = e.mul(centred, e.unsqueeze(scales, [2]))
+    whole = [dims[0], dims[1] * dims[2]]
+    return e.op("Reshape", product, e.int64(whole), dtype=dtype, shape=ir.Shape(whole))
+
+
+def _codes(e: Emitter, packed: ir.Value, *, bits: int, low_first: bool) -> ir.Value:
+    """The codes of packed bytes, uint8 `[bytes, codes per byte]`."""
+    byte = ir.DataType.UINT8
+    flat = e.op("Reshape", packed, e.int64([-1, 1]), dtype=byte, shape=ir.Shape([None, 1]))
+    shifts = list(range(0, 8, bits))
+    if not low_first:
+        shifts.reverse()
+    shape = ir.Shape([None, len(shifts)])
+    shifted = e.op("BitShift", flat, e.constant(shifts, byte), dtype=byte, shape=shape, direction="RIGHT")
+    return e.op("BitwiseAnd", shifted, e.constant((1 << bits) - 1, byte), dtype=byte, shape=shape)
+
+
+def _bnb4_refusal(node: ir.Node) -> str | None:
+    if _attribute(node, "training_mode", 0):
+        return "its training_mode is set"
+    if not _attribute(node, "transB", 1):
+        return "its weight is not stored transposed (transB=0)"
+    return None
+
+
+@rule("MatMulBnb4", domain=MICROSOFT, differentiable=(0,), refuses=_bnb4_refusal)
+def matmul_bnb4(c: RuleContext) -> RuleResult:
+    """ā = ȳ w, where w `[N, K]` is looked up code by code and scaled by each block's largest value"""
+    e, block = c.emit, c.attr_int("block_size", 64)
+    rows, columns = c.attr_int("N", 0), c.attr_int("K", 0)
+    table = NF4_TABLE if c.attr_int("quant_type", 1) == 1 else FP4_TABLE
+
+    def activations() -> ir.Value:
+        largest = c.input(2)
+        dtype = e.dtype(largest)
+        codes = e.cast(_codes(e, c.input(1), bits=4, low_first=False), ir.DataType.INT32)
+        values = e.op("Gather", e.constant(table, dtype), codes, dtype=dtype, shape=codes.shape)
+        size = rows * columns
+        flat = e.op("Reshape", values, e.int64([-1]), dtype=dtype, shape=ir.Shape([None]))
+        if tail := -size % block:
+            flat = e.op("Pad", flat, e.int64([0, tail]), dtype=dtype, shape=ir.Shape([None]))
+        if size % 2 and tail:
+            bounds = [e.int64([0]), e.int64([size + tail])]
+            flat = e.op("Slice", flat, *bounds, dtype=dtype, shape=ir.Shape([size + tail]))
+        blocks = e.op("Reshape", flat, e.int64([-1, block]), dtype=dtype, shape=ir.Shape([None, block]))
+        scaled = e.mul(blocks, e.unsqueeze(largest, [1]))
+        line = e.op("Reshape", scaled, e.int64([-1]), dtype=dtype, shape=ir.Shape([None]))
+        if tail:
+            line = e.op("Slice", line, e.int64([0]), e.int64([size]), dtype=dtype, shape=ir.Shape([size]))
+        shape = ir.Shape([rows, columns])
+        weight = e.op("Reshape", line, e.int64([rows, columns]), dtype=dtype, shape=shape)
         return e.matmul(c.cotangent, weight)
 
-    return [operand]
-
-
-def _unpacked(c: RuleContext, packed: ir.Value, bits: int, columns: int, rows: int) -> ir.Value:
-    """The bytes of a packed weight as an initializer of `[N, K]` integers; nothing is copied."""
-    tensor = packed.const_value
-    if tensor is None:
-        raise ExportError(f"the packed weight {packed.name!r} is not an initializer")
-    if tensor.nbytes * 8 != columns * rows * bits:
-        raise ExportError(
-            f"the packed weight {packed.name!r} has {tensor.nbytes} bytes, expected "
-            f"{columns} × {rows} × {bits} / 8 = {math.ceil(columns * rows * bits / 8)} bytes"
-        )
-    dtype = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
-    return c.emit.reinterpreted(packed, dtype, [columns, rows])
+    return [activations]
 
 
 RULES.refuse(
@@ -86,3 +190,4 @@ RULES.refuse(
     because="its data and scales are frozen and its indices are integers",
 )
 RULES.refuse("DequantizeLinear", because="quantized weights and their scales are frozen")
+RULES.refuse("DequantizeLinear", domain=MICROSOFT, because="quantized weights and their scales are frozen")

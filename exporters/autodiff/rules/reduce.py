@@ -38,6 +38,14 @@ class _Reduction:
         shape = ir.Shape([None] * e.rank(self.x))
         return e.op("Unsqueeze", value, self.operand, dtype=value.dtype, shape=shape)
 
+    def collapse(self, op_type: str, value: ir.Value) -> ir.Value:
+        """Another reduction over the same axes of a value of the input's shape, keeping them at size 1."""
+        e = self.c.emit
+        if self.axes is not None:
+            return e.reduce(op_type, value, self.axes, keepdims=True)
+        shape = ir.Shape([None] * e.rank(self.x))
+        return e.op(op_type, value, self.operand, dtype=value.dtype, shape=shape, keepdims=1)
+
     def count(self, like: ir.Value) -> ir.Value:
         """The number of elements that each output element reduces, as a scalar of the type of `like`."""
         e = self.c.emit
@@ -99,6 +107,52 @@ def reduce_log_sum_exp(c: RuleContext) -> RuleResult:
     return [operand]
 
 
+@rule("ReduceLogSum", since=18, until=18, differentiable=(0,), refuses=_dynamic_axes_refusal)
+def reduce_log_sum(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ / exp(y), repeated along the reduced axes"""
+    e, r = c.emit, _Reduction(c)
+    return [lambda: e.expand_like(r.spread(e.div(c.cotangent, e.unary("Exp", c.output))), r.x)]
+
+
+@rule("ReduceL1", since=18, until=18, differentiable=(0,), refuses=_dynamic_axes_refusal)
+def reduce_l1(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · sign(x)"""
+    e, r = c.emit, _Reduction(c)
+    return [lambda: e.mul(r.spread(c.cotangent), e.unary("Sign", r.x))]
+
+
+@rule("ReduceL2", since=18, until=18, differentiable=(0,), refuses=_dynamic_axes_refusal)
+def reduce_l2(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · x / y, 0 where y = 0"""
+    e, r, y = c.emit, _Reduction(c), c.output
+
+    def operand() -> ir.Value:
+        zero = e.scalar(0, y)
+        share = e.where(e.compare("Equal", y, zero), zero, e.div(c.cotangent, y))
+        return e.mul(r.spread(share), r.x)
+
+    return [operand]
+
+
+@rule("ReduceProd", since=18, until=18, differentiable=(0,), refuses=_dynamic_axes_refusal)
+def reduce_prod(c: RuleContext) -> RuleResult:
+    """x̄ = ȳ · the product of the other elements: 0 where two are 0, right where one is"""
+    e, r = c.emit, _Reduction(c)
+
+    def operand() -> ir.Value:
+        if r.axes == ():
+            return c.cotangent
+        zero, one = e.scalar(0, r.x), e.scalar(1, r.x)
+        is_zero = e.compare("Equal", r.x, zero)
+        nonzero = e.where(is_zero, one, r.x)
+        zeros = e.cast(is_zero, e.dtype(r.x))
+        other_zeros = e.sub(r.collapse("ReduceSum", zeros), zeros)
+        others = e.div(r.collapse("ReduceProd", nonzero), nonzero)
+        return e.mul(r.spread(c.cotangent), e.where(e.compare("Equal", other_zeros, zero), others, zero))
+
+    return [operand]
+
+
 def _extremum(c: RuleContext) -> RuleResult:
     e, r = c.emit, _Reduction(c)
 
@@ -106,12 +160,7 @@ def _extremum(c: RuleContext) -> RuleResult:
         winners = e.cast(e.compare("Equal", r.x, r.spread(c.output)), e.dtype(r.x))
         if r.axes == ():
             return c.cotangent
-        if r.axes is not None:
-            count = e.sum(winners, r.axes)
-        else:
-            shape = ir.Shape([None] * e.rank(r.x))
-            count = e.op("ReduceSum", winners, r.operand, dtype=r.x.dtype, shape=shape, keepdims=1)
-        return e.mul(winners, e.div(r.spread(c.cotangent), count))
+        return e.mul(winners, e.div(r.spread(c.cotangent), r.collapse("ReduceSum", winners)))
 
     return [operand]
 

@@ -8,6 +8,7 @@ from ..context import RuleContext
 from ..emitter import Emitter
 from ..registry import RULES, RuleResult
 from ..shapes import static_dims
+from .rearrange import scatter_through
 
 rule = RULES.rule
 
@@ -116,7 +117,7 @@ def slice_(c: RuleContext) -> RuleResult:
     e, x = c.emit, c.input(0)
     steps = e.constant_of(c.optional_input(4))
     strided = c.optional_input(4) is not None and (steps is None or bool((steps != 1).any()))
-    return [lambda: _scatter_slice(c) if strided else _pad_slice(c, x)]
+    return [lambda: scatter_through(c) if strided else _pad_slice(c, x)]
 
 
 def _slice_axes(c: RuleContext) -> list[int] | None:
@@ -133,7 +134,7 @@ def _pad_slice(c: RuleContext, x: ir.Value) -> ir.Value:
     """Pads ȳ: before it by where the slice starts, behind it by what is left."""
     e, rank, axes = c.emit, c.emit.rank(x), _slice_axes(c)
     if axes is None:
-        return _scatter_slice(c)
+        return scatter_through(c)
     size = e.op("Gather", e.shape_of(x), e.int64(axes), dtype=ir.DataType.INT64, shape=ir.Shape([len(axes)]))
     length = e.op(
         "Gather", e.shape_of(c.output), e.int64(axes), dtype=ir.DataType.INT64, shape=ir.Shape([len(axes)])
@@ -155,26 +156,6 @@ def _pad_slice(c: RuleContext, x: ir.Value) -> ir.Value:
     return e.op("Pad", c.cotangent, pads, None, e.int64(axes), like=x)
 
 
-def _scatter_slice(c: RuleContext) -> ir.Value:
-    """Cuts the same slice out of the elements' own positions and scatters ȳ to them."""
-    e, x = c.emit, c.input(0)
-    flat = e.int64([-1])
-    count = e.op("Size", x, dtype=ir.DataType.INT64, shape=ir.Shape([]))
-    numbers = e.op("Range", e.int64(0), count, e.int64(1), dtype=ir.DataType.INT64, shape=ir.Shape([None]))
-    positions = e.op("Reshape", numbers, e.shape_of(x), dtype=ir.DataType.INT64, shape=x.shape, allowzero=1)
-    cut = e.op("Slice", positions, *c.node.inputs[1:], dtype=ir.DataType.INT64, shape=c.output.shape)
-    indices = e.op("Reshape", cut, flat, dtype=ir.DataType.INT64, shape=ir.Shape([None]))
-    updates = e.op("Reshape", c.cotangent, flat, dtype=x.dtype, shape=ir.Shape([None]))
-    zeros = e.op(
-        "Expand",
-        e.scalar(0, x),
-        e.op("Reshape", count, e.int64([1]), dtype=ir.DataType.INT64, shape=ir.Shape([1])),
-        dtype=x.dtype,
-        shape=ir.Shape([None]),
-    )
-    filled = e.op("ScatterElements", zeros, indices, updates, like=zeros, axis=0)
-    return e.op("Reshape", filled, e.shape_of(x), like=x, allowzero=1)
-
-
 # Facts about a value, not functions of its elements.
-RULES.non_differentiable("ConstantOfShape", "EyeLike", "NonZero", "OneHot", "Range", "Shape", "Size")
+RULES.non_differentiable("ConstantOfShape", "EyeLike", "NonZero", "Shape", "Size")
+RULES.refuse("Range", because="its bounds decide the size of its output")

@@ -8,16 +8,38 @@ from ..harness import Case
 from . import (
     activations,
     attention,
+    contrib,
+    convolution,
+    einsum,
     elementwise,
     indexing,
     matmul,
     normalization,
     quantized,
+    rearrange,
+    rectifiers,
     reduce,
     shape,
+    trigonometry,
 )
 
-MODULES = (activations, attention, elementwise, indexing, matmul, normalization, quantized, reduce, shape)
+MODULES = (
+    activations,
+    attention,
+    contrib,
+    convolution,
+    einsum,
+    elementwise,
+    indexing,
+    matmul,
+    normalization,
+    quantized,
+    rearrange,
+    rectifiers,
+    reduce,
+    shape,
+    trigonometry,
+)
 
 
 def all_cases() -> Iterator[Case]:

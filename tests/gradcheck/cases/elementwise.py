@@ -85,11 +85,16 @@ def cases() -> Iterator[Case]:
     yield from _unary("Exp", torch.exp)
     yield from _unary("Log", torch.log, positive)
     yield from _unary("Erf", torch.erf)
-    yield from _unary("Sin", torch.sin)
-    yield from _unary("Cos", torch.cos)
     yield from _unary("Identity", torch.clone)
     yield Case("Cast", (normal(2, 3),), lambda x: x, {"to": 1}, label="to-float32", float64=False)
     yield Case("CastLike", (normal(2, 3), normal(1)), lambda x, _: x + 0, wrt=(0,))
+
+    for a, b in BROADCASTS[:6]:
+        yield Case("Mod", (normal(*a), positive(*b, seed=1) / 3), torch.fmod, {"fmod": 1})
+    yield Case("Dropout", (normal(2, 3),), lambda x: x + 0)
+    yield Case(
+        "Dropout", (normal(3), np.array(0.5), np.array(False)), lambda x, *_: x + 0, wrt=(0,), constants=(2,)
+    )
 
     condition = np.array([[True, False, True], [False, False, True]])
     for a, b in (((2, 3), (2, 3)), ((3,), (2, 1)), ((), (1, 3)), ((2, 2, 3), ())):
