@@ -6,6 +6,7 @@ from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules.fusion import _layer_norm
 
 from ..graph import OPSET_IMPORTS, tidy
+from .attention import simplify_attention
 from .rotary import expand_rotary_caches
 
 
@@ -19,5 +20,6 @@ def optimize_forward(model: ir.Model) -> None:
     onnx_fusions.fuse(model)
     _layer_norm.fuse_layer_normalization(model)
     expand_rotary_caches(model.graph)
+    simplify_attention(model.graph)
     model.graph.opset_imports.update(OPSET_IMPORTS)
     tidy(model)

@@ -8,6 +8,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
+from edgepeft.exporters.passes.attention import simplify_attention
 from edgepeft.exporters.passes.linears import find_embeddings, find_linears, select
 from edgepeft.exporters.passes.lora import insert_lora_slots
 from edgepeft.exporters.passes.quantize import Freezer
@@ -222,3 +223,72 @@ def test_four_bits_are_no_worse_than_plain_rounding() -> None:
     plain = ((blocks / scale).round().clamp(-8, 7) * scale - blocks).square().mean()
     ours = (torch.from_numpy(quantize(weight, 4, 32).dequantize()) - weight).square().mean()
     assert float(ours) < 0.9 * float(plain)
+
+
+def grouped_attention(guard: bool) -> tuple[ir.Model, dict[str, np.ndarray]]:
+    """Two key/value heads repeated for six query heads, an additive mask, and a guard for masked rows."""
+    graph = ir.Graph([], [], nodes=[], name="attention")
+    model = new_model(graph)
+    query = graph_input(graph, "q", [2, 6, 5, 8])
+    key, value = (graph_input(graph, name, [2, 2, 5, 8]) for name in ("k", "v"))
+    mask = graph_input(graph, "mask", [2, 1, 5, 5])
+
+    def integers(name: str, *values: int) -> ir.Value:
+        return initializer(graph, name, np.array(values, np.int64))
+
+    def repeat(source: ir.Value) -> ir.Value:
+        apart = append(graph, "Unsqueeze", [source, integers("two", 2)], shape=[2, 2, 1, 5, 8])
+        wide = append(graph, "Expand", [apart, integers("wide", 2, 2, 3, 5, 8)], shape=[2, 2, 3, 5, 8])
+        return append(graph, "Reshape", [wide, integers("flat", 2, 6, 5, 8)], shape=[2, 6, 5, 8])
+
+    output = append(graph, "Attention", [query, repeat(key), repeat(value), mask], shape=query.shape)
+    if guard:
+        half = initializer(graph, "half", np.array(-1e30, np.float32))
+        highest = append(
+            graph, "ReduceMax", [mask, integers("last", -1)], {"keepdims": 1}, shape=[2, 1, 5, 1]
+        )
+        nothing = append(graph, "Less", [highest, half], shape=[2, 1, 5, 1], dtype=ir.DataType.BOOL)
+        zero = initializer(graph, "zero", np.array(0, np.float32))
+        output = append(graph, "Where", [nothing, zero, output], shape=query.shape)
+    graph.outputs.append(output)
+    rng = np.random.default_rng(0)
+    feeds = {
+        item.name: rng.standard_normal(item.shape.numpy()).astype(np.float32)
+        for item in graph.inputs
+        if item.name and item.shape
+    }
+    feeds["mask"] = np.where(np.tri(5) > 0, 0, np.finfo(np.float32).min).astype(np.float32) * np.ones(
+        (2, 1, 1, 1)
+    )
+    feeds["mask"] = feeds["mask"].astype(np.float32)
+    feeds["mask"][1, 0, :2] = np.finfo(
+        np.float32
+    ).min  # rows that may attend to nothing, as left padding makes
+    return model, feeds
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_attention_takes_grouped_heads_and_needs_no_guard(guard: bool) -> None:
+    model, feeds = grouped_attention(guard)
+
+    def run() -> np.ndarray:
+        session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+        return np.asarray(session.run(None, feeds)[0])
+
+    before = run()
+    assert simplify_attention(model.graph) == 2 + guard
+    tidy(model)
+    assert [node.op_type for node in model.graph] == ["Attention"]
+    after = run()
+    assert np.isfinite(after).all()
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(after[1, :, 2:], before[1, :, 2:], rtol=1e-5, atol=1e-6)
+
+
+def test_heads_that_are_not_repeated_in_groups_stay() -> None:
+    """`Expand` along another axis is no repetition of heads."""
+    model, _ = grouped_attention(guard=False)
+    for node in model.graph:
+        if node.op_type == "Unsqueeze":
+            node.replace_input_with(1, initializer(model.graph, "one", np.array([1], np.int64)))
+    assert simplify_attention(model.graph) == 0
