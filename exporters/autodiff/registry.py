@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .context import RuleContext
 
 MICROSOFT = "com.microsoft"
+ALL_VERSIONS = (1, 2**31 - 1)
 
 Cotangent = ir.Value | Scatter
 Lazy = Callable[[], Cotangent | None]
@@ -130,14 +131,12 @@ class Registry:
     def non_differentiable(self, *op_types: str, domain: str = "") -> None:
         """Registers operators whose derivative is zero wherever it exists, in all their versions."""
         for op_type in op_types:
-            since, until = operator_versions(domain, op_type)
-            self.add(Registration(domain, op_type, since, until, NonDifferentiable()))
+            self.add(Registration(domain, op_type, *ALL_VERSIONS, NonDifferentiable()))
 
     def refuse(self, *op_types: str, because: str, domain: str = "") -> None:
         """Registers operators whose gradient is deliberately not given, in all their versions."""
         for op_type in op_types:
-            since, until = operator_versions(domain, op_type)
-            self.add(Registration(domain, op_type, since, until, Refused(because)))
+            self.add(Registration(domain, op_type, *ALL_VERSIONS, Refused(because)))
 
     def find(self, domain: str, op_type: str, version: int) -> Entry | None:
         """Looks up the entry of one operator version; None when there is none."""
@@ -157,16 +156,6 @@ def operator_version(domain: str, op_type: str, opset: int) -> int:
         return onnx.defs.get_schema(op_type, opset, domain).since_version
     except onnx.defs.SchemaError:
         return 1
-
-
-def operator_versions(domain: str, op_type: str) -> tuple[int, int]:
-    """The first and the last version of an operator that the installed onnx knows."""
-    versions = [
-        schema.since_version
-        for schema in onnx.defs.get_all_schemas_with_history()
-        if schema.domain == domain and schema.name == op_type
-    ]
-    return (min(versions), max(versions)) if versions else (1, 1)
 
 
 RULES = Registry()
