@@ -31,11 +31,12 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class _OpenSession:
-    """A session and the adapter that is bound in it."""
+    """A session, the adapter that is bound in it, and what the process held before it was opened."""
 
     session: GraphSession
     adapter: AdapterSpec
     rank: int
+    process_bytes: int
 
 
 class Model:
@@ -277,21 +278,16 @@ class Model:
             rank = max((len(inputs[slot.scaling_input]) for slot in self.manifest.lora_slots), default=0)
         else:
             rank = entry.rank
+        if self._budget_bytes is not None and entry is None:
+            self.close()  # two sessions at once are in no plan
+        # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
+        without_bytes = read_memory().resident_bytes if entry is None else entry.process_bytes
         if self._budget_bytes is not None:
-            if entry is None:
-                self.close()  # two sessions at once are in no plan
-            check_run(
-                memory,
-                self._budget_bytes,
-                read_memory().resident_bytes,
-                shape=(shape[0], shape[1]),
-                rank=rank,
-                session_open=entry is not None,
-            )
+            check_run(memory, self._budget_bytes, without_bytes, shape=(shape[0], shape[1]), rank=rank)
         session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session
         if inputs is not None:
             session.bind(inputs)
-            self._open[role] = _OpenSession(session, frozen, rank)
+            self._open[role] = _OpenSession(session, frozen, rank, without_bytes)
         return session
 
 

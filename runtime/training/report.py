@@ -16,7 +16,7 @@ class MemoryReport:
         budget_bytes: the budget, None if there was none.
         predicted_peak_bytes: the plan's figure, of which `predicted` gives the parts.
         measured_peak_bytes: the kernel's figure for the update; where `peak_is_exact` is false, the largest
-        sample.
+            sample.
         timeline: `[seconds since the update began, resident bytes]`.
         phases: `[seconds since the update began, what began then]`.
     """

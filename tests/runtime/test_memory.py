@@ -110,12 +110,14 @@ def test_formulas_are_maxima_of_sums() -> None:
 def test_a_plan_adds_up(manifest: Manifest) -> None:
     """Process, session, activations and state; the evaluation counts where it is larger."""
     resident, streamed = plans(manifest, WORKLOAD, process_bytes=50 * MIB)
-    assert resident.activation_bytes == 4 * MIB
-    assert resident.peak_bytes == 50 * MIB + 30 * MIB + 4 * MIB + resident.state_bytes
+    assert 4 * MIB < resident.activation_bytes < 10 * MIB  # the tensors, and what the arena adds
+    assert resident.activation_bytes - streamed.activation_bytes == pytest.approx(1.12 * 3 * MIB, abs=2)
+    assert resident.peak_bytes == 50 * MIB + 30 * MIB + resident.activation_bytes + resident.state_bytes
     assert resident.state_bytes > 5 * 4 * 600 + 4 * 400
-    assert streamed.training_bytes == 50 * MIB + 10 * MIB + MIB + streamed.state_bytes
-    assert streamed.peak_bytes == 50 * MIB + streamed.state_bytes + streamed.evaluation_bytes
+    assert streamed.training_bytes == 60 * MIB + streamed.activation_bytes + streamed.state_bytes
     assert streamed.evaluation_bytes > 12 * MIB
+    eager = dataclasses.replace(streamed, session_bytes=0)
+    assert eager.peak_bytes == 50 * MIB + eager.state_bytes + eager.evaluation_bytes
 
 
 def test_the_first_strategy_that_fits_is_chosen(manifest: Manifest) -> None:
@@ -138,20 +140,16 @@ def test_a_bundle_without_training_has_no_plans(manifest: Manifest) -> None:
         plans(dataclasses.replace(manifest, strategies=()), WORKLOAD, 0)
 
 
-@pytest.mark.parametrize(
-    ("is_open", "needed"), [(False, 50 * MIB + 12 * MIB + 4000), (True, 50 * MIB + 4000)]
-)
-def test_a_run_is_checked_against_what_is_open(manifest: Manifest, is_open: bool, needed: int) -> None:
-    """An open session is part of the process already."""
+def test_a_run_that_does_not_fit_names_what_would(manifest: Manifest) -> None:
+    """And that budget does."""
 
     def check(budget_bytes: int) -> None:
-        check_run(
-            manifest.inference_memory, budget_bytes, 50 * MIB, shape=(4, 10), rank=2, session_open=is_open
-        )
+        check_run(manifest.inference_memory, budget_bytes, 50 * MIB, shape=(4, 10), rank=2)
 
-    check(needed)
-    with pytest.raises(BudgetError, match="4 rows of 10 tokens need"):
-        check(needed - 1)
+    with pytest.raises(BudgetError, match="4 rows of 10 tokens need") as caught:
+        check(50 * MIB)
+    assert 62 * MIB < caught.value.required_bytes < 70 * MIB
+    check(caught.value.required_bytes)
 
 
 def test_the_suggested_budget_has_a_margin() -> None:
