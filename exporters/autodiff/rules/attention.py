@@ -12,7 +12,7 @@ import onnx_ir as ir
 from ..context import RuleContext
 from ..emitter import Emitter
 from ..registry import RULES, RuleResult
-from ..shapes import Dim, broadcast_shapes
+from ..shapes import Dim
 
 rule = RULES.rule
 
@@ -60,6 +60,13 @@ def _attention_refusal(node: ir.Node) -> str | None:
         heads_axis = 1 if value.shape.rank() == 4 else 2
         if not isinstance(value.shape[heads_axis], int) or not isinstance(value.shape[-1], int):
             return f"the heads or the head size of {name} are not static, got {value.shape}"
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None and (mask.shape is None or mask.shape.rank() < 2):
+        return "its mask is not known to have rows and columns, which onnxruntime needs"
+    if mask is not None and mask.shape is not None and mask.shape.rank() > 2:
+        heads = mask.shape[-3]
+        if not isinstance(heads, int):
+            return f"the heads of its mask are not static, got {mask.shape}"
     return None
 
 
@@ -105,17 +112,15 @@ class _Heads:
             return value
         rows = self.groups * self.rows if isinstance(self.rows, int) else None
         shape = ir.Shape([self.batch, self.kv_heads, rows, self.head_size])
-        if isinstance(self.rows, int):
-            spec = self.e.int64([0, self.kv_heads, self.groups * self.rows, self.head_size])
-            return self.e.op("Reshape", value, spec, dtype=value.dtype, shape=shape)
         spec = self.e.int64([0, self.kv_heads, -1, self.head_size])
         return self.e.op("Reshape", value, spec, dtype=value.dtype, shape=shape)
 
-    def ungroup(self, value: ir.Value, like: ir.Value) -> ir.Value:
+    def ungroup(self, value: ir.Value) -> ir.Value:
         """The inverse of `group`."""
         if self.groups == 1:
             return value
-        return self.e.op("Reshape", value, self.e.shape_of(like), like=like, allowzero=1)
+        spec = self.e.int64([0, self.heads, -1, self.head_size])
+        return self.e.op("Reshape", value, spec, dtype=value.dtype, shape=self.shape)
 
 
 class _Attention:
@@ -138,14 +143,9 @@ class _Attention:
         self.softcap = c.attr_float("softcap", 0.0)
 
     @cached_property
-    def q_split(self) -> ir.Value:
-        """The query as `[batch, heads, rows, head_size]`."""
-        return self.q_heads.split(self.c.input(0))
-
-    @cached_property
     def q(self) -> ir.Value:
         """The grouped query."""
-        return self.q_heads.group(self.q_split)
+        return self.q_heads.group(self.q_heads.split(self.c.input(0)))
 
     @cached_property
     def k(self) -> ir.Value:
@@ -164,14 +164,14 @@ class _Attention:
 
     @cached_property
     def dy(self) -> ir.Value:
-        """The grouped cotangent of the output."""
-        return self.y_heads.group(self.y_heads.split(self.c.cotangent))
-
-    @property
-    def score_shape(self) -> ir.Shape:
-        """`[batch, heads, rows, kv_rows]`"""
-        heads = self.q_heads
-        return ir.Shape([heads.batch, heads.heads, heads.rows, self.k_heads.rows])
+        """The grouped cotangent of the output, 0 in rows without a key, whose output is 0."""
+        e, dy = self.e, self.y_heads.split(self.c.cotangent)
+        if self.c.optional_input(3) is not None and self.bias is not None:
+            highest = e.reduce("ReduceMax", self.bias, [-1], keepdims=True)
+            alive = e.compare("Greater", highest, self.lowest)
+            dy = e.where(alive, dy, e.scalar(0, dy))
+            dy.shape = self.y_heads.shape
+        return self.y_heads.group(dy)
 
     @cached_property
     def raw_scores(self) -> ir.Value:
@@ -187,7 +187,10 @@ class _Attention:
     def p(self) -> ir.Value:
         """The probabilities, grouped."""
         scores = self.e.scale(self.tanh, self.softcap) if self.softcap else self.raw_scores
-        return self.e.unary("Softmax", self._masked(scores), axis=-1)
+        bias = self.grouped_bias
+        if bias is not None:
+            scores = self.e.op("Add", scores, bias, like=scores)
+        return self.e.unary("Softmax", scores, axis=-1)
 
     @cached_property
     def dscores(self) -> ir.Value:
@@ -199,38 +202,46 @@ class _Attention:
             return ds
         return e.mul(ds, e.sub(e.scalar(1, ds), e.mul(self.tanh, self.tanh)))
 
-    def _masked(self, scores: ir.Value) -> ir.Value:
-        """The grouped scores with mask and causality applied."""
-        e, mask, causal = self.e, self.c.optional_input(3), self.c.attr_int("is_causal", 0)
-        if mask is None and not causal:
-            return scores
-        full = scores
-        if self.q_heads.groups > 1:
-            shape = e.concat([e.dim_of(self.q_split, i) for i in range(3)] + [e.dim_of(self.k, 2)], axis=0)
-            full = e.op("Reshape", scores, shape, dtype=scores.dtype, shape=self.score_shape, allowzero=1)
-        if mask is not None:
-            full = self._apply(full, mask)
-        if causal:
-            full = self._apply(full, self._causal_mask())
-        if self.q_heads.groups > 1:
-            spec = e.shape_of(scores)
-            full = e.op("Reshape", full, spec, like=scores, allowzero=1)
-        return full
+    @cached_property
+    def lowest(self) -> ir.Value:
+        """What is added to the score of a key that is not attended to: as onnxruntime, a finite number."""
+        dtype = self.e.dtype(self.c.input(0))
+        return self.e.constant(np.finfo(dtype.numpy()).min, dtype)
 
-    def _apply(self, scores: ir.Value, mask: ir.Value) -> ir.Value:
-        e = self.e
-        shape = broadcast_shapes(scores.shape, mask.shape)
-        if mask.dtype == ir.DataType.BOOL:
-            # onnxruntime adds the lowest finite number where the mask is false.
-            lowest = e.constant(np.finfo(e.dtype(scores).numpy()).min, e.dtype(scores))
-            return e.op("Where", mask, scores, lowest, dtype=scores.dtype, shape=shape)
-        return e.op("Add", scores, mask, dtype=scores.dtype, shape=shape)
+    @cached_property
+    def bias(self) -> ir.Value | None:
+        """Mask and causality as one addend of the scores; layers with the same mask share it."""
+        e, mask = self.e, self.c.optional_input(3)
+        bias: ir.Value | None = None
+        if mask is not None and mask.dtype == ir.DataType.BOOL:
+            bias = e.where(mask, e.scalar(0, self.lowest), self.lowest)
+        elif mask is not None:
+            bias = e.binary("Max", mask, self.lowest)
+        if self.c.attr_int("is_causal", 0):
+            bias = e.where(
+                self._causal_mask(), e.scalar(0, self.lowest) if bias is None else bias, self.lowest
+            )
+        return bias
+
+    @cached_property
+    def grouped_bias(self) -> ir.Value | None:
+        """The bias repeated for the query heads that lie under each other."""
+        e, bias, heads = self.e, self.bias, self.q_heads
+        if bias is None or heads.groups == 1:
+            return bias
+        dims, rank = list(e.shape(bias)), e.rank(bias)
+        if rank == 2 or dims[-3] == 1:
+            return e.concat([bias] * heads.groups, axis=rank - 2)
+        spec = e.int64([*[0] * (rank - 3), heads.kv_heads, -1, 0])
+        shape = ir.Shape([*dims[:-3], heads.kv_heads, None, dims[-1]])
+        return e.op("Reshape", bias, spec, dtype=bias.dtype, shape=shape)
 
     def _causal_mask(self) -> ir.Value:
         """True where a key is not behind its query, boolean `[rows, kv_rows]`."""
         e = self.e
         shape = ir.Shape([self.q_heads.rows, self.k_heads.rows])
-        size = e.concat([e.dim_of(self.q_split, 2), e.dim_of(self.k, 2)], axis=0)
+        rows, columns = (e.dim_of(self.c.input(i), 1 if self.q_heads.packed else 2) for i in (0, 1))
+        size = e.concat([rows, columns], axis=0)
         ones = e.op("Expand", e.constant(1, ir.DataType.INT32), size, dtype=ir.DataType.INT32, shape=shape)
         lower = e.op("Trilu", ones, dtype=ir.DataType.INT32, shape=shape, upper=0)
         return e.cast(lower, ir.DataType.BOOL)
@@ -246,7 +257,7 @@ def attention(c: RuleContext) -> RuleResult:
 
     def into_q() -> ir.Value:
         grouped = e.matmul(a.dscores, a.k, alpha=a.scale)
-        return a.q_heads.merge(a.q_heads.ungroup(grouped, a.q_split))
+        return a.q_heads.merge(a.q_heads.ungroup(grouped))
 
     def into_k() -> ir.Value:
         return a.k_heads.merge(e.matmul(a.dscores, a.q, trans_a=True, alpha=a.scale))

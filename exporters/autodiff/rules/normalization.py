@@ -109,6 +109,7 @@ def _rms_cotangents(c: RuleContext, inverse: ir.Value) -> RuleResult:
 
     def into_x() -> ir.Value:
         projection = e.reduce("ReduceMean", e.mul(dy, c.output), axes, keepdims=True)
-        return e.mul(inverse, e.sub(e.mul(dy, weight), e.mul(e.mul(x, inverse), projection)))
+        # x̂ is written out, so that the products with numbers of one per row come first.
+        return e.mul(inverse, e.sub(e.mul(dy, weight), e.mul(x, e.mul(inverse, projection))))
 
     return [into_x, lambda: e.unbroadcast(e.mul(dy, e.mul(x, inverse)), weight)]
