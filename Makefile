@@ -23,7 +23,8 @@ lint: $(STAMP)
 	cd build/typed && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgepeft
 
 docs: $(STAMP)
-	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python -m tests.gradcheck.operator_table
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'
