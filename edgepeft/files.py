@@ -104,11 +104,13 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
         UsageError: something that is not such a folder stands at `path`.
         EdgePeftError: the folder cannot be written, for example because the disk is full.
     """
-    path = Path(path).absolute()
-    previous = path.parent / f".{path.name}.previous"
-    if previous.is_dir() and not path.exists():
-        previous.rename(path)
+    if not Path(path).is_symlink():
+        previous = Path(path).parent / f".{Path(path).name}.previous"
+        if previous.is_dir() and not Path(path).exists():
+            previous.rename(path)
     check_replaceable(path, marker)
+    path = Path(path).resolve()  # a link to a folder stays, the folder is replaced
+    previous = path.parent / f".{path.name}.previous"
     temporary: Path | None = None
     try:
         try:

@@ -77,6 +77,11 @@ class Update:
         on_step: OnStep | None = None,
     ) -> None:
         options.check(bundle.manifest)
+        if options.batch_size < task.minimum_batch:
+            raise UsageError(
+                f"batch_size is {options.batch_size}, {bundle.manifest.task} learns from at least "
+                f"{task.minimum_batch} records at once"
+            )
         self._bundle = bundle
         self._task = task
         self._source = source

@@ -51,7 +51,10 @@ def evaluate(
     try:
         inference.bind(inputs)
         for start in range(0, len(examples), batch_size):
-            batch = task.batch(examples[start : start + batch_size], training=True)
+            chunk = examples[start : start + batch_size]
+            if len(chunk) < task.minimum_batch:
+                continue
+            batch = task.batch(chunk, training=True)
             count = task.items(batch)
             inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
             inference.bind(empty_cache(inference, batch["input_ids"].shape[0]))

@@ -111,6 +111,18 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "marker").read_text() == "old"
 
 
+def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
+    """The folder behind it is replaced."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for content in ("first", "second"):
+        with atomic_folder(tmp_path / "link", "marker") as temporary:
+            (temporary / "marker").write_text(content)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "marker").read_text() == "second"
+    assert names(tmp_path) == ["link", "real"]
+
+
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
 def test_what_is_not_ours_is_not_replaced(tmp_path: Path, kind: str) -> None:
     """A file, a folder of something else, a link."""

@@ -108,13 +108,12 @@ def test_sentence_embeddings_learn_from_pairs(exported: Make, tmp_path: Path) ->
 
 
 def test_the_suggested_budget_does(exported: Make, tmp_path: Path) -> None:
-    """Refused with a figure; at that figure the same update runs and stays below it, in a process of its own."""
+    """Refused with a figure; at that figure the same update runs and stays below it."""
     bundle = exported("llama-tied", 4)
     data = tmp_path / "data.jsonl"
     rng = np.random.default_rng(0)
-    data.write_text(
-        "".join(json.dumps({"input_ids": rng.integers(5, 9, 32).tolist()}) + "\n" for _ in range(64))
-    )
+    lines = [json.dumps({"input_ids": rng.integers(5, 9, 32).tolist()}) for _ in range(64)]
+    data.write_text("\n".join(lines))
     command = [
         sys.executable,
         "-m",

@@ -1,0 +1,156 @@
+"""Bundles whose hashes are right and whose content is not: one hand wrote the manifest and the rest."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+
+import edgepeft
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.serialization import manifest_from_json
+from edgepeft.bundle.writer import hash_folder, write_manifest
+from edgepeft.errors import BundleError, EdgePeftError
+
+from . import tiny
+
+BATCH = {"input_ids": [[1, 2, 3]]}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle of one's own, with a secret beside it."""
+    (tmp_path / "secret.bin").write_bytes(b"s" * 4096)
+    return tiny.write_bundle(tmp_path / "tiny.edge", tokenizer=tiny.word_tokenizer())
+
+
+def rehash(bundle: Path, change: Callable[[Manifest], Manifest] = lambda manifest: manifest) -> None:
+    """Make the manifest vouch for whatever the folder holds now."""
+    manifest = manifest_from_json((bundle / "manifest.json").read_text())
+    write_manifest(change(dataclasses.replace(manifest, files=hash_folder(bundle))), bundle)
+
+
+def edit(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    """Change the inference graph."""
+    path = bundle / "graphs" / "inference.onnx"
+    model = onnx.ModelProto.FromString(path.read_bytes())
+    change(model)
+    path.write_bytes(model.SerializeToString())
+    rehash(bundle)
+
+
+def external(key: str, value: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                if entry.key == key:
+                    entry.value = value
+
+    return change
+
+
+@pytest.mark.parametrize("kind", ["parent", "absolute", "nested", "missing", "manifest"])
+def test_external_data_stays_inside_the_bundle(bundle: Path, kind: str) -> None:
+    """Upwards, absolute, through a folder, not there, and not a weight file."""
+    location = {
+        "parent": "../secret.bin",
+        "absolute": str(bundle.parent / "secret.bin"),
+        "nested": "graphs/../../secret.bin",
+        "missing": "other.bin",
+        "manifest": "manifest.json",
+    }[kind]
+    edit(bundle, external("location", location))
+    if kind == "manifest":  # inside the bundle, so there is nothing to keep from it
+        edit(bundle, external("offset", str(2**40)))
+    with (
+        edgepeft.load(bundle) as model,
+        pytest.raises(BundleError, match=r"graph 'inference': onnxruntime .* refuses"),
+    ):
+        model.forward(BATCH)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("offset", str(2**40)), ("offset", "-4096"), ("length", str(2**40))]
+)
+def test_external_data_stays_inside_its_file(bundle: Path, key: str, value: str) -> None:
+    """Offsets and lengths beyond the end, and before the beginning."""
+    edit(bundle, external(key, value))
+    with edgepeft.load(bundle) as model, pytest.raises(BundleError, match="refuses"):
+        model.forward(BATCH)
+
+
+def garbage(bundle: Path) -> None:
+    (bundle / "graphs" / "inference.onnx").write_bytes(b"\x08\xff" * 1000)
+    rehash(bundle)
+
+
+def empty(bundle: Path) -> None:
+    (bundle / "graphs" / "inference.onnx").write_bytes(b"")
+    rehash(bundle)
+
+
+def unknown_operator(bundle: Path) -> None:
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[0].op_type = "RunMyCode"
+
+    edit(bundle, change)
+
+
+def another_graph(bundle: Path) -> None:
+    (bundle / "graphs" / "inference.onnx").write_bytes((bundle / "graphs" / "train.onnx").read_bytes())
+    rehash(bundle)
+
+
+def swapped_roles(bundle: Path) -> None:
+    rehash(
+        bundle,
+        lambda manifest: dataclasses.replace(
+            manifest,
+            graphs={
+                **manifest.graphs,
+                "inference": dataclasses.replace(manifest.graphs["inference"], file="weights.bin"),
+            },
+        ),
+    )
+
+
+@pytest.mark.parametrize("damage", [garbage, empty, unknown_operator, another_graph, swapped_roles])
+def test_a_graph_that_is_none_is_a_bundle_error(bundle: Path, damage: Callable[[Path], None]) -> None:
+    """Bytes, an operator of nowhere, inputs that are not the manifest's, a file of another kind."""
+    damage(bundle)
+    with edgepeft.load(bundle) as model, pytest.raises(BundleError, match="graph 'inference'"):
+        model.forward(BATCH)
+
+
+def test_a_graph_that_fails_while_it_runs(bundle: Path) -> None:
+    """onnxruntime's exception becomes one of ours, in one line."""
+
+    def change(model: onnx.ModelProto) -> None:
+        for node in model.graph.node:
+            if node.op_type == "Gather":
+                node.input[0], node.input[1] = "dense", "input_ids"
+
+    edit(bundle, change)
+    with edgepeft.load(bundle) as model:
+        with pytest.raises(EdgePeftError, match="graph 'inference': failed: ") as caught:
+            model.forward({"input_ids": [[20, 21]]})
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"model": {}}', "\0" * 100])
+def test_a_tokenizer_that_is_none(bundle: Path, content: str) -> None:
+    """It is not needed until there is text."""
+    (bundle / "tokenizer.json").write_text(content)
+    rehash(bundle)
+    with edgepeft.load(bundle) as model:
+        model.predict([{"input_ids": [1, 2]}])
+        with pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"):
+            model.predict([{"text": "w1"}])
+
+
+def test_weights_that_are_shorter_than_the_manifest_says(bundle: Path) -> None:
+    """The manifest is held against the file's real size."""
+    (bundle / "weights.bin").write_bytes((bundle / "weights.bin").read_bytes()[:4096])
+    with pytest.raises(BundleError, match="ends at byte"):
+        rehash(bundle)
