@@ -9,7 +9,8 @@ from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import ExportError
 
 from .graph import tidy
-from .passes.linears import Linear, find_linears, select
+from .model_info import default_targets
+from .passes.linears import find_linears, select
 from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
 from .passes.quantize import Freezer
@@ -42,7 +43,8 @@ def build_forward(
     Args:
         freezer: stores the frozen weights, for this and the other graphs of the bundle.
         modules: names (or suffixes) of the linear modules that get a LoRA slot; None: all but the output
-        head. modules_to_save: modules whose parameters stay inputs.
+            head.
+        modules_to_save: modules whose parameters stay inputs.
         with_past: with a key/value cache among the inputs and outputs.
 
     Raises:
@@ -56,7 +58,7 @@ def build_forward(
     model_inputs = tuple(name for name in by_name if name not in weights)
     saved = keep_saved_modules(weights, modules_to_save)
     linears = find_linears(weights.values())
-    chosen = select(linears, modules) if modules is not None else _all_but_head(linears, source)
+    chosen = select(linears, default_targets(source) if modules is None else modules)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
     slots = insert_lora_slots(graph, chosen.values())
@@ -65,13 +67,3 @@ def build_forward(
     freezer.freeze(graph, {name: (value, traced.weights[name]) for name, value in weights.items()})
     tidy(traced.model)
     return Forward(traced.model, model_inputs, tuple(slots), tuple(saved))
-
-
-def _all_but_head(linears: dict[str, Linear], source: Source) -> dict[str, Linear]:
-    head = source.model.get_output_embeddings()
-    names = {name for name, module in source.model.named_modules() if head is not None and module is head}
-    if source.config.tie_word_embeddings:
-        names.add(
-            next(n for n, m in source.model.named_modules() if m is source.model.get_input_embeddings())
-        )
-    return {name: linear for name, linear in linears.items() if name not in names}

@@ -1,6 +1,10 @@
 """What the manifest says of the base model."""
 
 from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import ModelInfo
@@ -15,6 +19,7 @@ def model_info(source: Source) -> ModelInfo:
     """Sizes, special tokens and labels, from the transformers configuration."""
     config = source.config
     eos = getattr(config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
     if source.task == "text-classification":
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
@@ -24,9 +29,9 @@ def model_info(source: Source) -> ModelInfo:
         architecture=type(source.model).__name__,
         max_length=source.max_length,
         vocab_size=config.vocab_size,
-        pad_token_id=_token(getattr(config, "pad_token_id", None)),
-        bos_token_id=_token(getattr(config, "bos_token_id", None)),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else (),
+        pad_token_id=_token(getattr(config, "pad_token_id", None), config),
+        bos_token_id=_token(getattr(config, "bos_token_id", None), config),
+        eos_token_ids=tuple(token for token in ends if _token(token, config) is not None),
         labels=labels,
         embedding_size=config.hidden_size if source.pooling is not None else None,
         num_layers=config.num_hidden_layers,
@@ -34,14 +39,30 @@ def model_info(source: Source) -> ModelInfo:
 
 
 def saved_module_names(source: Source, adapters: Iterable[Adapter]) -> tuple[str, ...]:
-    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole."""
-    names = [name for name, _ in source.model.named_children() if name in HEADS]
-    named = names if source.task == "text-classification" else []
+    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole.
+
+    PEFT saves every module whose name ends with one of `modules_to_save`; so does this.
+    """
+    endings = list(HEADS) if source.task == "text-classification" else []
     for adapter in adapters:
-        named += [name for name in adapter.config.get("modules_to_save") or [] if name not in HEADS]
-        named += [name for name in names if name in (adapter.config.get("modules_to_save") or [])]
-    return tuple(dict.fromkeys(named))
+        endings += adapter.config.get("modules_to_save") or []
+    modules = [name for name, _ in source.model.named_modules()]
+    return tuple(name for name in modules if name.endswith(tuple(endings)))
 
 
-def _token(token: int | None) -> int | None:
-    return token if token is None or token >= 0 else None
+def default_targets(source: Source) -> list[str]:
+    """Linear modules that take a LoRA unless told otherwise: all but the head and what is saved whole."""
+    saved = tuple(f"{name}." for name in saved_module_names(source, ()))
+    head = source.model.get_output_embeddings()
+    return [
+        name
+        for name, module in source.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and not f"{name}.".startswith(saved)
+    ]
+
+
+def _token(token: int | None, config: Any) -> int | None:
+    """The token, or None where the vocabulary has no such: configurations carry other models' defaults."""
+    return token if token is not None and 0 <= token < config.vocab_size else None

@@ -57,14 +57,14 @@ def export(
         model: a transformers model object, a folder or a hub id.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where
-        None. bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the
-        embedding. block_size: weights that share a scale, at 4 and 8 bits.
+            None.
+        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding.
+        block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
         rank: makes a fresh adapter named `default` of this rank.
         targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
-        `adapters`, or
-            every linear but the output head where there are none.
+            `adapters`, or every linear but the output head where there are none.
         lora_alpha: of the fresh adapter; twice the rank where None.
         train: also write the training graphs.
         verify: compare logits, losses and gradients with PyTorch, and refuse a bundle that differs.

@@ -9,6 +9,7 @@ import torch
 
 from edgepeft.errors import UsageError
 
+from .model_info import default_targets
 from .sources.loading import Source
 
 #: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head).
@@ -44,7 +45,7 @@ def write_starting_adapter(
         task_type=TASK_TYPES[source.task],
         r=rank,
         lora_alpha=lora_alpha if lora_alpha is not None else 2 * rank,
-        target_modules=list(targets) if targets is not None else "all-linear",
+        target_modules=list(targets) if targets is not None else default_targets(source),
         lora_dropout=0.0,
     )
     with warnings.catch_warnings():

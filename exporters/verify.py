@@ -22,6 +22,7 @@ from edgepeft.errors import AdapterError, VerificationError
 
 from .losses.contrastive import SCALE
 from .sources.loading import Source
+from .sources.tracing import conv1d_weights
 
 #: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.
 OUTPUT_TOLERANCE = {4: 1e-3, 8: 1e-3, 16: 1e-3, 32: 1e-4}
@@ -52,10 +53,11 @@ def verify_bundle(
         AdapterError: an adapter does not change the output.
     """
     bundle = open_bundle(folder)
+    turned = conv1d_weights(source.model)
     with torch.no_grad():
         for name, parameter in source.model.named_parameters(remove_duplicate=False):
             if name in reference:
-                parameter.copy_(reference[name])
+                parameter.copy_(reference[name].T if name in turned else reference[name])
     source.model.config.use_cache = False
     batch = _sample_batch(bundle)
     check = _Check(bundle, source, batch)

@@ -13,8 +13,7 @@ def causal_lm_loss(graph: ir.Graph, logits: ir.Value, labels: ir.Value | None) -
     Args:
         logits: float32 `[batch, sequence, vocabulary]`.
         labels: int64 `[batch, sequence]`, not shifted; -100 does not count. The labels are shifted, not the
-        logits,
-            which would copy `[batch, sequence, vocabulary]`.
+            logits, which would copy `[batch, sequence, vocabulary]`.
     """
     assert labels is not None
     start = initializer(graph, "shift_start", np.array([1], np.int64))

@@ -1,6 +1,6 @@
 """Find the linear layers and embeddings of a graph by the names of their weights."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -16,16 +16,17 @@ class Linear:
     """
 
     module: str
-    node: ir.Node
-    x: ir.Value
     weight: ir.Value
     in_features: int
     out_features: int
 
     @property
-    def output(self) -> ir.Value:
-        """The value the layer computes, `[…, out_features]`; a `MatMul`'s bias is added after it."""
-        return self.node.outputs[0]
+    def uses(self) -> list[tuple[ir.Node, ir.Value]]:
+        """The nodes that compute the layer, each with its `x`: several where layers share their weights.
+
+        A node's output is `[…, out_features]`; a `MatMul`'s bias is added after it.
+        """
+        return linear_products(self.weight)
 
 
 @dataclass(frozen=True)
@@ -38,19 +39,14 @@ class Embedding:
 
 
 def find_linears(weights: Iterable[ir.Value]) -> dict[str, Linear]:
-    """The linear layers that read one of `weights`, by module name.
-
-    A weight shared by several nodes (tied, or applied twice) appears once, under its first use.
-    """
+    """The linear layers whose weight is one of `weights`, by module name."""
     found: dict[str, Linear] = {}
     for weight in weights:
         module = _module_name(weight)
-        if module is None:
-            continue
-        for node, x in _products(weight):
+        if module is not None and linear_products(weight):
             assert weight.shape is not None
-            out_features, in_features = (int(dim) for dim in weight.shape)  # type: ignore[arg-type]
-            found.setdefault(module, Linear(module, node, x, weight, in_features, out_features))
+            out_features, in_features = weight.shape.numpy()
+            found[module] = Linear(module, weight, in_features, out_features)
     return found
 
 
@@ -90,21 +86,30 @@ def select(linears: dict[str, Linear], targets: Iterable[str]) -> dict[str, Line
     return {name: linear for name, linear in linears.items() if name in chosen}
 
 
-def _products(weight: ir.Value) -> Iterable[tuple[ir.Node, ir.Value]]:
+def _products(weight: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node, index in weight.uses():
         if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]:
             for product, operand in node.outputs[0].uses():
-                if product.op_type == "MatMul" and operand == 1:
+                if operand == 1 and (product.op_type == "MatMul" or _is_plain_gemm(product, trans_b=0)):
                     x = product.inputs[0]
                     assert x is not None
                     yield product, x
-        elif node.op_type == "Gemm" and index == 1 and node.attributes.get_int("transB", 0) == 1:
-            plain = (
-                node.attributes.get_int("transA", 0) == 0 and node.attributes.get_float("alpha", 1.0) == 1.0
-            )
+        elif index == 1 and _is_plain_gemm(node, trans_b=1):
             x = node.inputs[0]
-            if plain and x is not None:
-                yield node, x
+            assert x is not None
+            yield node, x
+
+
+def _is_plain_gemm(node: ir.Node, *, trans_b: int) -> bool:
+    """Whether `node` is `x @ B (+ C)` or, with `trans_b`, `x @ B.T (+ C)`."""
+    attributes = node.attributes
+    return (
+        node.op_type == "Gemm"
+        and attributes.get_int("transB", 0) == trans_b
+        and attributes.get_int("transA", 0) == 0
+        and attributes.get_float("alpha", 1.0) == 1.0
+        and attributes.get_float("beta", 1.0) == 1.0
+    )
 
 
 def _module_name(weight: ir.Value) -> str | None:

@@ -43,16 +43,17 @@ def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
     lora_a = graph_input(graph, slot.a_input, [slot.in_features, rank])
     lora_b = graph_input(graph, slot.b_input, [rank, slot.out_features])
     scaling = graph_input(graph, slot.scaling_input, [rank])
-    output = linear.output
-    assert output.shape is not None
-    lead = list(output.shape)[:-1]
-    uses = list(output.uses())
-    low_rank = append(graph, "MatMul", [linear.x, lora_a], shape=[*lead, rank])
-    scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-    delta = append(graph, "MatMul", [scaled, lora_b], shape=output.shape)
-    total = append(graph, "Add", [output, delta], shape=output.shape)
-    for node, position in uses:
-        node.replace_input_with(position, total)
-    if output.is_graph_output():
-        graph.outputs[list(graph.outputs).index(output)] = total
-        total.name, output.name = output.name, None
+    for node, x in linear.uses:
+        output = node.outputs[0]
+        assert output.shape is not None
+        lead = list(output.shape)[:-1]
+        readers = list(output.uses())
+        low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
+        scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
+        delta = append(graph, "MatMul", [scaled, lora_b], shape=output.shape)
+        total = append(graph, "Add", [output, delta], shape=output.shape)
+        for reader, position in readers:
+            reader.replace_input_with(position, total)
+        if output.is_graph_output():
+            graph.outputs[list(graph.outputs).index(output)] = total
+            total.name, output.name = output.name, None

@@ -16,14 +16,14 @@ from edgepeft.errors import ExportError, UsageError
 
 from .tasks import infer_task, model_class, resolve_task
 
+#: Longest input of a model that does not name one.
+DEFAULT_MAX_LENGTH = 2048
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-#: Model types whose linears and positions the passes know; others are refused by name until they are proven.
-MODEL_TYPES = ("bert", "llama")
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Source:
         return self.model.config
 
     @property
-    def max_positions(self) -> int:
-        """Tokens the model has positions for."""
-        return int(self.config.max_position_embeddings)
+    def max_positions(self) -> int | None:
+        """Tokens the model has positions for; None where any number will do (ALiBi)."""
+        return getattr(self.config, "max_position_embeddings", None)
 
 
 def load_source(
@@ -64,8 +64,7 @@ def load_source(
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
         labels: names of the classes of a new classification head (text-classification only); the weights of
-        a head
-            that the checkpoint does not have are drawn with `seed`.
+            a head that the checkpoint does not have are drawn with `seed`.
 
     Raises:
         UsageError: unknown task, or labels for a task that has none.
@@ -82,11 +81,6 @@ def load_source(
     else:
         module = _load_pretrained(str(model), resolved, labels)
         folder, name = Path(model), _name(Path(model))
-    if module.config.model_type not in MODEL_TYPES:
-        raise ExportError(
-            f"{name} is a {module.config.model_type!r} model: "
-            f"edgepeft exports {', '.join(MODEL_TYPES)} so far"
-        )
     module = module.float().cpu().eval().requires_grad_(False)
     is_folder = folder is not None and folder.is_dir()
     return Source(
@@ -172,7 +166,7 @@ def _tokenizer_files(model: str) -> dict[str, bytes]:
 
 
 def _max_length(config: Any, folder: Path | None) -> int:
-    limit = int(config.max_position_embeddings)
+    limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
     settings = folder / "tokenizer_config.json" if folder is not None else None
     if settings is not None and settings.is_file():
         declared = json.loads(settings.read_text()).get("model_max_length")

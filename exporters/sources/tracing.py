@@ -10,9 +10,10 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager
+from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
 from transformers import DynamicCache
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+from transformers.pytorch_utils import Conv1D
 
 from edgepeft.errors import ExportError
 
@@ -51,7 +52,7 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
             program = OnnxExporter().export(module, inputs, config=config).program
     except Exception as error:  # torch.export raises whatever the model's own code raised
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
-    layers = module.config.num_hidden_layers if with_past else 0
+    layers = len(inputs["past_key_values"].layers) if with_past else 0
     _name_inputs_and_outputs(program.graph, layers)
     return Traced(program, _lift_weights(program.graph, module), layers)
 
@@ -59,9 +60,11 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
 def _sample_inputs(source: Source, with_past: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Sample keyword arguments of the model and the axes of each that vary."""
     config = source.config
-    normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     generator = DummyTextInputGenerator(
-        source.task, normalized, batch_size=SAMPLE_BATCH, sequence_length=SAMPLE_SEQUENCE
+        source.task,
+        _normalized(config),
+        batch_size=SAMPLE_BATCH,
+        sequence_length=SAMPLE_SEQUENCE,
     )
     names = ["input_ids", "attention_mask"]
     if getattr(config, "type_vocab_size", 0) > 1:
@@ -72,18 +75,39 @@ def _sample_inputs(source: Source, with_past: bool) -> tuple[dict[str, Any], dic
     batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=source.max_positions)
     shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in names}
     if with_past:
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        cache = DynamicCache(config=config)
-        for layer in range(config.num_hidden_layers):
-            empty = torch.zeros(SAMPLE_BATCH, heads, SAMPLE_PAST, head_dim)
-            cache.update(empty, empty.clone(), layer)
+        cache = _sample_cache(source, inputs)
         inputs["attention_mask"] = torch.ones(SAMPLE_BATCH, SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
         inputs["past_key_values"] = cache
         past = torch.export.Dim("past_sequence")
         shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-        shapes["past_key_values"] = [{0: batch, 2: past} for _ in range(2 * config.num_hidden_layers)]
+        shapes["past_key_values"] = [{0: batch, 2: past} for _ in range(2 * len(cache.layers))]
     return inputs, shapes
+
+
+def _normalized(config: Any) -> Any:
+    """optimum's view of the configuration; one for any text model where it has none for this type."""
+    try:
+        return NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
+    except KeyError:
+        return NormalizedTextConfig(config)
+
+
+def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
+    """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
+
+    Every layer keeps all positions, sliding windows too: the mask is what narrows them.
+    """
+    source.model.config.use_cache = True
+    with torch.no_grad():
+        filled = source.model(**inputs).past_key_values
+    cache = DynamicCache()
+    for index, layer in enumerate(filled.layers):
+        keys, values = (
+            torch.zeros(SAMPLE_BATCH, kept.shape[1], SAMPLE_PAST, kept.shape[3])
+            for kept in (layer.keys, layer.values)
+        )
+        cache.update(keys, values, index)
+    return cache
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
@@ -99,7 +123,10 @@ def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
         for dim, axis in zip(value.shape, axes, strict=True):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and axis is not None:
                 renamed[dim.value] = axis
+        if value.name == "attention_mask":
+            mask, mask_axes = value, axes
     _rename_axes(graph, renamed)
+    mask.shape = ir.Shape(mask_axes)  # its length with a cache may have come out as a sum
     if layers:
         caches = [value for value in graph.inputs if (value.name or "").startswith("input.past_key_values")]
         presents = list(graph.outputs)[1:]
@@ -128,16 +155,42 @@ def _rename_axes(graph: ir.Graph, names: dict[str, str]) -> None:
 
 
 def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Turn the module's parameters among the initializers into graph inputs; return them by name."""
+    """Turn the module's parameters among the initializers into graph inputs; return them by name.
+
+    The weight of a `Conv1D` (GPT-2), `[in, out]`, becomes one like any linear's, `[out, in]`.
+    """
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    turned = conv1d_weights(module)
     weights = {}
     for name in list(graph.initializers):
-        if name in parameters:
-            value = graph.initializers.pop(name)
-            value.const_value = None
-            graph.inputs.append(value)
-            weights[name] = parameters[name].detach()
+        if name not in parameters:
+            continue
+        value = graph.initializers.pop(name)
+        value.const_value = None
+        weights[name] = parameters[name].detach()
+        if name in turned:
+            weights[name] = weights[name].T.contiguous()
+            value = _transposed_input(graph, value)
+        graph.inputs.append(value)
     return weights
+
+
+def conv1d_weights(module: torch.nn.Module) -> set[str]:
+    """Names of the weights that transformers keeps as `[in, out]`."""
+    return {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, Conv1D)}
+
+
+def _transposed_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """An input that holds `value` transposed, and in the graph the way back."""
+    assert value.shape is not None
+    rows, columns = value.shape.numpy()
+    turned = ir.Value(name=value.name, shape=ir.Shape([columns, rows]), type=value.type)
+    back = ir.node("Transpose", [turned], {"perm": [1, 0]})
+    back.outputs[0].shape, back.outputs[0].type = value.shape, value.type
+    value.name = f"{value.name}.turned"
+    value.replace_all_uses_with(back.outputs[0])
+    graph.insert_before(next(iter(graph)), back)
+    return turned
 
 
 @contextmanager

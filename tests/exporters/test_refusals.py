@@ -65,14 +65,12 @@ def test_a_model_that_is_not_there(output: Path, tmp_path: Path) -> None:
     refuse("cannot load|not a transformers model", edgepeft.ExportError, output, str(tmp_path / "out"))
 
 
-def test_an_architecture_that_is_not_supported_is_named(output: Path) -> None:
-    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)
-    refuse(
-        "'gpt2' model: edgepeft exports bert, llama",
-        edgepeft.ExportError,
-        output,
-        transformers.GPT2LMHeadModel(config),
+def test_a_model_for_another_task_is_named(output: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.ViTForImageClassification(
+        transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
     )
+    refuse("is a model for 'image-classification': unknown task", edgepeft.ExportError, output, model)
 
 
 def test_an_adapter_for_another_base_names_its_first_module(output: Path, tmp_path: Path) -> None:
