@@ -120,8 +120,8 @@ class Adapter:
         rank = _pattern_value(self.config.get("rank_pattern"), module, self.config["r"])
         if rank != self.rank(module):
             raise AdapterError(
-                f"{self.origin}: module {module}: {CONFIG_FILE} gives rank {rank}, "
-                f"its lora_A has {self.rank(module)} rows"
+                f"{self.origin}: module {module}: {CONFIG_FILE} gives rank {rank}, its lora_A has "
+                f"{self.rank(module)} rows"
             )
         alpha = _pattern_value(self.config.get("alpha_pattern"), module, self.config.get("lora_alpha", 8))
         return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -210,7 +210,7 @@ def _check_tensors(adapter: Adapter) -> None:
         if tensor.ndim != 2 or other.ndim != 2:
             raise AdapterError(
                 f"{adapter.origin}: tensor {key} has {tensor.ndim} axes, edgepeft runs LoRA on linear "
-                f"modules (2 axes)"
+                "modules (2 axes)"
             )
         if mine == _A and tensor.shape[0] != other.shape[1]:
             raise AdapterError(
@@ -285,19 +285,16 @@ def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[Sav
             known = ", ".join(list(by_module)[:3]) or "none"
             raise AdapterError(
                 f"{adapter.origin}: module {module} takes no LoRA in this bundle ({len(by_module)} modules "
-                f"do: {known}"
-                f"{', …' if len(by_module) > 3 else ''}): the adapter was made for another base, or the "
-                f"bundle was "
-                "exported without that module as a target"
+                f"do: {known}{', …' if len(by_module) > 3 else ''}): the adapter was made for another base, "
+                "or the bundle was exported without that module as a target"
             )
         in_features = adapter.tensors[f"{PREFIX}{module}{_A}"].shape[1]
         out_features = adapter.tensors[f"{PREFIX}{module}{_B}"].shape[0]
         if (in_features, out_features) != (slot.in_features, slot.out_features):
             raise AdapterError(
                 f"{adapter.origin}: module {module} is {in_features} -> {out_features} features in the "
-                f"adapter, "
-                f"{slot.in_features} -> {slot.out_features} in this bundle: the adapter was made for another "
-                f"base"
+                f"adapter, {slot.in_features} -> {slot.out_features} in this bundle: the adapter was made "
+                "for another base"
             )
     by_key = {saved.input: saved for saved in saved_modules}
     for key in adapter.saved_keys:
@@ -305,13 +302,12 @@ def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[Sav
         if saved is None:
             raise AdapterError(
                 f"{adapter.origin}: module {key[len(PREFIX) :]} is saved in the adapter, but this bundle "
-                f"does not let an "
-                "adapter replace it: export the base together with this adapter"
+                "does not let an adapter replace it: export the base together with this adapter"
             )
         shape = adapter.tensors[key].shape
         if shape != saved.shape:
             raise AdapterError(
                 f"{adapter.origin}: module {saved.module}: {saved.parameter} is {list(shape)} in the "
-                f"adapter, "
-                f"{list(saved.shape)} in this bundle: the adapter was made for another base or other labels"
+                f"adapter, {list(saved.shape)} in this bundle: the adapter was made for another base or "
+                "other labels"
             )

@@ -41,7 +41,7 @@ def _read_header(file: BinaryIO, path: Path, file_bytes: int) -> tuple[dict[str,
     if header_bytes > min(_MAX_HEADER_BYTES, file_bytes - 8):
         raise AdapterError(
             f"{path}: its header claims {header_bytes:,} B, the file has {file_bytes:,} B: truncated or not "
-            f"safetensors"
+            "safetensors"
         )
     try:
         header = json.loads(file.read(header_bytes).decode("utf-8"), object_pairs_hook=_unique)
@@ -80,8 +80,8 @@ def _check_entry(path: Path, name: str, entry: object) -> tuple[str, tuple[int, 
     expected_bytes = math.prod(shape) * _ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != expected_bytes:
         raise AdapterError(
-            f"{path}: tensor {name!r} of shape {list(shape)} in {dtype} needs {expected_bytes:,} B, "
-            f"its data_offsets span {offsets[1] - offsets[0]:,} B"
+            f"{path}: tensor {name!r} of shape {list(shape)} in {dtype} needs {expected_bytes:,} B, its "
+            f"data_offsets span {offsets[1] - offsets[0]:,} B"
         )
     return dtype, shape, offsets[0], offsets[1]
 
@@ -118,8 +118,7 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
                 if start + end > file_bytes:
                     raise AdapterError(
                         f"{path}: tensor {name!r} ends at byte {start + end:,}, the file has {file_bytes:,} "
-                        f"B: "
-                        "it is truncated, copy it again"
+                        "B: it is truncated, copy it again"
                     )
                 tensors[name] = _to_float32(file.read(end - begin), dtype, shape)
                 position = end

@@ -71,8 +71,7 @@ def _check_effect(bundle: Bundle, adapter: Adapter) -> None:
     if not adapter.has_effect(defaults):
         raise AdapterError(
             f"{adapter.origin}: has no effect: every lora_B is zero and no saved module differs from the "
-            f"base's: "
-            "train it first"
+            "base's: train it first"
         )
 
 
@@ -126,8 +125,7 @@ def _saved_input(bundle: Bundle, saved: SavedModule, adapters: Sequence[tuple[Ad
     if abs(total - 1) > 1e-6:
         raise AdapterError(
             f"module {saved.module} is replaced by {len(carriers)} of the mixed adapters, whose weights sum "
-            f"to {total:g}: "
-            "give these weights that sum to 1, or mix only one adapter that carries it"
+            f"to {total:g}: give these weights that sum to 1, or mix only one adapter that carries it"
         )
     mixed = sum((weight * value for value, weight in carriers), np.zeros(saved.shape, np.float32))
     return np.ascontiguousarray(mixed, dtype=np.float32)

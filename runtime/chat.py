@@ -101,8 +101,7 @@ class ChatTemplate:
         if not whole.startswith(prompt):
             raise DataError(
                 f"{where}: the model's chat template writes a finished conversation differently from its "
-                f"beginning, so "
-                "the answer cannot be cut out: use prompt and completion"
+                "beginning, so the answer cannot be cut out: use prompt and completion"
             )
         return prompt, whole[len(prompt) :]
 

@@ -24,8 +24,8 @@ def check_length(manifest: Manifest, prompt_tokens: int, max_new_tokens: int) ->
     if prompt_tokens + max_new_tokens > limit:
         raise UsageError(
             f"the prompt has {prompt_tokens} tokens and {max_new_tokens} more are asked for, the model's "
-            f"context holds "
-            f"{limit}: shorten the prompt or lower --max-new-tokens to {max(limit - prompt_tokens, 0)}"
+            f"context holds {limit}: shorten the prompt or lower --max-new-tokens to "
+            f"{max(limit - prompt_tokens, 0)}"
         )
 
 

@@ -111,7 +111,7 @@ def _check_shapes(arrays: Mapping[str, Array]) -> None:
         if array.shape[0] != ids.shape[0] or (array.ndim == 2 and array.shape[1] != ids.shape[1]):
             raise UsageError(
                 f"input {name!r}: has shape {list(array.shape)}, 'input_ids' has {list(ids.shape)}: they "
-                f"must agree"
+                "must agree"
             )
 
 

@@ -144,7 +144,7 @@ class GraphSession:
             if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
                 raise EdgePeftError(
                     f"{self._where}: the device has no memory left for it ({text}): use smaller batches or "
-                    f"sequences"
+                    "sequences"
                 ) from error
             raise EdgePeftError(f"{self._where}: failed: {text}") from error
 

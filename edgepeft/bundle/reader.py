@@ -126,14 +126,12 @@ def _compare(path: Path, got: FileEntry, expected: FileEntry) -> None:
     if got.nbytes != expected.nbytes:
         raise BundleError(
             f"{path}: has {got.nbytes:,} B, its manifest says {expected.nbytes:,} B: the file is truncated "
-            f"or "
-            "was changed, copy the bundle again"
+            "or was changed, copy the bundle again"
         )
     if got.sha256 != expected.sha256:
         raise BundleError(
             f"{path}: its sha256 is {got.sha256[:12]}…, its manifest says {expected.sha256[:12]}…: the file "
-            f"is "
-            "damaged or was changed, copy the bundle again"
+            "is damaged or was changed, copy the bundle again"
         )
 
 
@@ -155,7 +153,6 @@ def _plain_file(root: Path, relative: str) -> Path:
     if status.st_nlink > 1:
         raise BundleError(
             f"{current}: has {status.st_nlink} names on its disk (hard links), so it may change from outside "
-            f"the "
-            "bundle: copy the bundle (cp -r) and open the copy"
+            "the bundle: copy the bundle (cp -r) and open the copy"
         )
     return current

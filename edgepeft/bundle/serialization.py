@@ -46,8 +46,7 @@ def manifest_from_json(text: str | bytes, origin: str = "manifest.json") -> Mani
     if version > FORMAT_VERSION:
         raise BundleError(
             f"{origin}: written by a newer edgepeft (format {version}, this one reads up to "
-            f"{FORMAT_VERSION}): "
-            "pip install --upgrade edgepeft"
+            f"{FORMAT_VERSION}): pip install --upgrade edgepeft"
         )
     manifest = _decode(Manifest, data, f"{origin}: manifest")
     assert isinstance(manifest, Manifest)

@@ -104,8 +104,8 @@ def _check_weight(name: str, weight: WeightTensor, file_bytes: int) -> None:
     expected_bytes = tensor_bytes(weight.dtype, weight.shape)
     _require(
         weight.nbytes == expected_bytes,
-        f"weight {name!r} {list(weight.shape)} of {weight.dtype} needs {expected_bytes:,} B, "
-        f"its entry says {weight.nbytes:,} B",
+        f"weight {name!r} {list(weight.shape)} of {weight.dtype} needs {expected_bytes:,} B, its entry says "
+        f"{weight.nbytes:,} B",
     )
     _require(
         weight.offset >= 0 and weight.offset % ALIGNMENT_BYTES == 0,
@@ -176,8 +176,8 @@ def _check_adapters(manifest: Manifest) -> None:
         assert weight is not None
         _require(
             weight.shape == saved.shape and weight.dtype in ("float32", "float16"),
-            f"{where}: its default is {list(weight.shape)} of {weight.dtype}, "
-            f"expected {list(saved.shape)} of float32 or float16",
+            f"{where}: its default is {list(weight.shape)} of {weight.dtype}, expected {list(saved.shape)} "
+            "of float32 or float16",
         )
     _require(len(set(manifest.adapters)) == len(manifest.adapters), "an adapter is listed twice")
     for name in manifest.adapters:

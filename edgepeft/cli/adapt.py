@@ -95,7 +95,7 @@ def _table(report: dict[str, Any]) -> str:
         [
             "records",
             f"{records['train']} trained on, {records['held_out']} held out, {records['truncated']} cut "
-            f"short",
+            "short",
         ],
         ["steps", f"{report['steps']} of {seconds['step']:.3f} s, {seconds['total']:.1f} s in all"],
         ["loss", f"{report['losses'][0]:.4f} to {report['losses'][-1]:.4f}"],
@@ -110,8 +110,8 @@ def _table(report: dict[str, Any]) -> str:
         [
             "peak memory",
             f"{format_size(memory['measured_peak_bytes'])} measured, "
-            f"{format_size(memory['predicted_peak_bytes'])} "
-            f"predicted ({report['strategy']}), budget {format_size(memory['budget_bytes'])}",
+            f"{format_size(memory['predicted_peak_bytes'])} predicted ({report['strategy']}), budget "
+            f"{format_size(memory['budget_bytes'])}",
         ],
     ]
     return table(rows)

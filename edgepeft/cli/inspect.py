@@ -93,7 +93,7 @@ def _table(summary: dict[str, Any]) -> str:
             [
                 "adapter",
                 f"{name}: rank {adapter['rank']} on {adapter['modules']} modules, {adapter['parameters']:,} "
-                f"parameters",
+                "parameters",
             ]
         )
     return table(rows)

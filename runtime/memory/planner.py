@@ -68,7 +68,7 @@ class Plan:
     @property
     def smallest_budget_bytes(self) -> int:
         """The budget to suggest: the peak and a small margin, in whole mebibytes."""
-        return math.ceil(self.peak_bytes * _MARGIN / 2**20) * 2**20
+        return suggested_budget(self.peak_bytes)
 
 
 def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Plan]:
@@ -124,16 +124,19 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     best = min(candidates, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
     raise BudgetError(
-        f"training needs {format_size(best.peak_bytes)} with strategy {best.strategy} "
-        f"(process {format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, "
-        f"activations {format_size(best.activation_bytes)}, adapter and optimizer "
-        f"{format_size(best.state_bytes)}, "
+        f"training needs {format_size(best.peak_bytes)} with strategy {best.strategy} (process "
+        f"{format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, activations "
+        f"{format_size(best.activation_bytes)}, adapter and optimizer {format_size(best.state_bytes)}, "
         f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "
-        f"at least "
-        f"--budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len",
+        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )
+
+
+def suggested_budget(peak_bytes: int) -> int:
+    """A peak and a small margin, in whole mebibytes."""
+    return math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
 
 
 def check_run(
@@ -160,14 +163,12 @@ def check_run(
     peak_bytes = process_bytes + memory.session_bytes + activation_bytes
     if peak_bytes <= budget_bytes:
         return
-    required_bytes = math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
+    required_bytes = suggested_budget(peak_bytes)
     raise BudgetError(
         f"{shape[0]} rows of {shape[1]} tokens need {format_size(peak_bytes)} (process "
-        f"{format_size(process_bytes)}, "
-        f"session {format_size(memory.session_bytes)}, activations {format_size(activation_bytes)}), the "
-        f"budget is "
-        f"{format_size(budget_bytes)}: give at least {required_bytes // 2**20}MiB, or smaller batches or "
-        f"shorter texts",
+        f"{format_size(process_bytes)}, session {format_size(memory.session_bytes)}, activations "
+        f"{format_size(activation_bytes)}), the budget is {format_size(budget_bytes)}: give at least "
+        f"{required_bytes // 2**20}MiB, or smaller batches or shorter texts",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )

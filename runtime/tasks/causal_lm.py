@@ -83,8 +83,7 @@ class CausalLM(Task):
         ):
             raise DataError(
                 f"{record.where}: labels must be a list of {len(ids)} token ids as long as input_ids, "
-                f"unshifted, "
-                "with -100 where nothing is to be learned"
+                "unshifted, with -100 where nothing is to be learned"
             )
         return list(value)
 
@@ -100,8 +99,7 @@ class CausalLM(Task):
         if not (kept[1:] != IGNORED_LABEL).any():
             raise DataError(
                 f"{record.where}: leaves nothing to learn in its first {max_length} tokens (it has "
-                f"{len(ids)}): shorten "
-                "the prompt or raise --seq-len"
+                f"{len(ids)}): shorten the prompt or raise --seq-len"
             )
         tokens = np.array(ids[:max_length], np.int32)
         return Example((Row(tokens, np.zeros_like(tokens), kept),), truncated=len(ids) > max_length)

@@ -78,8 +78,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
         if theirs.get(name) != value:
             raise UsageError(
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
-                f"give what it "
-                "was made with, or start over without --resume"
+                "give what it was made with, or start over without --resume"
             )
     for name in _BUFFERS:
         buffer = getattr(state, name)

@@ -27,8 +27,7 @@ def split(count: int, fraction: float, seed: int, minimum: int = 1) -> tuple[Ind
     if count - held_out < minimum:
         raise DataError(
             f"the data has {count} usable records, at least {held_out + minimum} are needed: {held_out} are "
-            f"held out "
-            f"to judge the update and {minimum} must remain to train on"
+            f"held out to judge the update and {minimum} must remain to train on"
         )
     order = np.random.default_rng([seed, _SPLIT]).permutation(count)
     return np.sort(order[held_out:]), np.sort(order[:held_out])

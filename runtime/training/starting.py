@@ -88,7 +88,6 @@ def trained_names(manifest: Manifest, adapter: Adapter, trainable: str) -> list[
     if not names:
         raise UsageError(
             f"nothing to train: with trainable={trainable!r} none of the adapter's {len(adapter.tensors)} "
-            f"tensors is among "
-            f"the {len(manifest.policy.trainable)} that the bundle's policy lets train"
+            f"tensors is among the {len(manifest.policy.trainable)} that the bundle's policy lets train"
         )
     return names

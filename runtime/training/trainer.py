@@ -132,8 +132,7 @@ def train(
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     raise UpdateRejectedError(
                         f"step {progress.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, "
-                        f"so the update "
-                        "is given up: lower the learning rate"
+                        "so the update is given up: lower the learning rate"
                     )
                 limit = schedule.max_relative_change
                 if limit is not None and state.limit_change(limit):
