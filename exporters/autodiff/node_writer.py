@@ -141,6 +141,8 @@ class NodeWriter:
 
     def reinterpreted(self, packed: ir.Value, dtype: ir.DataType, shape: Sequence[int]) -> ir.Value:
         """An initializer with the same bytes as another one, read as another type and shape; not copied."""
+        if packed.dtype == dtype and packed.shape == shape:
+            return packed
         tensor = packed.const_value
         if tensor is None:
             raise ExportError(

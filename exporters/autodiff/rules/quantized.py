@@ -1,8 +1,7 @@
-"""Products with frozen, block-quantized weights: only the activations have a cotangent."""
+"""Products with frozen, block-quantized weights: only activations and biases have cotangents."""
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 
 from ..context import RuleContext
@@ -49,21 +48,16 @@ def _matmul_nbits_refusal(node: ir.Node) -> str | None:
     if _input(node, 4) is not None:
         return "it has a group index (g_idx): quantize blocks of consecutive columns"
     zero_points = _input(node, 3)
-    if zero_points is not None:
-        tensor = ir.convenience.get_const_tensor(zero_points)
-        if tensor is None:
-            return "its zero points are not constant"
-        if tensor.dtype != ir.DataType.UINT8:
-            return f"its zero points are {tensor.dtype}, expected packed uint8"
-    packed = node.inputs[1]
-    if packed is None or packed.const_value is None:
-        return "its packed weight is not an initializer"
+    if zero_points is not None and zero_points.dtype != ir.DataType.UINT8:
+        return f"its zero points are {zero_points.dtype}, expected packed uint8"
+    if any(value is not None and value.const_value is None for value in node.inputs[1:4]):
+        return "its packed weight, scales or zero points are not initializers"
     return None
 
 
 @rule("MatMulNBits", domain=MICROSOFT, differentiable=(0, 5), refuses=_matmul_nbits_refusal)
 def matmul_nbits(c: RuleContext) -> RuleResult:
-    """ā = ȳ w, where w `[N, K]` is read from the same bytes by DequantizeLinear;  b̄ = Σ ȳ"""
+    """ā = ȳ w, where w `[N, K]` is read from the same bytes by GatherBlockQuantized;  b̄ = Σ ȳ"""
 
     def activations() -> ir.Value:
         return c.emit.matmul(c.cotangent, _dequantized(c))
@@ -73,76 +67,63 @@ def matmul_nbits(c: RuleContext) -> RuleResult:
 
 
 def _dequantized(c: RuleContext) -> ir.Value:
-    """The weight of a MatMulNBits node, `[N, K]`."""
+    """The weight of a MatMulNBits node, `[N, K]`: all its rows, gathered.
+
+    Measured for 4 bits in blocks of 32: 0.95 ns a weight on one core and half of that on two, where
+    DequantizeLinear, which uses one core, takes 1.97 ns.
+    """
     e, bits, block = c.emit, c.attr_int("bits", 4), c.attr_int("block_size", 0)
     rows, columns = c.attr_int("N", 0), c.attr_int("K", 0)
     blocks = -(-columns // block)
     scales = c.input(2)
     dtype = e.dtype(scales)
-    if e.rank(scales) == 1:
-        shape = ir.Shape([rows, blocks])
-        scales = e.op("Reshape", scales, e.int64([rows, blocks]), dtype=dtype, shape=shape)
-    zero_points = _zero_points(c, bits, rows, blocks)
-    padded = ir.Shape([rows, blocks * block])
-    if bits == 2:
-        weight = _dequantized_2_bits(e, c.input(1), scales, zero_points, [rows, blocks, block])
-    else:
-        integer = ir.DataType.UINT4 if bits == 4 else ir.DataType.UINT8
-        weight = e.op(
-            "DequantizeLinear",
-            e.reinterpreted(c.input(1), integer, [rows, blocks * block]),
-            scales,
-            e.constant(zero_points, integer),
-            dtype=dtype,
-            shape=padded,
-            axis=1,
-            block_size=block,
-        )
+    inputs = [
+        e.reinterpreted(c.input(1), ir.DataType.UINT8, [rows, blocks * block * bits // 8]),
+        _all_rows(e, rows),
+        e.reinterpreted(scales, dtype, [rows, blocks]),
+    ]
+    zero_points = c.optional_input(3)
+    if zero_points is not None:
+        packed_blocks = -(-blocks * bits // 8)
+        inputs.append(e.reinterpreted(zero_points, ir.DataType.UINT8, [rows, packed_blocks]))
+    weight = e.op(
+        "GatherBlockQuantized",
+        *inputs,
+        domain=MICROSOFT,
+        dtype=dtype,
+        shape=ir.Shape([rows, blocks * block]),
+        gather_axis=0,
+        quantize_axis=1,
+        bits=bits,
+        block_size=block,
+    )
     if blocks * block == columns:
         return weight
     bounds = [e.int64([0]), e.int64([columns]), e.int64([1])]
     return e.op("Slice", weight, *bounds, dtype=dtype, shape=ir.Shape([rows, columns]))
 
 
-def _zero_points(
-    c: RuleContext, bits: int, rows: int, blocks: int
-) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """One number per block `[N, blocks]`; each row of the packed ones starts at a byte."""
-    packed = c.emit.constant_of(c.optional_input(3))
-    if packed is None:
-        return np.full([rows, blocks], 1 << (bits - 1), np.uint8)
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes = (packed.reshape(rows, -1, 1) >> shifts) & np.uint8((1 << bits) - 1)
-    return codes.reshape(rows, -1)[:, :blocks].astype(np.uint8)
+def _all_rows(e: Emitter, rows: int) -> ir.Value:
+    """0, 1, … as int64 `[rows]`, made to depend on a graph input.
+
+    With constant indices onnxruntime's constant folding would write out every weight in float32.
+    """
+    numbers = e.int64(list(range(rows)))
+    source = next(iter(e.graph.inputs), None)
+    if source is None:
+        return numbers
+    size = e.op("Size", source, dtype=INT64, shape=ir.Shape([]))
+    nothing = e.op("Mul", size, e.int64(0), dtype=INT64, shape=ir.Shape([]))
+    return e.op("Add", numbers, nothing, dtype=INT64, shape=ir.Shape([rows]))
 
 
-def _dequantized_2_bits(
-    e: Emitter,
-    packed: ir.Value,
-    scales: ir.Value,
-    zero_points: np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-    dims: list[int],
-) -> ir.Value:
-    """Four codes a byte, taken apart with integer operators: opset 25 is the first with a 2-bit type."""
-    dtype = e.dtype(scales)
-    codes = _codes(e, packed, bits=2, low_first=True)
-    grid = e.op("Reshape", codes, e.int64(dims), dtype=ir.DataType.UINT8, shape=ir.Shape(dims))
-    centred = e.sub(e.cast(grid, dtype), e.constant(zero_points[..., None], dtype))
-    product = e.mul(centred, e.unsqueeze(scales, [2]))
-    whole = [dims[0], dims[1] * dims[2]]
-    return e.op("Reshape", product, e.int64(whole), dtype=dtype, shape=ir.Shape(whole))
-
-
-def _codes(e: Emitter, packed: ir.Value, *, bits: int, low_first: bool) -> ir.Value:
-    """The codes of packed bytes, uint8 `[bytes, codes per byte]`."""
+def _codes(e: Emitter, packed: ir.Value) -> ir.Value:
+    """The 4-bit codes of packed bytes, the high half first, uint8 `[bytes, 2]`."""
     byte = ir.DataType.UINT8
     flat = e.op("Reshape", packed, e.int64([-1, 1]), dtype=byte, shape=ir.Shape([None, 1]))
-    shifts = list(range(0, 8, bits))
-    if not low_first:
-        shifts.reverse()
-    shape = ir.Shape([None, len(shifts)])
-    shifted = e.op("BitShift", flat, e.constant(shifts, byte), dtype=byte, shape=shape, direction="RIGHT")
-    return e.op("BitwiseAnd", shifted, e.constant((1 << bits) - 1, byte), dtype=byte, shape=shape)
+    shape = ir.Shape([None, 2])
+    shifted = e.op("BitShift", flat, e.constant([4, 0], byte), dtype=byte, shape=shape, direction="RIGHT")
+    return e.op("BitwiseAnd", shifted, e.constant(15, byte), dtype=byte, shape=shape)
 
 
 def _bnb4_refusal(node: ir.Node) -> str | None:
@@ -163,7 +144,7 @@ def matmul_bnb4(c: RuleContext) -> RuleResult:
     def activations() -> ir.Value:
         largest = c.input(2)
         dtype = e.dtype(largest)
-        codes = e.cast(_codes(e, c.input(1), bits=4, low_first=False), ir.DataType.INT32)
+        codes = e.cast(_codes(e, c.input(1)), ir.DataType.INT32)
         values = e.op("Gather", e.constant(table, dtype), codes, dtype=dtype, shape=codes.shape)
         size = rows * columns
         flat = e.op("Reshape", values, e.int64([-1]), dtype=dtype, shape=ir.Shape([None]))

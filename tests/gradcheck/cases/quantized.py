@@ -70,6 +70,21 @@ def cases() -> Iterator[Case]:
                         symbolic_axes=tuple(range(len(batch))),
                         tolerance=1e-4,
                     )
+    codes, scales = integers(0, 16, 4, 32), np.abs(normal(4, 2, seed=1)).astype(np.float32)
+    weight = (codes - 8) * np.repeat(scales.astype(np.float64), 16, axis=1)
+    yield Case(
+        "com.microsoft::MatMulNBits",
+        (normal(2, 3, 32), pack(codes, 4, 16), scales.ravel(), None, None, normal(4, seed=2)),
+        lambda a, *rest: a @ torch.tensor(weight).T + rest[-1],
+        {"K": 32, "N": 4, "bits": 4, "block_size": 16},
+        wrt=(0, 5),
+        constants=(1, 2),
+        float64=False,
+        symbolic_axes=(0, 1),
+        static_inputs=(5,),
+        tolerance=1e-4,
+        label="bias",
+    )
     yield from _bnb4()
 
 
