@@ -78,7 +78,7 @@ class BudgetError(EdgePeftError):
 
 
 class UpdateRejectedError(EdgePeftError):
-    """The adapted adapter is not better on the held-out records, so the old one stays.
+    """The adapted adapter is worse on the held-out records, so the old one stays.
 
     Attributes:
         report: the update's report as JSON values, the same that a kept update gets; None if there is none.

@@ -1,6 +1,7 @@
 """Records: what each task reads, and one error with its line for what it cannot."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from edgepeft.runtime.data import records
 from edgepeft.runtime.tasks import Example, Task, task_for
 
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import BundleError, DataError, EdgePeftError
+from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
 
 from . import tiny
 
@@ -229,6 +230,21 @@ def test_padding_and_truncation_of_the_tokenizer_file_are_ignored(tmp_path: Path
     folder = tiny.write_bundle(tmp_path / "b", tokenizer=content)
     example = encode(task_for(open_bundle(folder)), {"text": "w1 w2 w3", "label": 0})
     assert example.rows[0].input_ids.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("package", "extra", "fields"),
+    [("tokenizers", "text", {"text": "w1"}), ("jinja2", "chat", {"messages": []})],
+)
+def test_a_missing_extra_names_its_install_line(
+    write: Task, monkeypatch: pytest.MonkeyPatch, package: str, extra: str, fields: dict[str, Any]
+) -> None:
+    """Where the base install meets text, or messages."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        MissingExtraError, match=rf'needs the package {package}: pip install "edgepeft\[{extra}\]"'
+    ):
+        encode(write, fields)
 
 
 CHAT = (
