@@ -52,9 +52,11 @@ RULES.refuse(
 )
 RULES.refuse(
     "Attention",
+    "DecoderMaskedMultiHeadAttention",
     "EmbedLayerNormalization",
     "GroupQueryAttention",
     "MoE",
+    "MultiHeadAttention",
     "QMoE",
     "SparseAttention",
     domain=MICROSOFT,
