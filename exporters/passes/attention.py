@@ -2,8 +2,7 @@
 
 Exported models repeat keys and values for every head of a group (`Unsqueeze → Expand → Reshape`) and put
 zeros where a query may attend to nothing (`Where`). The operator (ai.onnx, version 23) takes fewer key/value
-heads than query heads; and its mask is the lowest finite float, not -inf, so a row that is masked whole is an
-average rather than NaN. Such rows are padding, whose output nothing reads.
+heads than query heads, and onnxruntime's kernel gives zeros for a row whose every key is masked.
 """
 
 import onnx_ir as ir
