@@ -220,10 +220,9 @@ def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
     def formula(role: str) -> MemoryFormula:
         spec = manifest.graphs[role]
         data = (folder / spec.file).read_bytes()
-        return MemoryFormula(
-            session_bytes=measure_session_bytes(folder, role),
-            peaks=measure_peaks(data, spec, folder),
-        )
+        tensors = MemoryFormula(session_bytes=0, peaks=measure_peaks(data, spec, folder))
+        session_bytes = measure_session_bytes(folder, role, tensors)
+        return dataclasses.replace(tensors, session_bytes=session_bytes)
 
     return dataclasses.replace(
         manifest,

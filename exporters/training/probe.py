@@ -11,14 +11,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+from edgepeft.bundle.manifest import MemoryFormula
 from edgepeft.errors import ExportError
 
 from .feeds import sample_feeds
 
+#: Sizes of the run that is measured.
+BATCH, SEQUENCE, RANK = 2, 2, 1
 
-def measure_session_bytes(bundle: Path, role: str) -> int:
+
+def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> int:
     """Resident bytes that graph `role` of the bundle at `bundle` adds to a process, tensors of a run left
     out.
+
+    Args:
+        bundle: its folder.
+        role: the graph's key in the manifest.
+        tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
 
     Raises:
         ExportError: the process failed.
@@ -27,11 +36,12 @@ def measure_session_bytes(bundle: Path, role: str) -> int:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return int(json.loads(done.stdout)["session_bytes"])
+    run_bytes = tensors.activation_bytes(BATCH, SEQUENCE, RANK)
+    return max(int(json.loads(done.stdout)["resident_bytes"]) - run_bytes, 0)
 
 
 def main() -> None:
-    """Print `{"session_bytes": …}`."""
+    """Print `{"resident_bytes": …}`."""
     from edgepeft.runtime.memory.process import read_memory
     from edgepeft.runtime.session import GraphSession
 
@@ -39,14 +49,14 @@ def main() -> None:
 
     bundle = open_bundle(sys.argv[1])
     role = sys.argv[2]
-    sizes = {"batch": 2, "sequence": 2, "total_sequence": 2, "past_sequence": 0}
-    feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=1)
+    sizes = {"batch": BATCH, "sequence": SEQUENCE, "total_sequence": SEQUENCE, "past_sequence": 0}
+    feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
     before = read_memory().resident_bytes
     session = GraphSession(bundle, role)
     session.bind(feeds)
     session.run_for(list(session.outputs))
     after = read_memory().resident_bytes
-    print(json.dumps({"session_bytes": max(after - before, 0)}))
+    print(json.dumps({"resident_bytes": after - before}))
 
 
 if __name__ == "__main__":
