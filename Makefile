@@ -11,7 +11,7 @@ demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
 lint: $(STAMP)
