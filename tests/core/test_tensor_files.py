@@ -1,4 +1,4 @@
-"""safetensors files: the same bytes as the safetensors package, and one error for each way a file can lie."""
+"""safetensors files: what torch reads is what is read here, and one error for each way a file can lie."""
 
 import json
 from pathlib import Path
@@ -59,43 +59,49 @@ def entry(shape: Any = (2,), offsets: Any = (0, 8), dtype: Any = "F32") -> dict[
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"", "too short"),
-        (b"1234567", "too short"),
-        ((2**63).to_bytes(8, "little"), "header claims"),
-        ((100).to_bytes(8, "little") + b"{}", "header claims 100 B, the file has 10 B"),
-        (literal(b"{"), "header cannot be read"),
-        (literal(b"\xff\xfe"), "header cannot be read"),
-        (literal(b"[" * 100_000), "header cannot be read"),
-        (literal(b'{"a":{},"a":{}}'), "appears twice"),
-        (literal([]), "is a list"),
-        (literal({"t": 3}), "no usable shape"),
-        (literal({"t": entry(shape=[-1])}), "no usable shape"),
-        (literal({"t": entry(shape=[2.0])}), "no usable shape"),
-        (literal({"t": entry(shape=[True])}), "no usable shape"),
-        (literal({"t": entry(shape=[1] * 9)}), "no usable shape"),
-        (literal({"t": entry(shape=[2**60])}), "no usable shape"),
-        (literal({"t": entry(offsets=[8, 0])}), "data_offsets"),
-        (literal({"t": entry(offsets=[0])}), "data_offsets"),
-        (literal({"t": entry(offsets="all")}), "data_offsets"),
-        (literal({"t": entry(dtype="I64")}), "dtype 'I64'"),
-        (literal({"t": entry(dtype=[])}), r"dtype \[\]"),
-        (literal({"t": entry(shape=[2**40, 2**40])}), "needs"),
-        (literal({"t": entry(shape=[3])}, b"x" * 12), "needs 12 B, its data_offsets span 8 B"),
-        (literal({"t": entry()}, b"x" * 7), "ends at byte .* truncated"),
-        (literal({"t": entry()}, b"x" * 9), "its header accounts for"),
-        (literal({"t": entry(offsets=[4, 12])}, b"x" * 12), "begins at byte 4, expected 0"),
-        (literal({"t": entry(), "u": entry(offsets=[4, 12])}, b"x" * 12), "begins at byte 4, expected 8"),
+        b"",
+        b"1234567",
+        (2**63).to_bytes(8, "little"),
+        (100).to_bytes(8, "little") + b"{}",
+        literal(b"{"),
+        literal(b"\xff\xfe"),
+        literal(b"[" * 100_000),
+        literal(b'{"a":{},"a":{}}'),
+        literal([]),
+        literal({"t": 3}),
+        literal({"t": entry(shape=[-1])}),
+        literal({"t": entry(shape=[2.0])}),
+        literal({"t": entry(shape=[True])}),
+        literal({"t": entry(shape=[1] * 9)}),
+        literal({"t": entry(shape=[2**60])}),
+        literal({"t": entry(offsets=[8, 0])}),
+        literal({"t": entry(offsets=[0])}),
+        literal({"t": entry(offsets="all")}),
+        literal({"t": entry(dtype=[])}),
+        literal({"t": entry(shape=[2**40, 2**40])}),
+        literal({"t": entry(shape=[3])}, b"x" * 12),
+        literal({"t": entry()}, b"x" * 7),
+        literal({"t": entry()}, b"x" * 9),
+        literal({"t": entry(offsets=[4, 12])}, b"x" * 12),
+        literal({"t": entry(), "u": entry(offsets=[4, 12])}, b"x" * 12),
     ],
 )
-def test_a_file_that_lies_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_file_that_lies_is_refused(tmp_path: Path, content: bytes) -> None:
     """Before anything of the claimed size is allocated."""
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(AdapterError, match=message) as caught:
+    with pytest.raises(AdapterError, match="is damaged or not safetensors") as caught:
         read_tensors(path)
     assert str(path) in str(caught.value)
+
+
+def test_integers_are_no_adapter(tmp_path: Path) -> None:
+    """The tensor and its dtype are named."""
+    safetensors.numpy.save_file({"t": np.arange(2)}, tmp_path / "file")
+    with pytest.raises(AdapterError, match="tensor 't' has dtype 'I64'"):
+        read_tensors(tmp_path / "file")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
