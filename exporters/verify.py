@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.session import GraphSession
 
 from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.session import GraphSession
 
 from .losses.contrastive import SCALE
 from .sources.loading import Source

@@ -1,10 +1,10 @@
 """Greedy generation with a key/value cache that stays in onnxruntime's own memory between tokens."""
 
 import numpy as np
-from edgepeft.runtime.session import GraphSession
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import UsageError
+from edgepeft.runtime.session import GraphSession
 
 _PAST = "past_key_values."
 _PRESENT = "present."

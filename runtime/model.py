@@ -9,6 +9,10 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.errors import UsageError
 from edgepeft.runtime import generation
 from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
@@ -20,10 +24,6 @@ from edgepeft.runtime.tasks import Task, task_for
 from edgepeft.runtime.training.adapt import OnStep, Update
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.report import AdaptReport
-
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
-from edgepeft.bundle.reader import Bundle, open_bundle
-from edgepeft.errors import UsageError
 from edgepeft.sizes import parse_size
 
 FloatArray = npt.NDArray[np.float32]

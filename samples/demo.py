@@ -20,11 +20,11 @@ import docstrings
 import numpy as np
 import plot
 import torch_side
-from edgepeft.runtime.data import records
-from edgepeft.runtime.tasks import task_for
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
+from edgepeft.runtime.data import records
+from edgepeft.runtime.tasks import task_for
 from edgepeft.sizes import format_size
 
 BUDGET = "384MiB"

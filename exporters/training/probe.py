@@ -42,10 +42,9 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> in
 
 def main() -> None:
     """Print `{"resident_bytes": …}`."""
+    from edgepeft.bundle.reader import open_bundle
     from edgepeft.runtime.memory.process import read_memory
     from edgepeft.runtime.session import GraphSession
-
-    from edgepeft.bundle.reader import open_bundle
 
     bundle = open_bundle(sys.argv[1])
     role = sys.argv[2]

@@ -1,11 +1,10 @@
 """Tasks: what records mean to a model, and what its outputs mean to people."""
 
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.tasks.base import Example, Task
 from edgepeft.runtime.tasks.causal_lm import CausalLM
 from edgepeft.runtime.tasks.classification import Classification
 from edgepeft.runtime.tasks.embedding import Embedding
-
-from edgepeft.bundle.reader import Bundle
 
 _TASKS: dict[str, type[Task]] = {
     "text-classification": Classification,

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL, adapter_input_names
 from edgepeft.runtime.text import Text
-
-from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import DataError, UsageError
 
 Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, npt.NDArray[np.float32]]

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL
 from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, Task
-
-from edgepeft.errors import DataError, UsageError
 
 
 class CausalLM(Task):

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
 
 from edgepeft.errors import DataError
+from edgepeft.runtime.data import Record
+from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
 
 
 class Classification(Task):

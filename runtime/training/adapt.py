@@ -10,6 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+import edgepeft
+from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
+from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import graph_inputs, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.memory.planner import Plan, Workload, choose, plans, suggested_budget
@@ -24,12 +30,6 @@ from edgepeft.runtime.training.report import REPORT_FILE, AdaptReport, HeldOut, 
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
 from edgepeft.runtime.training.starting import starting_adapter, trained_names
 from edgepeft.runtime.training.trainer import Schedule, Step, train
-
-import edgepeft
-from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
-from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
-from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.sizes import format_size
 
 CHECKPOINT_STEPS = 10

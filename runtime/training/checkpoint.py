@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgepeft.runtime.training.buffers import TrainingState
 
 from edgepeft.errors import AdapterError, UsageError
+from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
 
 _KEY = "edgepeft_training_state"

@@ -5,12 +5,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
-from edgepeft.runtime.tasks import Example
-from edgepeft.runtime.training.options import TrainingOptions
-
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
+from edgepeft.runtime.tasks import Example
+from edgepeft.runtime.training.options import TrainingOptions
 
 # Known by what they lead to: the adapter's content, the data's tokens, the number of steps.
 _DERIVED = ("resume", "adapter", "seq_len", "steps", "epochs")

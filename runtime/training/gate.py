@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.generation import empty_cache
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
-
-from edgepeft.bundle.reader import Bundle
 
 FloatArray = npt.NDArray[np.float32]
 

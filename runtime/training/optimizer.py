@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
-
-from edgepeft.bundle.reader import Bundle
 
 _OUTPUTS = {"param_out": "param", "exp_avg_out": "exp_avg", "exp_avg_sq_out": "exp_avg_sq"}
 

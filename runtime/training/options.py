@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from edgepeft.runtime.training.schedule import SCHEDULES
-
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import UsageError
+from edgepeft.runtime.training.schedule import SCHEDULES
 
 DEFAULT_SEQ_LEN = 128
 TRAINABLE = ("all", "lora", "modules_to_save")

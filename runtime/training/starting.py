@@ -4,13 +4,13 @@ import math
 from typing import Any
 
 import numpy as np
-from edgepeft.runtime.activation import find_adapter
-from edgepeft.runtime.training.options import TrainingOptions
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.runtime.activation import find_adapter
+from edgepeft.runtime.training.options import TrainingOptions
 
 _PEFT_TASKS = {
     "text-classification": "SEQ_CLS",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import UpdateRejectedError
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
@@ -14,9 +17,6 @@ from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import batch_indices
 from edgepeft.runtime.training.schedule import learning_rate
-
-from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import UpdateRejectedError
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -9,9 +9,9 @@ import peft
 import pytest
 import torch
 import transformers
-from edgepeft.runtime.training.sampling import batch_indices, split
 
 import edgepeft
+from edgepeft.runtime.training.sampling import batch_indices, split
 
 from . import models
 from .conftest import Exported

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+
 from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
 from edgepeft.exporters.passes.attention import simplify_attention
 from edgepeft.exporters.passes.linears import find_embeddings, find_linears, select

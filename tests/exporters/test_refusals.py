@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from edgepeft.exporters import verify as verify_module
-from edgepeft.exporters.passes.quantize import Freezer
 
 import edgepeft
 from edgepeft.adapters import load_adapter, save_adapter
+from edgepeft.exporters import verify as verify_module
+from edgepeft.exporters.passes.quantize import Freezer
 
 from . import models
 from .conftest import LORA_TARGETS

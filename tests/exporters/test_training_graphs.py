@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+
 from edgepeft.exporters.graph import graph_input, new_model, tidy
 from edgepeft.exporters.losses import LOSSES
 from edgepeft.exporters.training import memory

@@ -13,9 +13,10 @@ import onnx.reference
 import onnx_ir as ir
 import onnxruntime
 import torch
+from onnxruntime.capi import onnxruntime_pybind11_state
+
 from edgepeft.exporters.autodiff import differentiate
 from edgepeft.exporters.autodiff.registry import MICROSOFT
-from onnxruntime.capi import onnxruntime_pybind11_state
 
 from .reference_ops import REFERENCE_OPS
 

@@ -6,6 +6,7 @@ import unicodedata
 
 import onnx.defs
 import pytest
+
 from edgepeft.exporters.autodiff.registry import (
     RULES,
     NonDifferentiable,

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from edgepeft.exporters.autodiff import differentiate
 
 from edgepeft.errors import ExportError, UnsupportedOperatorError
+from edgepeft.exporters.autodiff import differentiate
 
 from .harness import evaluator
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+
 from edgepeft.exporters.autodiff import differentiate
 
 from .cases.arrays import integers, normal

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from edgepeft.exporters.autodiff import differentiate
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from edgepeft.exporters.autodiff import differentiate
 
 from .harness import evaluator
 

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edgepeft.runtime.data import records
-from edgepeft.runtime.memory import process
-from edgepeft.runtime.tasks import task_for
-from edgepeft.runtime.training.sampling import batch_indices, split
-from edgepeft.runtime.training.schedule import learning_rate
-from edgepeft.runtime.training.trainer import Step
 
 import edgepeft
 from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.bundle.manifest import Policy
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, DataError, EdgePeftError, UpdateRejectedError, UsageError
+from edgepeft.runtime.data import records
+from edgepeft.runtime.memory import process
+from edgepeft.runtime.tasks import task_for
+from edgepeft.runtime.training.sampling import batch_indices, split
+from edgepeft.runtime.training.schedule import learning_rate
+from edgepeft.runtime.training.trainer import Step
 
 from . import tiny
 from .torch_tiny import TorchClassifier, TorchLanguageModel

@@ -7,12 +7,12 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from edgepeft.runtime.training.sampling import split
 
 from edgepeft import cli
 from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.cli.options import adapter_spec
 from edgepeft.errors import UsageError
+from edgepeft.runtime.training.sampling import split
 
 from . import tiny
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edgepeft.runtime.data import records
-from edgepeft.runtime.tasks import Example, Task, task_for
 
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
+from edgepeft.runtime.data import records
+from edgepeft.runtime.tasks import Example, Task, task_for
 
 from . import tiny
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edgepeft.runtime.model import Model
 
 import edgepeft
 from edgepeft.errors import UsageError
+from edgepeft.runtime.model import Model
 
 from . import tiny
 

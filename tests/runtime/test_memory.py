@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from edgepeft.runtime.memory import process
-from edgepeft.runtime.memory.planner import Plan, Workload, check_run, choose, plans
 
 from edgepeft.bundle.manifest import Manifest, MemoryFormula, MemoryTerm, Strategy
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, UsageError
+from edgepeft.runtime.memory import process
+from edgepeft.runtime.memory.planner import Plan, Workload, check_run, choose, plans
 
 MIB = 2**20
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.errors import DataError
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.sampling import batch_indices, split, steps_per_epoch
 from edgepeft.runtime.training.schedule import SCHEDULES, learning_rate
-
-from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import DataError
 
 
 @pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.1, 1.0), (0.01, 1e6)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from edgepeft.exporters.autodiff.rules.quantized import FP4_TABLE, NF4_TABLE
 
 from ..harness import Array, Case
