@@ -21,7 +21,7 @@ WIDTH = 100
 def cli_reference() -> str:
     """The whole page."""
     parts = [HEADER]
-    context = click.Context(main, info_name="edgepeft")
+    context = click.Context(main, info_name="edgepeft", **main.context_settings)
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         assert command is not None

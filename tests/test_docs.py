@@ -11,7 +11,7 @@ from edgepeft.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("samples/*.md")])
-CONTEXT = click.Context(main, info_name="edgepeft")
+CONTEXT = click.Context(main, info_name="edgepeft", **main.context_settings)
 COMMANDS = main.list_commands(CONTEXT)
 
 
