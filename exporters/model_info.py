@@ -31,7 +31,7 @@ def model_info(source: Source) -> ModelInfo:
         vocab_size=config.vocab_size,
         pad_token_id=_token(getattr(config, "pad_token_id", None), config),
         bos_token_id=_token(getattr(config, "bos_token_id", None), config),
-        eos_token_ids=tuple(token for token in ends if _token(token, config) is not None),
+        eos_token_ids=tuple(token for end in ends if (token := _token(end, config)) is not None),
         labels=labels,
         embedding_size=config.hidden_size if source.pooling is not None else None,
         num_layers=config.num_hidden_layers,
