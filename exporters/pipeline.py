@@ -17,6 +17,7 @@ from edgepeft.files import atomic_folder, check_replaceable
 from .forward import Forward, build_forward
 from .losses import LOSSES
 from .model_info import model_info, saved_module_names
+from .partition import build_partition
 from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
 from .sources.loading import Source, load_source
@@ -169,12 +170,15 @@ def _write(
     loss = LOSSES[source.task]
     models = {"inference": inference.model}
     trainable: tuple[str, ...] = ()
+    partition = None
     if training is not None:
         output = next(value for value in training.model.graph.outputs if value.name == loss.output)
         joint = build_joint(training, loss)
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
         models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
+        partition = build_partition(training, loss, freezer.reference)
+        models |= partition.graphs
     (folder / "graphs").mkdir()
     graphs = {}
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
@@ -209,6 +213,7 @@ def _write(
         policy=Policy(trainable=trainable),
         verification={},
         files=hash_folder(folder),
+        partition=None if partition is None else partition.wiring,
     )
 
 

@@ -23,14 +23,14 @@ _ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def _options(threads: int) -> ort.SessionOptions:
+def _options(threads: int, arena: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # A memory pattern asks for a whole run's tensors at once, for every shape anew: on MiniLM (16 rows of 48
     # tokens) a training process peaks at 431 MiB with it and at 272 with the arena alone, where its tensors
     # need 256. Without the arena, the gaps on malloc's heap make that 320.
-    options.enable_cpu_mem_arena = True
+    options.enable_cpu_mem_arena = arena
     options.enable_mem_pattern = False
     return options
 
@@ -46,19 +46,20 @@ class GraphSession:
         bundle: the opened bundle.
         role: the graph's key in the manifest, such as `inference`.
         threads: threads of this session; 0 lets onnxruntime choose.
+        arena: keep freed tensors for the next run; without, they go back to the process.
 
     Raises:
         BundleError: onnxruntime refuses the graph, or its inputs and outputs are not the manifest's.
     """
 
-    def __init__(self, bundle: Bundle, role: str, threads: int = 0) -> None:
+    def __init__(self, bundle: Bundle, role: str, threads: int = 0, *, arena: bool = True) -> None:
         self.role = role
         self._where = f"{bundle.path}: graph {role!r}"
         data = bundle.graph_bytes(role)
         spec = bundle.manifest.graphs[role]
         self.inputs: dict[str, TensorSpec] = {item.name: item for item in spec.inputs}
         self.outputs: dict[str, TensorSpec] = {item.name: item for item in spec.outputs}
-        options = _options(threads)
+        options = _options(threads, arena)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )
@@ -128,6 +129,19 @@ class GraphSession:
             values = dict(zip(names, self._binding.get_outputs(), strict=True))
             self._binding.clear_binding_outputs()
             return values
+
+    def run_into(self, arrays: Mapping[str, Array], names: Sequence[str]) -> dict[str, ort.OrtValue]:
+        """Run with some outputs written straight into arrays and others returned."""
+        with self._translated():
+            self._binding.clear_binding_outputs()
+            self.bind_outputs(arrays)
+            for name in names:
+                self._binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            values = dict(zip([*arrays, *names], self._binding.get_outputs(), strict=True))
+            self._binding.clear_binding_outputs()
+            self._outputs_kept.clear()
+            return {name: values[name] for name in names}
 
     def close(self) -> None:
         """Free the session's memory; it cannot run afterwards."""

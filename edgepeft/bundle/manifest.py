@@ -115,11 +115,61 @@ class MemoryFormula:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One stage of the chain: the roles of its graphs, and what their inputs are bound to, by input name.
+
+    `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context` outputs of the context graph
+    or inputs of the model. `backward` is null before the first stage that trains.
+    """
+
+    forward: str
+    backward: str | None
+    weights: dict[str, str]
+    adapter: dict[str, str]
+    context: dict[str, str]
+
+
+@dataclass(frozen=True)
+class VocabularyHead:
+    """The output layer of a language model and its loss, a slice of the vocabulary at a time.
+
+    Roles of three graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss` makes
+    the loss of them, `backward` adds a slice's share to the cotangent of the hidden state. `weights` are bound by
+    rows `[first, last)` of `rows` rows.
+    """
+
+    scan: str
+    loss: str
+    backward: str
+    weights: dict[str, str]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The training graph as a chain of stages, equal ones sharing their graphs.
+
+    `context` is the role of the graph of what the stages share (null: nothing but model inputs), and
+    `context_weights` what its weight inputs are bound to. What follows the stages is either the `head`, whose
+    graphs both return the loss, or a `vocabulary_head`.
+    """
+
+    context: str | None
+    context_weights: dict[str, str]
+    stages: tuple[Stage, ...]
+    head: Stage | None = None
+    vocabulary_head: VocabularyHead | None = None
+
+
+@dataclass(frozen=True)
 class Strategy:
-    """A way to train: the graphs it runs and what they need. `exact` is false for zeroth-order methods."""
+    """A way to train: the graph it runs (null: the stages of the partition) and what it needs.
+
+    `exact` is false for zeroth-order methods.
+    """
 
     name: str
-    graph: str
+    graph: str | None
     exact: bool
     memory: MemoryFormula
 
@@ -196,3 +246,4 @@ class Manifest:
     policy: Policy
     verification: dict[str, Any]  # what the exporter measured against PyTorch
     files: dict[str, FileEntry]
+    partition: Partition | None = None  # null: exported with --no-train, or a model without a cut

@@ -85,6 +85,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return {key: _decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if origin in (types.UnionType, typing.Union):
         for option in arguments:
+            if dataclasses.is_dataclass(option) and isinstance(value, dict):
+                return _decode_dataclass(option, value, where)
             if _is_plain(option, value):
                 return float(value) if option is float else value
         expected = " or ".join("null" if option is type(None) else option.__name__ for option in arguments)

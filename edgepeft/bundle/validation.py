@@ -2,10 +2,11 @@
 
 import math
 import re
-from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from edgepeft.bundle.manifest import GraphSpec, Manifest, MemoryFormula, TensorSpec, WeightTensor
+from edgepeft.bundle.partition_validation import check_partition
+from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError
 
 TASKS = ("text-classification", "feature-extraction", "text-generation")
@@ -13,14 +14,6 @@ ALIGNMENT_BYTES = 4096
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_BITS = {
-    **dict.fromkeys(("float64", "int64", "uint64"), 64),
-    **dict.fromkeys(("float32", "int32", "uint32"), 32),
-    **dict.fromkeys(("float16", "bfloat16", "int16", "uint16"), 16),
-    **dict.fromkeys(("int8", "uint8", "bool"), 8),
-    **dict.fromkeys(("int4", "uint4"), 4),
-    **dict.fromkeys(("int2", "uint2"), 2),
-}
 _MAX_AXES = 8
 _MAX_POWER = 4
 
@@ -51,11 +44,6 @@ def check_relative_path(path: str, what: str) -> None:
 def is_adapter_name(name: str) -> bool:
     """Whether a name is one safe path component: letters, digits, `.`, `_`, `-`, at most 64 of them."""
     return _ADAPTER_NAME.fullmatch(name) is not None
-
-
-def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor on disk; types below 8 bits are packed."""
-    return (math.prod(shape) * _BITS[dtype] + 7) // 8
 
 
 def validate_manifest(manifest: Manifest) -> None:
@@ -96,7 +84,7 @@ def _check_weights(manifest: Manifest) -> None:
 
 
 def _check_weight(name: str, weight: WeightTensor, file_bytes: int) -> None:
-    _require(weight.dtype in _BITS, f"weight {name!r} has dtype {weight.dtype!r}")
+    _require(weight.dtype in DTYPE_BITS, f"weight {name!r} has dtype {weight.dtype!r}")
     _require(
         len(weight.shape) <= _MAX_AXES and all(size >= 0 for size in weight.shape),
         f"weight {name!r} has shape {list(weight.shape)}",
@@ -147,7 +135,7 @@ def _check_graph(role: str, graph: GraphSpec, manifest: Manifest) -> None:
 
 def _check_spec(where: str, spec: TensorSpec) -> None:
     _require(bool(spec.name), f"{where} has no name")
-    _require(spec.dtype in _BITS, f"{where} has dtype {spec.dtype!r}")
+    _require(spec.dtype in DTYPE_BITS, f"{where} has dtype {spec.dtype!r}")
     axes_fit = len(spec.shape) <= _MAX_AXES and all(isinstance(size, str) or size >= 0 for size in spec.shape)
     _require(axes_fit, f"{where} has shape {list(spec.shape)}")
 
@@ -202,11 +190,18 @@ def _check_training(manifest: Manifest) -> None:
     _require(len(set(names)) == len(names), "a strategy is listed twice")
     for strategy in manifest.strategies:
         for role in (strategy.graph, "loss", "adamw", "grad_norm"):
-            _require(role in manifest.graphs, f"strategy {strategy.name!r} needs the graph {role!r}")
+            _require(
+                role is None or role in manifest.graphs, f"strategy {strategy.name!r} needs the graph {role!r}"
+            )
         _check_formula(f"strategy {strategy.name!r}", strategy.memory)
+        if strategy.graph is None:
+            _require(manifest.partition is not None, f"strategy {strategy.name!r} needs a partition")
+            continue
         outputs = {spec.name for spec in manifest.graphs[strategy.graph].outputs}
         missing = [name for name in manifest.policy.trainable if f"grad.{name}" not in outputs]
         _require(not missing, f"strategy {strategy.name!r} has no gradient of {missing[:1]}")
+    if manifest.partition is not None:
+        check_partition(manifest, manifest.partition)
 
 
 def _check_formula(where: str, formula: MemoryFormula) -> None:

@@ -33,18 +33,20 @@ def differentiate(
     wrt: Sequence[ir.Value],
     opset_imports: Mapping[str, int] | None = None,
     registry: Registry = RULES,
+    cotangent: ir.Value | None = None,
 ) -> dict[ir.Value, ir.Value]:
-    """Appends the backward pass of a scalar loss to the graph.
+    """Appends the backward pass of a scalar loss, or of any value with a given cotangent, to the graph.
 
     Only nodes between `wrt` and the loss get cotangents, and only the requested ones are computed. The graph
     must be topologically sorted, as ONNX demands. Missing rules are found before anything is emitted.
 
     Args:
         graph: the forward graph; nodes and constants are appended to it.
-        loss: a floating-point value of rank 0 in the graph.
+        loss: a floating-point value in the graph, of rank 0 where no cotangent is given.
         wrt: graph inputs, initializers or intermediate values.
         opset_imports: opsets by domain; the graph's own where absent.
         registry: the table of rules.
+        cotangent: that of `loss`, of its shape and type; 1 where absent.
 
     Returns:
         The cotangent of each of `wrt`, with the shape and the element type of its primal.
@@ -54,10 +56,10 @@ def differentiate(
         ExportError: when a `wrt` value does not influence the loss, or the loss is not a scalar.
     """
     opsets = dict(graph.opset_imports if opset_imports is None else opset_imports)
-    _check_request(loss, opsets)
+    _check_request(loss, opsets, cotangent)
     paths = _Paths(graph, loss, wrt, opsets, registry)
     emit = Emitter(graph)
-    pending: dict[ir.Value, list[Cotangent]] = {loss: [emit.scalar(1.0, loss)]}
+    pending: dict[ir.Value, list[Cotangent]] = {loss: [cotangent or emit.scalar(1.0, loss)]}
     total: dict[ir.Value, ir.Value] = {}
 
     def settle(value: ir.Value) -> ir.Value | None:
@@ -93,8 +95,8 @@ def differentiate(
     return by_primal
 
 
-def _check_request(loss: ir.Value, opsets: Mapping[str, int]) -> None:
-    if (
+def _check_request(loss: ir.Value, opsets: Mapping[str, int], cotangent: ir.Value | None) -> None:
+    if cotangent is None and (
         loss.shape is None
         or loss.shape.rank() != 0
         or loss.dtype is None

@@ -16,10 +16,14 @@ def causal_lm_loss(graph: ir.Graph, logits: ir.Value, labels: ir.Value | None) -
             logits, which would copy `[batch, sequence, vocabulary]`.
     """
     assert labels is not None
+    return cross_entropy(graph, logits, shifted_labels(graph, labels))
+
+
+def shifted_labels(graph: ir.Graph, labels: ir.Value) -> ir.Value:
+    """What each position is to predict, int64 `[batch, sequence]`: the next label, -100 at the end."""
     start = initializer(graph, "shift_start", np.array([1], np.int64))
     end = initializer(graph, "shift_end", np.array([np.iinfo(np.int64).max], np.int64))
     pads = initializer(graph, "shift_pads", np.array([0, 0, 0, 1], np.int64))
     ignore = initializer(graph, "ignore_index", np.array(IGNORE_INDEX, np.int64))
     tail = append(graph, "Slice", [labels, start, end, start], shape=None, dtype=INT64)
-    shifted = append(graph, "Pad", [tail, pads, ignore], shape=labels.shape, dtype=INT64)
-    return cross_entropy(graph, logits, shifted)
+    return append(graph, "Pad", [tail, pads, ignore], shape=labels.shape, dtype=INT64)

@@ -1,0 +1,96 @@
+"""What a manifest must satisfy before its chain of stages is run."""
+
+from edgepeft.bundle.manifest import GraphSpec, Manifest, Partition, Stage, VocabularyHead
+from edgepeft.bundle.sizes_on_disk import tensor_bytes
+from edgepeft.errors import BundleError
+
+
+def check_partition(manifest: Manifest, partition: Partition) -> None:
+    """Check that every stage's graphs exist and that each of their inputs is bound, to something that is there.
+
+    Raises:
+        BundleError: names the stage, the input and what is missing.
+    """
+    _require(len(partition.stages) >= 1, "the partition has no stage")
+    heads = [head for head in (partition.head, partition.vocabulary_head) if head is not None]
+    _require(len(heads) == 1, f"the partition has {len(heads)} heads, expected one")
+    shared = {spec.name for spec in manifest.graphs["inference"].inputs}
+    if partition.context is not None:
+        context = _graph(manifest, partition.context, "the partition's context")
+        shared |= {spec.name for spec in context.outputs}
+        _check_weights(manifest, partition.context_weights, context, "the partition's context")
+    adapters = {key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)}
+    adapters |= {saved.input for saved in manifest.saved_modules}
+    stages = {f"stage {index}": stage for index, stage in enumerate(partition.stages)}
+    if partition.head is not None:
+        stages["the head"] = partition.head
+    for where, stage in stages.items():
+        for key in stage.adapter.values():
+            _require(key in adapters, f"{where}: {key!r} is no input of a slot or saved module")
+        for name in stage.context.values():
+            _require(name in shared, f"{where}: {name!r} is neither a model input nor shared")
+        for role in (stage.forward, stage.backward):
+            if role is not None:
+                _check_inputs(manifest, stage, role, f"{where}, graph {role!r}")
+    if partition.vocabulary_head is not None:
+        _check_vocabulary_head(manifest, partition.vocabulary_head)
+
+
+def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
+    """Rows `[0, rows)` of every weight lie inside its tensor."""
+    where = "the vocabulary head"
+    _require(head.rows >= 1, f"{where} has {head.rows} rows")
+    for role in (head.scan, head.loss, head.backward):
+        _graph(manifest, role, where)
+    for role in (head.scan, head.backward):
+        specs = {spec.name: spec for spec in _graph(manifest, role, where).inputs}
+        for name, key in head.weights.items():
+            weight, spec = manifest.weights.get(key), specs.get(name)
+            _require(weight is not None, f"{where}: {key!r} is not among the weights")
+            _require(spec is not None, f"{where}: the graph {role!r} has no input {name!r}")
+            assert weight is not None
+            assert spec is not None
+            columns = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
+            _require(len(columns) == len(spec.shape) - 1, f"{where}: {name!r} has rows of no fixed size")
+            expected_bytes = tensor_bytes(spec.dtype, [head.rows, *columns])
+            _require(
+                weight.nbytes == expected_bytes,
+                f"{where}: {name!r} reads {expected_bytes:,} B, {key!r} has {weight.nbytes:,} B",
+            )
+
+
+def _check_inputs(manifest: Manifest, stage: Stage, role: str, where: str) -> None:
+    graph = _graph(manifest, role, where)
+    known = {*stage.weights, *stage.adapter, *stage.context, "hidden", "cotangent", "labels"}
+    unbound = [spec.name for spec in graph.inputs if spec.name not in known]
+    _require(not unbound, f"{where}: nothing is bound to the input {unbound[:1]}")
+    _check_weights(manifest, stage.weights, graph, where)
+
+
+def _check_weights(manifest: Manifest, weights: dict[str, str], graph: GraphSpec, where: str) -> None:
+    """Each weight input reads exactly the bytes that its weight has."""
+    specs = {spec.name: spec for spec in graph.inputs}
+    for name, key in weights.items():
+        weight, spec = manifest.weights.get(key), specs.get(name)
+        _require(weight is not None, f"{where}: {key!r} is not among the weights")
+        if spec is None:
+            continue
+        _require(all(isinstance(dim, int) for dim in spec.shape), f"{where}: {name!r} has no fixed shape")
+        expected_bytes = tensor_bytes(spec.dtype, [int(dim) for dim in spec.shape])
+        assert weight is not None
+        _require(
+            weight.nbytes == expected_bytes,
+            f"{where}: {name!r} reads {expected_bytes:,} B, {key!r} has {weight.nbytes:,} B",
+        )
+
+
+def _graph(manifest: Manifest, role: str, where: str) -> GraphSpec:
+    graph = manifest.graphs.get(role)
+    _require(graph is not None, f"{where}: there is no graph {role!r}")
+    assert graph is not None
+    return graph
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BundleError(message)

@@ -1,0 +1,216 @@
+"""The output layer of a language model and its loss, a slice of the vocabulary at a time.
+
+    scan       hidden, weight.*, labels, first, log_z, picked           → log_z.out, picked.out
+    loss       log_z, picked, labels                                    → loss, share
+    backward   hidden, weight.*, labels, first, log_z, share, cotangent → cotangent.out
+
+`weight.*` are rows `first`, `first + 1`, … of the layer; neither `[positions, vocabulary]` nor the decoded layer
+exists whole. With z the logits of a slice, log_z gathers logΣexp z over the slices and picked the logit of the
+label; the loss is Σ share·(log_z − picked) with share = 1/count where a label counts, and its cotangent of z is
+share·(exp(z − log_z) − [label]). Source: online softmax, arXiv 1805.02867.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from ..autodiff import differentiate
+from ..graph import FLOAT, INT64, MICROSOFT, append, graph_input, initializer, new_model, tidy
+from ..losses.causal_lm import shifted_labels
+from ..losses.cross_entropy import IGNORE_INDEX
+from .copying import Copier
+from .cuts import Segment
+
+ROWS = "vocabulary"
+POSITIONS = ["batch", "sequence", 1]
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """`logits = f(x Wᵀ)` with f elementwise: its product, what follows it, and its weights by rows."""
+
+    x: ir.Value
+    product: ir.Node
+    after: tuple[ir.Node, ...]
+    logits: ir.Value
+    weights: tuple[ir.Value, ...]
+    rows: int
+
+
+def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> OutputLayer | None:
+    """The output layer at the end of a piece, or None where it is no plain product by a quantized matrix."""
+    logits = piece[-1].output
+    nodes = {node for segment in piece for node in segment.nodes}
+    after: list[ir.Node] = []
+    value = logits
+    while True:
+        node = value.producer()
+        if node is None or node not in nodes:
+            return None
+        if node.op_type == "MatMulNBits":
+            break
+        operand = _elementwise_operand(node)
+        if operand is None:
+            return None
+        after.append(node)
+        value = operand
+    x, packed, scales = node.inputs[:3]
+    plain = x is not None and packed is not None and scales is not None and len(node.inputs) == 3
+    if not plain or {packed.name, scales.name} - weight_names:  # type: ignore[union-attr]
+        return None
+    assert x is not None
+    assert packed is not None
+    assert scales is not None
+    rows = node.attributes["N"].as_int()
+    return OutputLayer(x, node, tuple(reversed(after)), logits, (packed, scales), rows)
+
+
+def build_vocabulary_head(layer: OutputLayer) -> dict[str, ir.Model]:
+    """The graphs `scan`, `loss` and `backward`."""
+    return {"scan": _scan(layer), "loss": _loss(), "backward": _backward(layer)}
+
+
+def _elementwise_operand(node: ir.Node) -> ir.Value | None:
+    """The operand of an elementwise node whose others are constant scalars, or None."""
+    if node.domain or node.op_type not in ("Mul", "Div", "Add", "Sub", "Tanh", "Cast", "Identity"):
+        return None
+    computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
+    constants = [value for value in node.inputs if value is not None and value.is_initializer()]
+    scalars = all(value.shape is not None and value.shape.rank() == 0 for value in constants)
+    return computed[0] if len(computed) == 1 and scalars else None
+
+
+class _Slice:
+    """A graph with the logits of a slice, and where each label lies in it."""
+
+    def __init__(self, layer: OutputLayer) -> None:
+        copier = Copier("head")
+        self.graph = graph = copier.graph
+        self.model = new_model(graph)
+        self.hidden = copier.add_input(layer.x, "hidden")
+        attributes = {name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")}
+        columns = layer.product.attributes["K"].as_int()
+        self.packed = graph_input(
+            graph, "weight.0", [ROWS, columns * attributes["bits"] // 8], ir.DataType.UINT8
+        )
+        self.scales = graph_input(graph, "weight.1", [ROWS, columns // attributes["block_size"]])
+        self.labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
+        self.first = graph_input(graph, "first", [], INT64)
+        self.zero = initializer(graph, "zero_int64", np.array(0, np.int64))
+        self.one = initializer(graph, "one_int64", np.array(1, np.int64))
+        size = append(graph, "Shape", [self.packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
+        self.size = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
+        indices = append(graph, "Range", [self.zero, self.size, self.one], shape=[ROWS], dtype=INT64)
+        weight = append(
+            graph,
+            "GatherBlockQuantized",
+            [self.packed, indices, self.scales],
+            {"gather_axis": 0, "quantize_axis": 1, **attributes},
+            shape=[ROWS, columns],
+            domain=MICROSOFT,
+        )
+        product = append(
+            graph,
+            "FusedMatMul",
+            [self.hidden, weight],
+            {"transB": 1},
+            shape=["batch", "sequence", ROWS],
+            domain=MICROSOFT,
+        )
+        copier.values[layer.product.outputs[0]] = product
+        for node in layer.after:
+            copier.copy(node)
+            copier.values[node.outputs[0]].shape = product.shape
+        self.logits = copier.values[layer.logits]
+        self._find_labels()
+
+    def _find_labels(self) -> None:
+        graph = self.graph
+        last = initializer(graph, "axis_last", np.array([-1], np.int64))
+        target = append(
+            graph, "Unsqueeze", [shifted_labels(graph, self.labels), last], shape=POSITIONS, dtype=INT64
+        )
+        inside = append(graph, "Sub", [target, self.first], shape=POSITIONS, dtype=INT64)
+        bools = {"shape": POSITIONS, "dtype": ir.DataType.BOOL}
+        high = append(graph, "Less", [inside, self.size], **bools)  # type: ignore[arg-type]
+        low = append(graph, "GreaterOrEqual", [inside, self.zero], **bools)  # type: ignore[arg-type]
+        self.found = append(graph, "And", [low, high], **bools)  # type: ignore[arg-type]
+        self.index = append(graph, "Where", [self.found, inside, self.zero], shape=POSITIONS, dtype=INT64)
+        self.nothing = initializer(graph, "zero_float32", np.array(0, np.float32))
+
+
+def _scan(layer: OutputLayer) -> ir.Model:
+    piece = _Slice(layer)
+    graph = piece.graph
+    log_z, picked = (graph_input(graph, name, POSITIONS) for name in ("log_z", "picked"))
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+
+    def op(op_type: str, *inputs: ir.Value) -> ir.Value:
+        return append(graph, op_type, inputs, shape=POSITIONS)
+
+    own = append(graph, "ReduceLogSumExp", [piece.logits, last], {"keepdims": 1}, shape=POSITIONS)
+    highest = op("Max", log_z, own)
+    total = op("Add", op("Exp", op("Sub", log_z, highest)), op("Exp", op("Sub", own, highest)))
+    label = append(graph, "GatherElements", [piece.logits, piece.index], {"axis": -1}, shape=POSITIONS)
+    outputs = {
+        "log_z.out": op("Add", highest, op("Log", total)),
+        "picked.out": op("Add", picked, op("Where", piece.found, label, piece.nothing)),
+    }
+    return _finished(piece.model, outputs)
+
+
+def _loss() -> ir.Model:
+    graph = ir.Graph([], [], nodes=[], name="loss")
+    model = new_model(graph)
+    log_z, picked = (graph_input(graph, name, POSITIONS) for name in ("log_z", "picked"))
+    labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+    ignore = initializer(graph, "ignore_index", np.array(IGNORE_INDEX, np.int64))
+    one = initializer(graph, "one_float32", np.array(1, np.float32))
+    shifted = shifted_labels(graph, labels)
+    target = append(graph, "Unsqueeze", [shifted, last], shape=POSITIONS, dtype=INT64)
+    ignored = append(graph, "Equal", [target, ignore], shape=POSITIONS, dtype=ir.DataType.BOOL)
+    counted = append(graph, "Not", [ignored], shape=POSITIONS, dtype=ir.DataType.BOOL)
+    mask = append(graph, "Cast", [counted], {"to": FLOAT}, shape=POSITIONS)
+    count = append(graph, "ReduceSum", [mask], {"keepdims": 0}, shape=[])
+    share = append(graph, "Div", [mask, append(graph, "Max", [count, one], shape=[])], shape=POSITIONS)
+    nll = append(graph, "Sub", [log_z, picked], shape=POSITIONS)
+    weighted = append(graph, "Mul", [nll, share], shape=POSITIONS)
+    loss = append(graph, "ReduceSum", [weighted], {"keepdims": 0}, shape=[])
+    return _finished(model, {"loss": loss, "share": share})
+
+
+def _backward(layer: OutputLayer) -> ir.Model:
+    piece = _Slice(layer)
+    graph = piece.graph
+    log_z, share = (graph_input(graph, name, POSITIONS) for name in ("log_z", "share"))
+    before = graph_input(graph, "cotangent", list(piece.hidden.shape or ()))
+    logits = piece.logits
+    shape = logits.shape
+    shifted = append(graph, "Sub", [logits, log_z], shape=shape)
+    probabilities = append(graph, "Exp", [shifted], shape=shape)
+    spread = append(graph, "Mul", [probabilities, share], shape=shape)
+    negative = append(graph, "Neg", [share], shape=POSITIONS)
+    label = append(graph, "Where", [piece.found, negative, piece.nothing], shape=POSITIONS)
+    cotangent = append(
+        graph,
+        "ScatterElements",
+        [spread, piece.index, label],
+        {"axis": -1, "reduction": "add"},
+        shape=shape,
+    )
+    gradients = differentiate(graph, logits, [piece.hidden], cotangent=cotangent)
+    after = append(graph, "Add", [before, gradients[piece.hidden]], shape=before.shape)
+    return _finished(piece.model, {"cotangent.out": after})
+
+
+def _finished(model: ir.Model, outputs: dict[str, ir.Value]) -> ir.Model:
+    for name, value in outputs.items():
+        value.name = name
+        model.graph.outputs.append(value)
+    tidy(model)
+    return model

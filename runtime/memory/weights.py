@@ -1,0 +1,43 @@
+"""The weight file as memory that the kernel reads when it is touched and may drop at any time."""
+
+import math
+import mmap
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import TensorSpec
+from edgepeft.bundle.reader import Bundle
+
+
+class MappedWeights:
+    """Tensors of `weights.bin`, mapped: they cost memory only while they are read."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._weights = bundle.manifest.weights
+        with bundle.file(bundle.manifest.weights_file).open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def view(self, name: str, spec: TensorSpec) -> npt.NDArray[np.generic]:
+        """The bytes of a weight as `spec` wants to read them: its dtype and shape, the same number of bytes.
+
+        Raises:
+            ValueError: the weight has another number of bytes.
+        """
+        weight = self._weights[name]
+        dtype = np.dtype(spec.dtype)
+        flat = np.frombuffer(self._map, dtype, weight.nbytes // dtype.itemsize, weight.offset)
+        return flat.reshape([int(dim) for dim in spec.shape])
+
+    def rows(self, name: str, spec: TensorSpec, first: int, last: int) -> npt.NDArray[np.generic]:
+        """Rows `first` to `last` (exclusive) of a weight whose rows have the shape that `spec` says."""
+        columns = [int(dim) for dim in spec.shape[1:]]
+        dtype, count = np.dtype(spec.dtype), math.prod(columns)
+        offset = self._weights[name].offset + first * count * dtype.itemsize
+        flat = np.frombuffer(self._map, dtype, (last - first) * count, offset)
+        return flat.reshape([last - first, *columns])
+
+    def release(self) -> None:
+        """Take every page out of this process; a later read brings it back from the page cache or the disk."""
+        if hasattr(self._map, "madvise"):
+            self._map.madvise(mmap.MADV_DONTNEED)
