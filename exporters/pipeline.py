@@ -22,10 +22,11 @@ from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
 from .sources.loading import Source, load_source
 from .starting_adapter import write_starting_adapter
+from .training.chain_memory import measure_chain_peaks
 from .training.joint import build_joint, build_loss
 from .training.memory import measure_peaks
 from .training.optimizer import build_adamw, build_grad_norm
-from .training.probe import measure_session_bytes
+from .training.probe import STAGES, measure_session_bytes
 from .verify import verify_bundle
 from .writer import WeightWriter, graph_spec, write_graph
 
@@ -209,7 +210,7 @@ def _write(
         lora_slots=inference.slots,
         saved_modules=inference.saved_modules,
         adapters=tuple(adapters),
-        strategies=(Strategy("resident", "train", exact=True, memory=unknown),) if training else (),
+        strategies=_strategies(partition is not None) if training else (),
         policy=Policy(trainable=trainable),
         verification={},
         files=hash_folder(folder),
@@ -217,16 +218,26 @@ def _write(
     )
 
 
+def _strategies(staged: bool) -> tuple[Strategy, ...]:
+    """Ways to train, the fastest first; their memory is still to be measured."""
+    unknown = MemoryFormula(session_bytes=0, peaks=())
+    resident = Strategy("resident", "train", exact=True, memory=unknown)
+    return (resident, Strategy("streamed", None, exact=True, memory=unknown)) if staged else (resident,)
+
+
 def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
     """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
     bundle."""
     write_manifest(manifest, folder)
 
-    def formula(role: str) -> MemoryFormula:
-        spec = manifest.graphs[role]
-        data = (folder / spec.file).read_bytes()
-        tensors = MemoryFormula(session_bytes=0, peaks=measure_peaks(data, spec, folder))
-        session_bytes = measure_session_bytes(folder, role, tensors)
+    def formula(role: str | None) -> MemoryFormula:
+        if role is None:
+            peaks = measure_chain_peaks(folder)
+        else:
+            spec = manifest.graphs[role]
+            peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder)
+        tensors = MemoryFormula(session_bytes=0, peaks=peaks)
+        session_bytes = measure_session_bytes(folder, role or STAGES, tensors)
         return dataclasses.replace(tensors, session_bytes=session_bytes)
 
     return dataclasses.replace(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError, EdgePeftError
+from edgepeft.runtime.memory.arena import register_shared_arena
 
 Array = npt.NDArray[np.generic]
 
@@ -23,15 +25,18 @@ _ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def _options(threads: int, arena: bool) -> ort.SessionOptions:
+def _options(threads: int, shared_arena: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # A memory pattern asks for a whole run's tensors at once, for every shape anew: on MiniLM (16 rows of 48
     # tokens) a training process peaks at 431 MiB with it and at 272 with the arena alone, where its tensors
     # need 256. Without the arena, the gaps on malloc's heap make that 320.
-    options.enable_cpu_mem_arena = arena
+    options.enable_cpu_mem_arena = True
     options.enable_mem_pattern = False
+    if shared_arena:
+        register_shared_arena()
+        options.add_session_config_entry("session.use_env_allocators", "1")
     return options
 
 
@@ -46,20 +51,25 @@ class GraphSession:
         bundle: the opened bundle.
         role: the graph's key in the manifest, such as `inference`.
         threads: threads of this session; 0 lets onnxruntime choose.
-        arena: keep freed tensors for the next run; without, they go back to the process.
+        shared_arena: take memory from the arena that all such sessions of the process share.
+        profile: where to write a profile, which `end_profile` ends; none where empty.
 
     Raises:
         BundleError: onnxruntime refuses the graph, or its inputs and outputs are not the manifest's.
     """
 
-    def __init__(self, bundle: Bundle, role: str, threads: int = 0, *, arena: bool = True) -> None:
+    def __init__(
+        self, bundle: Bundle, role: str, threads: int = 0, *, shared_arena: bool = False, profile: str = ""
+    ) -> None:
         self.role = role
         self._where = f"{bundle.path}: graph {role!r}"
         data = bundle.graph_bytes(role)
         spec = bundle.manifest.graphs[role]
         self.inputs: dict[str, TensorSpec] = {item.name: item for item in spec.inputs}
         self.outputs: dict[str, TensorSpec] = {item.name: item for item in spec.outputs}
-        options = _options(threads, arena)
+        options = _options(threads, shared_arena)
+        options.enable_profiling = bool(profile)
+        options.profile_file_prefix = profile
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )
@@ -142,6 +152,10 @@ class GraphSession:
             self._binding.clear_binding_outputs()
             self._outputs_kept.clear()
             return {name: values[name] for name in names}
+
+    def end_profile(self) -> Path:
+        """The file of the profile so far."""
+        return Path(self._session.end_profiling())
 
     def close(self) -> None:
         """Free the session's memory; it cannot run afterwards."""

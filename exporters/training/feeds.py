@@ -4,7 +4,31 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgepeft.bundle.manifest import GraphSpec
+from edgepeft.bundle.manifest import GraphSpec, Manifest
+
+
+def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
+    """Sizes of the symbolic axes of a run without a cache."""
+    return {"batch": batch, "sequence": sequence, "total_sequence": sequence, "past_sequence": 0}
+
+
+def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:
+    """Ones for every adapter input, each slot of this rank."""
+    specs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}
+    names = [key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)]
+    names += [saved.input for saved in manifest.saved_modules]
+    return {name: np.ones(_resolve(specs[name].shape, {}, rank), np.float32) for name in names}
+
+
+def sample_batch(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """Ones for the model inputs and the labels of the training graph."""
+    spec = manifest.graphs["train"]
+    adapter = sample_adapter(manifest, 1)
+    return {
+        item.name: np.ones(_resolve(item.shape, sizes, 1), item.dtype)
+        for item in spec.inputs
+        if item.name not in adapter
+    }
 
 
 def sample_feeds(spec: GraphSpec, sizes: Mapping[str, int], rank: int) -> dict[str, np.ndarray]:

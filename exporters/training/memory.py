@@ -8,7 +8,6 @@ size; the nodes that are the worst for some size make the formula.
 import itertools
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import onnxruntime as ort
 
 from edgepeft.bundle.manifest import GraphSpec, MemoryTerm
 
-from .feeds import sample_feeds
+from .feeds import axis_sizes, sample_feeds
 
 #: Grid of sizes; an axis needs one size more than its highest power. Batches are even: some losses split
 #: them in two.
@@ -28,7 +27,10 @@ CANDIDATES = tuple(itertools.product((1, 4, 16, 64), (16, 64, 256, 1024, 4096), 
 SHAPE_ERROR_BYTES = 1.0
 
 
-def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[MemoryTerm, ...], ...]:
+Peaks = tuple[tuple[MemoryTerm, ...], ...]
+
+
+def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> Peaks:
     """The sums of live tensors that are the largest for some batch, sequence and rank.
 
     Args:
@@ -36,11 +38,21 @@ def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[Me
         spec: its signature.
         folder: where its external data is.
     """
-    session, close = _profiled_session(graph, folder)
-    for batch, sequence, rank in itertools.product(BATCHES, SEQUENCES, RANKS):
-        sizes = {"batch": batch, "sequence": sequence, "total_sequence": sequence, "past_sequence": 0}
-        session.run(None, sample_feeds(spec, sizes, rank))
-    in_use = close()
+    with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
+        session = _profiled_session(graph, folder, scratch)
+        sizes = list(itertools.product(BATCHES, SEQUENCES, RANKS))
+        for batch, sequence, rank in sizes:
+            session.run(None, sample_feeds(spec, axis_sizes(batch, sequence), rank))
+        in_use = read_profile(Path(session.end_profiling()), len(sizes))
+    return fit_peaks(in_use)
+
+
+def fit_peaks(in_use: np.ndarray) -> Peaks:
+    """Formulas of the nodes that hold the most for some size.
+
+    Args:
+        in_use: bytes after each node, float64 `[sizes, nodes]`, sizes as `product(BATCHES, SEQUENCES, RANKS)`.
+    """
     design = np.array(
         [
             [float(b**i * s**j * r**k) for i, j, k in POWERS]
@@ -64,32 +76,26 @@ def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[Me
     )
 
 
-def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession, Callable[[], np.ndarray]]:
-    """A session, and what ends its profile: bytes in use, float64 `[runs, nodes]` in order of execution."""
-    scratch = tempfile.TemporaryDirectory(prefix="edgepeft-profile-")
+def read_profile(path: Path, runs: int) -> np.ndarray:
+    """Bytes in use after each node, float64 `[runs, nodes]` in order of execution, from a session's profile."""
+    used = [
+        int(event["args"]["mem_bytes_requested_in_use"]) + _scratch_bytes(event["args"])
+        for event in sorted(json.loads(path.read_text()), key=lambda event: event["ts"])
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
+    ]
+    return np.array(used, np.float64).reshape(runs, -1)
+
+
+def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = True
-    options.profile_file_prefix = str(Path(scratch.name) / "profile")
+    options.profile_file_prefix = str(Path(scratch) / "profile")
     options.enable_mem_pattern = False  # a plan would request everything at once
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    session = ort.InferenceSession(
+    return ort.InferenceSession(
         graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )
-
-    def close() -> np.ndarray:
-        profile = Path(session.end_profiling())
-        events = json.loads(profile.read_text())
-        scratch.cleanup()
-        used = [
-            int(event["args"]["mem_bytes_requested_in_use"]) + _scratch_bytes(event["args"])
-            for event in sorted(events, key=lambda event: event["ts"])
-            if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
-        ]
-        runs = len(BATCHES) * len(SEQUENCES) * len(RANKS)
-        return np.array(used, np.float64).reshape(runs, -1)
-
-    return session, close
 
 
 def _scratch_bytes(args: dict[str, Any]) -> int:

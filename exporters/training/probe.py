@@ -2,8 +2,8 @@
 
     python -m edgepeft.exporters.training.probe BUNDLE ROLE
 
-opens the bundle as a device does, runs the graph once on the smallest input and prints how much resident
-memory that added, in bytes.
+opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on the
+smallest input and prints how much resident memory that added, in bytes.
 """
 
 import json
@@ -14,10 +14,12 @@ from pathlib import Path
 from edgepeft.bundle.manifest import MemoryFormula
 from edgepeft.errors import ExportError
 
-from .feeds import sample_feeds
+from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Sizes of the run that is measured.
 BATCH, SEQUENCE, RANK = 2, 2, 1
+#: Stands for the chain of stages where a graph's role is asked for.
+STAGES = "stages"
 
 
 def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> int:
@@ -26,7 +28,7 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> in
 
     Args:
         bundle: its folder.
-        role: the graph's key in the manifest.
+        role: the graph's key in the manifest, or `STAGES`.
         tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
 
     Raises:
@@ -48,14 +50,28 @@ def main() -> None:
 
     bundle = open_bundle(sys.argv[1])
     role = sys.argv[2]
-    sizes = {"batch": BATCH, "sequence": SEQUENCE, "total_sequence": SEQUENCE, "past_sequence": 0}
-    feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
     before = read_memory().resident_bytes
-    session = GraphSession(bundle, role)
-    session.bind(feeds)
-    session.run_for(list(session.outputs))
+    mapped = 0
+    if role == STAGES:
+        from edgepeft.runtime.training.buffers import TrainingState
+        from edgepeft.runtime.training.chain import Chain
+
+        from .chain_memory import mapped_bytes
+
+        inputs = sample_adapter(bundle.manifest, RANK)
+        state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+        batch = sample_batch(bundle.manifest, axis_sizes(BATCH, SEQUENCE))
+        mapped = mapped_bytes(bundle)
+        before = read_memory().resident_bytes
+        chain = Chain(bundle, {**inputs, **state.parameters})
+        chain.gradients(batch, state)
+    else:
+        feeds = sample_feeds(bundle.manifest.graphs[role], axis_sizes(BATCH, SEQUENCE), rank=RANK)
+        session = GraphSession(bundle, role)
+        session.bind(feeds)
+        session.run_for(list(session.outputs))
     after = read_memory().resident_bytes
-    print(json.dumps({"resident_bytes": after - before}))
+    print(json.dumps({"resident_bytes": after - before + mapped}))
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
             session_bytes=strategy.memory.session_bytes,
             activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)),
             state_bytes=state_bytes,
-            evaluation_bytes=evaluation_bytes,
+            # In stages, judging is a part of what training does.
+            evaluation_bytes=evaluation_bytes if strategy.graph else 0,
         )
         for strategy in manifest.strategies
     ]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
+from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
@@ -221,11 +222,17 @@ class Update:
             {**prepared.inputs, **prepared.state.parameters},
             prepared.held_out,
             self._options.batch_size,
+            self._strategy(prepared),
             self._threads,
         )
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
         return result
+
+    def _strategy(self, prepared: _Prepared) -> Strategy:
+        """The chosen strategy."""
+        strategies = self._bundle.manifest.strategies
+        return next(item for item in strategies if item.name == prepared.plan.strategy)
 
     def _train(self, prepared: _Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
@@ -247,7 +254,7 @@ class Update:
         try:
             train(
                 self._bundle,
-                next(item.graph for item in manifest.strategies if item.name == prepared.plan.strategy),
+                self._strategy(prepared),
                 self._task,
                 prepared.train_on,
                 prepared.inputs,

@@ -2,12 +2,13 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgepeft.bundle.manifest import Stage
+from edgepeft.bundle.manifest import Partition, Stage
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.weights import MappedWeights
@@ -29,16 +30,26 @@ class Chain:
         bundle: the bundle.
         inputs: all adapter inputs by name; read at every run.
         threads: threads of a session; 0 lets onnxruntime choose.
+        partition: the stages to run; the bundle's own where None.
+        profile: how the files of the sessions' profiles begin; none where empty.
 
     Raises:
         UsageError: the bundle has no stages.
     """
 
-    def __init__(self, bundle: Bundle, inputs: Mapping[str, Array], threads: int = 0) -> None:
-        partition = bundle.manifest.partition
+    def __init__(
+        self,
+        bundle: Bundle,
+        inputs: Mapping[str, Array],
+        threads: int = 0,
+        *,
+        partition: Partition | None = None,
+        profile: str = "",
+    ) -> None:
+        partition = partition or bundle.manifest.partition
         if partition is None:
             raise UsageError(f"{bundle.path}: was exported without stages: export it again")
-        self._bundle, self._threads = bundle, threads
+        self._bundle, self._threads, self._profile = bundle, threads, profile
         self._partition = partition
         self._inputs = inputs
         self._weights = MappedWeights(bundle)
@@ -105,8 +116,15 @@ class Chain:
     def session(self, role: str) -> GraphSession:
         """The open session of a graph."""
         if role not in self._sessions:
-            self._sessions[role] = GraphSession(self._bundle, role, self._threads, arena=False)
+            profile = self._profile and f"{self._profile}-{role}"
+            self._sessions[role] = GraphSession(
+                self._bundle, role, self._threads, shared_arena=True, profile=profile
+            )
         return self._sessions[role]
+
+    def end_profiles(self) -> dict[str, Path]:
+        """The profile of every graph that ran, by role."""
+        return {role: session.end_profile() for role, session in self._sessions.items()}
 
     def close(self) -> None:
         """Free the sessions."""
@@ -158,23 +176,3 @@ class Chain:
             for name, key in weights.items()
             if name in session.inputs
         }
-
-
-class ChainGradients:
-    """Loss and gradients through a chain, with the interface of `GradientSession`."""
-
-    def __init__(
-        self, bundle: Bundle, constants: Mapping[str, Array], state: TrainingState, threads: int = 0
-    ) -> None:
-        self._state = state
-        self._chain = Chain(bundle, {**constants, **state.parameters}, threads)
-
-    def run(self, batch: Mapping[str, Array]) -> float:
-        """Compute the batch's loss and its gradients, which land in the state."""
-        return self._chain.gradients(batch, self._state)
-
-    def close(self) -> None:
-        """Free the sessions."""
-        self._chain.close()
-
-

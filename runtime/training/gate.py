@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.generation import empty_cache
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.training.chain import Chain
 
+Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
 
@@ -32,9 +35,10 @@ def evaluate(
     inputs: Mapping[str, FloatArray],
     examples: Sequence[Example],
     batch_size: int,
+    strategy: Strategy,
     threads: int = 0,
 ) -> Evaluation:
-    """Run the inference and loss graphs over examples; their sessions are open only meanwhile.
+    """The loss and the share of correct items of examples; sessions are open only meanwhile.
 
     Args:
         bundle: the bundle.
@@ -42,31 +46,72 @@ def evaluate(
         inputs: the adapter's graph inputs.
         examples: encoded with their labels.
         batch_size: examples a run.
-        threads: threads of the inference session.
+        strategy: how the adapter trains: in stages, it is judged in stages too.
+        threads: threads of a session.
     """
-    inference = GraphSession(bundle, "inference", threads)
-    loss_graph = GraphSession(bundle, "loss", threads=1)
+    judge = (_StagedJudge if strategy.graph is None else _ResidentJudge)(bundle, task, inputs, threads)
     total, items, correct = 0.0, 0, 0
     graded = True
     try:
-        inference.bind(inputs)
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
             if len(chunk) < task.minimum_batch:
                 continue
             batch = task.batch(chunk, training=True)
             count = task.items(batch)
-            inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
-            inference.bind(empty_cache(inference, batch["input_ids"].shape[0]))
-            outputs = inference.run_for([task.output])
-            loss_graph.bind_values(outputs)
-            loss_graph.bind({name: value for name, value in batch.items() if name in loss_graph.inputs})
-            total += count * float(loss_graph.run_for(["loss"])["loss"].numpy())
+            loss, outputs = judge.run(batch)
+            total += count * loss
             items += count
-            right = task.correct({name: value.numpy() for name, value in outputs.items()}, batch)
+            right = task.correct(outputs, batch) if outputs else None
             graded = graded and right is not None
             correct += right or 0
     finally:
-        inference.close()
-        loss_graph.close()
+        judge.close()
     return Evaluation(loss=total / items, accuracy=correct / items if graded else None)
+
+
+class _ResidentJudge:
+    """The inference graph, and the loss graph on its output."""
+
+    def __init__(
+        self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int
+    ) -> None:
+        self._output = task.output
+        self._inference = GraphSession(bundle, "inference", threads)
+        self._loss = GraphSession(bundle, "loss", threads=1)
+        self._inference.bind(inputs)
+
+    def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
+        """The loss of a batch and the task's output."""
+        inference, loss = self._inference, self._loss
+        inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
+        inference.bind(empty_cache(inference, batch["input_ids"].shape[0]))
+        outputs = inference.run_for([self._output])
+        loss.bind_values(outputs)
+        loss.bind({name: value for name, value in batch.items() if name in loss.inputs})
+        value = float(loss.run_for(["loss"])["loss"].numpy())
+        return value, {name: output.numpy() for name, output in outputs.items()}
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._inference.close()
+        self._loss.close()
+
+
+class _StagedJudge:
+    """The chain's forward stages and its head."""
+
+    def __init__(
+        self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int
+    ) -> None:
+        del task
+        self._chain = Chain(bundle, inputs, threads)
+
+    def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
+        """The loss of a batch and the task's output, where the head makes it whole."""
+        outputs = self._chain.evaluate(batch)
+        return float(outputs.pop("loss")), outputs
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._chain.close()

@@ -18,6 +18,11 @@ SLICE_VALUES = 2**21
 _LOWEST = np.finfo(np.float32).min
 
 
+def slice_rows(width: int) -> int:
+    """Rows of an output layer of this width that are decoded at a time."""
+    return max(SLICE_VALUES // width, 1)
+
+
 class Sessions(Protocol):
     """Where a head finds its graphs."""
 
@@ -78,8 +83,7 @@ class SlicedHead:
 
     def _slices(self, session: GraphSession) -> list[tuple[int, int]]:
         """First and last row of each slice."""
-        width = session.inputs["hidden"].shape[-1]
-        step = max(SLICE_VALUES // int(width), 1)
+        step = slice_rows(int(session.inputs["hidden"].shape[-1]))
         return [(first, min(first + step, self._head.rows)) for first in range(0, self._head.rows, step)]
 
     def _bind_slice(self, session: GraphSession, first: int, last: int) -> None:

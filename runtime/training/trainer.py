@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress
+from edgepeft.runtime.training.gradients import open_gradients
 from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import batch_indices
@@ -32,43 +33,6 @@ class Step:
     resident_bytes: int
 
 
-class GradientSession:
-    """A training graph with everything bound: parameters are read and gradients written in place.
-
-    Args:
-        bundle: the bundle.
-        role: the graph's key in the manifest.
-        constants: adapter inputs that do not train.
-        state: the trained tensors.
-        threads: threads of the session.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        role: str,
-        constants: Mapping[str, FloatArray],
-        state: TrainingState,
-        threads: int = 0,
-    ) -> None:
-        self._loss = np.zeros((), np.float32)
-        self._session = GraphSession(bundle, role, threads)
-        self._session.bind({name: value for name, value in constants.items() if name not in state.parameters})
-        self._session.bind(state.parameters)
-        self._session.bind_outputs({"loss": self._loss})
-        self._session.bind_outputs({f"grad.{name}": value for name, value in state.gradients.items()})
-
-    def run(self, batch: Mapping[str, npt.NDArray[np.generic]]) -> float:
-        """Compute the batch's loss and its gradients, which land in the state."""
-        self._session.bind({name: value for name, value in batch.items() if name in self._session.inputs})
-        self._session.run()
-        return float(self._loss)
-
-    def close(self) -> None:
-        """Free the session."""
-        self._session.close()
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Everything that fixes what each step does."""
@@ -80,7 +44,7 @@ class Schedule:
 
 def train(
     bundle: Bundle,
-    role: str,
+    strategy: Strategy,
     task: Task,
     examples: Sequence[Example],
     constants: Mapping[str, FloatArray],
@@ -94,7 +58,7 @@ def train(
 
     Args:
         bundle: the bundle.
-        role: the training graph's key.
+        strategy: how gradients are computed.
         task: makes batches of the examples.
         examples: what to train on.
         constants: all adapter inputs; those in `state` are taken from there.
@@ -114,7 +78,7 @@ def train(
         AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm),
     )
     try:
-        gradients = GradientSession(bundle, role, constants, state, threads)
+        gradients = open_gradients(bundle, strategy, constants, state, threads)
         try:
             while progress.step < schedule.total_steps:
                 indices = batch_indices(

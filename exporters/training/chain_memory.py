@@ -1,0 +1,106 @@
+"""Measure what a chain of stages needs, as a formula of batch, sequence and rank."""
+
+import dataclasses
+import itertools
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from edgepeft.bundle.manifest import GraphSpec, MemoryTerm, Partition, Stage
+from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.heads import slice_rows
+
+from .feeds import axis_sizes, sample_adapter, sample_batch
+from .memory import BATCHES, RANKS, SEQUENCES, Peaks, fit_peaks, read_profile
+
+_POWERS = {"batch": (1, 0), "sequence": (0, 1)}
+
+
+def measure_chain_peaks(folder: Path) -> Peaks:
+    """The sums of live tensors of the bundle in `folder` that are the largest for some batch, sequence and rank.
+
+    One stage of each kind runs; what the others hand on is added.
+    """
+    bundle = open_bundle(folder)
+    partition = bundle.manifest.partition
+    assert partition is not None
+    short = _shortened(bundle, partition)
+    in_use = []
+    for rank in RANKS:
+        inputs = sample_adapter(bundle.manifest, rank)
+        state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+        with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
+            chain = Chain(
+                bundle, {**inputs, **state.parameters}, partition=short, profile=str(Path(scratch) / "profile")
+            )
+            for batch, sequence in itertools.product(BATCHES, SEQUENCES):
+                feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence))
+                # Twice: a session keeps what was bound to it in its last run.
+                chain.gradients(feeds, state)
+                chain.gradients(feeds, state)
+            runs = 2 * len(BATCHES) * len(SEQUENCES)
+            profiles = chain.end_profiles()
+            in_use.append(np.hstack([read_profile(path, runs)[1::2] for path in profiles.values()]))
+            chain.close()
+    by_size = np.stack(in_use, axis=1).reshape(len(BATCHES) * len(SEQUENCES) * len(RANKS), -1)
+    kept = _kept_terms(bundle, partition, short)
+    return tuple((*terms, *kept) for terms in fit_peaks(by_size))
+
+
+def mapped_bytes(bundle: Bundle) -> int:
+    """Bytes of the weights that are mapped at once: those of the largest stage, or a slice of the head."""
+    partition, weights = bundle.manifest.partition, bundle.manifest.weights
+    assert partition is not None
+    stages = (*partition.stages, *(() if partition.head is None else (partition.head,)))
+    return max(sum(weights[key].nbytes for key in stage.weights.values()) for stage in stages)
+
+
+def _shortened(bundle: Bundle, partition: Partition) -> Partition:
+    """One stage of each kind, and a head of two slices."""
+    kinds: dict[str, Stage] = {}
+    for stage in partition.stages:
+        kinds.setdefault(stage.forward, stage)
+    # The first stage of a kind may lie below all that trains and its backward graph still be another's.
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            backward=next(
+                (other.backward for other in partition.stages if other.forward == stage.forward and other.backward),
+                None,
+            ),
+        )
+        for stage in kinds.values()
+    )
+    head = partition.vocabulary_head
+    if head is not None:
+        spec = bundle.manifest.graphs[head.scan]
+        rows = min(head.rows, 2 * slice_rows(_width(spec)))
+        head = dataclasses.replace(head, rows=rows)
+    return dataclasses.replace(partition, stages=stages, vocabulary_head=head)
+
+
+def _width(spec: GraphSpec) -> int:
+    hidden = next(item for item in spec.inputs if item.name == "hidden")
+    return int(hidden.shape[-1])
+
+
+def _kept_terms(bundle: Bundle, partition: Partition, short: Partition) -> tuple[MemoryTerm, ...]:
+    """What the stages that `short` leaves out hand on to the next."""
+    left = list(partition.stages)
+    for stage in short.stages:
+        left.remove(next(other for other in left if other.forward == stage.forward))
+    total: dict[tuple[int, int], float] = {}
+    for stage in left:
+        spec = next(item for item in bundle.manifest.graphs[stage.forward].outputs if item.name == "hidden.out")
+        powers, values = (0, 0), 1
+        for dim in spec.shape:
+            if isinstance(dim, int):
+                values *= dim
+            else:
+                batch, sequence = _POWERS[dim]
+                powers = powers[0] + batch, powers[1] + sequence
+        total[powers] = total.get(powers, 0.0) + 4.0 * values
+    return tuple(MemoryTerm(value, batch, sequence) for (batch, sequence), value in total.items())
