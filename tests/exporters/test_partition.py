@@ -1,0 +1,150 @@
+"""Cutting a forward graph into stages, and the chain of stages against the one graph they came from."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgepeft
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.exporters.partition.cuts import cut, dependences
+from edgepeft.exporters.partition.signature import find_period
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.inputs import check_batch, model_inputs
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.gradients import GradientSession
+
+from . import models
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ("", (0, 0, 0)),
+        ("abc", (0, 0, 0)),
+        ("eabababh", (1, 2, 3)),
+        ("eaaaah", (1, 1, 4)),
+        ("abcabcd", (0, 3, 2)),
+        ("aabcbcbc", (2, 2, 3)),
+    ],
+)
+def test_the_longest_repetition_is_found(texts: str, expected: tuple[int, int, int]) -> None:
+    assert find_period(texts) == expected
+
+
+@given(st.text("ab", max_size=4), st.text("ab", min_size=1, max_size=3), st.integers(2, 5), st.text("ab", max_size=4))
+def test_what_is_found_repeats_and_covers_at_least_what_was_put_in(
+    before: str, unit: str, count: int, behind: str
+) -> None:
+    texts = before + unit * count + behind
+    start, length, found = find_period(texts)
+    assert texts[start : start + length] * found == texts[start : start + length * found]
+    assert length * found >= len(unit) * count
+
+
+def test_cuts_lie_where_every_path_passes_and_masks_are_shared() -> None:
+    """x → (a, b) → join → (c, residual) → out: the join is a cut, c is none, the mask belongs to no segment."""
+    graph = ir.from_onnx_text(
+        """
+        <ir_version: 10, opset_import: ["": 21]>
+        agraph (int64[2] ids, float[2] raw) => (float[2] out) <float[9] table = {1,2,3,4,5,6,7,8,9}> {
+            x = Gather(table, ids)
+            mask = Neg(raw)
+            a = Relu(x)
+            b = Mul(x, mask)
+            join = Add(a, b)
+            c = Mul(join, mask)
+            out = Add(join, c)
+        }
+        """
+    ).graph
+    for node in graph:
+        node.outputs[0].dtype = ir.DataType.FLOAT
+    segments = cut(graph, graph.outputs[0], dependences(graph, {"table"}, set()))
+    assert [segment.output.name for segment in segments] == ["x", "join", "out"]
+    assert [[node.outputs[0].name for node in segment.nodes] for segment in segments] == [
+        ["x"],
+        ["a", "b", "join"],
+        ["c", "out"],
+    ]
+
+
+def _both(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingState, TrainingState]:
+    """Loss and gradients by the resident graph and by the chain, every adapter tensor filled at random."""
+    bundle = open_bundle(folder)
+    arrays = check_batch(
+        bundle.manifest, model_inputs(bundle.manifest, bundle.manifest.graphs["train"].inputs), batch.arrays
+    )
+    rng = np.random.default_rng(0)
+    inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
+    start = {
+        name: 0.1 * rng.standard_normal(inputs[name].shape, np.float32)
+        for name in bundle.manifest.policy.trainable
+    }
+    resident, staged = TrainingState(start), TrainingState(start)
+    losses = []
+    graph = GradientSession(bundle, "train", inputs, resident)
+    losses.append(graph.run(arrays))
+    graph.close()
+    chain = Chain(bundle, {**inputs, **staged.parameters})
+    losses.append(chain.gradients(arrays, staged))
+    evaluated = chain.evaluate(arrays)
+    assert evaluated["loss"] == pytest.approx(losses[0], rel=1e-6)
+    chain.close()
+    return losses[0], losses[1], resident, staged
+
+
+@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("kind", ["classifier", "encoder", "decoder"])
+def test_a_chain_gives_the_gradients_of_the_one_graph(kind: str, bits: int, tmp_path: Path) -> None:
+    model, batch = {
+        "classifier": (models.bert_classifier(), models.batch(labels=3)),
+        "encoder": (models.bert_encoder(), models.batch()),
+        "decoder": (models.llama(tied=True), models.batch(labels="tokens")),
+    }[kind]
+    edgepeft.export(model, tmp_path / "bundle", bits=bits, rank=4, verify=False)
+    loss, staged_loss, resident, staged = _both(tmp_path / "bundle", batch)
+    assert staged_loss == pytest.approx(loss, rel=1e-6)
+    for name, expected in resident.gradients.items():
+        got = staged.gradients[name]
+        # Products of 4-bit weights are summed in another order by MatMulNBits than by the decoded product.
+        assert np.linalg.norm(got - expected) <= 1e-5 * max(np.linalg.norm(expected), 1e-3), name
+    wiring = open_bundle(tmp_path / "bundle").manifest.partition
+    assert wiring is not None
+    layers = [stage for stage in wiring.stages if stage.adapter]
+    assert len(layers) == 2
+    assert layers[0].forward == layers[1].forward  # equal layers share a graph
+    assert (wiring.vocabulary_head is not None) == (kind == "decoder" and bits == 4)
+
+
+def test_the_backward_pass_ends_at_the_lowest_trained_stage(tmp_path: Path) -> None:
+    """Training the upper layer alone gives its gradients and opens no backward session for the lower one."""
+    edgepeft.export(models.llama(tied=False), tmp_path / "bundle", rank=2, verify=False)
+    bundle = open_bundle(tmp_path / "bundle")
+    inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
+    batch = models.batch(labels="tokens").arrays
+    full = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+    upper = TrainingState({name: value for name, value in full.parameters.items() if ".layers.1." in name})
+    chain = Chain(bundle, inputs)
+    chain.gradients(batch, full)
+    chain.gradients(batch, upper)
+    for name, got in upper.gradients.items():
+        np.testing.assert_array_equal(got, full.gradients[name])
+    chain.close()
+
+
+def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices of 7 rows, the last one shorter, give what one slice gives."""
+    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=2, verify=False)
+    batch = models.batch(labels="tokens")
+    loss, whole, _, whole_state = _both(tmp_path / "bundle", batch)
+    monkeypatch.setattr("edgepeft.runtime.training.heads.SLICE_VALUES", 7 * models.SIZES["hidden_size"])
+    _, sliced, _, sliced_state = _both(tmp_path / "bundle", batch)
+    assert sliced == pytest.approx(whole, rel=1e-6)
+    assert sliced == pytest.approx(loss, rel=1e-6)
+    for name, expected in whole_state.gradients.items():
+        np.testing.assert_allclose(sliced_state.gradients[name], expected, rtol=1e-4, atol=1e-8)
