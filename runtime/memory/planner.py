@@ -12,8 +12,9 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# Parameters, gradients, two moments and the values that training started from, float32 each.
-_BYTES_PER_TRAINED_VALUE = 5 * 4
+# Parameters, gradients and two moments, float32 each; the values that training starts from take the place of
+# the adapter's own, which the process holds already.
+_BYTES_PER_TRAINED_VALUE = 4 * 4
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on

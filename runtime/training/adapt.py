@@ -188,8 +188,10 @@ class Update:
         state = TrainingState({name: inputs[name] for name in names})
         known_by = fingerprint(bundle, options, adapter, examples, total_steps)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
+        # The trained tensors are in the inputs now, so the adapter's own go.
+        untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
         return _Prepared(
-            adapter=adapter,
+            adapter=adapter.with_tensors(untrained, adapter.origin),
             plan=plan,
             train_on=[examples[index] for index in train_on],
             held_out=[examples[index] for index in held_out],

@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float32]
 
-_CHUNK_VALUES = 2**16
 _ALIGNMENT_VALUES = 16  # 64 bytes, what onnxruntime's kernels read fastest
 
 
@@ -19,7 +18,8 @@ class TrainingState:
     gaps between tensors stay zero under AdamW, because their gradients are.
 
     Args:
-        tensors: starting values by graph input name, in the graphs' layout.
+        tensors: starting values by graph input name, in the graphs' layout. They are kept, to measure the
+            update against, and must not change.
     """
 
     def __init__(self, tensors: Mapping[str, FloatArray]) -> None:
@@ -33,7 +33,7 @@ class TrainingState:
         self.gradients = self._views(self.grad)
         for name, tensor in tensors.items():
             self.parameters[name][...] = tensor
-        self.start = self.param.copy()
+        self.start = dict(tensors)
         self.count = sum(tensor.size for tensor in tensors.values())
 
     def _views(self, flat: FloatArray) -> dict[str, FloatArray]:
@@ -45,12 +45,9 @@ class TrainingState:
     def relative_change(self) -> float:
         """L2 norm of the update divided by that of what it started from."""
         start = change = 0.0
-        # Piecewise, so that float64 copies of the whole buffers are never in memory.
-        for begin in range(0, len(self.param), _CHUNK_VALUES):
-            before = self.start[begin : begin + _CHUNK_VALUES].astype(np.float64)
-            after = self.param[begin : begin + _CHUNK_VALUES]
-            start += float(before @ before)
-            change += float(np.sum((after - before) ** 2))
+        for name, before in self.start.items():
+            start += float(np.sum(np.square(before, dtype=np.float64)))
+            change += float(np.sum(np.square(self.parameters[name] - before, dtype=np.float64)))
         return math.sqrt(change / start) if start else (0.0 if change == 0.0 else math.inf)
 
     def limit_change(self, limit: float) -> bool:
@@ -59,7 +56,9 @@ class TrainingState:
         if change <= limit:
             return False
         scale = np.float32(limit / change)
-        self.param -= self.start
-        self.param *= scale
-        self.param += self.start
+        for name, before in self.start.items():
+            parameter = self.parameters[name]
+            parameter -= before
+            parameter *= scale
+            parameter += before
         return True

@@ -113,7 +113,7 @@ def test_a_plan_adds_up(manifest: Manifest) -> None:
     assert 4 * MIB < resident.activation_bytes < 10 * MIB  # the tensors, and what the arena adds
     assert resident.activation_bytes - streamed.activation_bytes == pytest.approx(1.12 * 3 * MIB, abs=2)
     assert resident.peak_bytes == 50 * MIB + 30 * MIB + resident.activation_bytes + resident.state_bytes
-    assert resident.state_bytes > 5 * 4 * 600 + 4 * 400
+    assert resident.state_bytes > 4 * 4 * 600 + 4 * 400
     assert streamed.training_bytes == 60 * MIB + streamed.activation_bytes + streamed.state_bytes
     assert streamed.evaluation_bytes > 12 * MIB
     eager = dataclasses.replace(streamed, session_bytes=0)

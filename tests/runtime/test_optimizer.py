@@ -49,7 +49,7 @@ def test_views_share_the_buffer_and_start_is_kept() -> None:
     state = TrainingState({"a": np.ones((2, 3), np.float32), "b": np.full(5, 2, np.float32)})
     state.parameters["a"][1, 2] = 9
     assert state.param[5] == 9
-    assert state.start[5] == 1
+    assert state.start["a"][1, 2] == 1
     assert state.count == 11
     assert [view.ctypes.data % 64 for view in state.parameters.values()] == [state.param.ctypes.data % 64] * 2
     assert state.param.sum() == 5 + 9 + 10
