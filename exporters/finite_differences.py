@@ -5,9 +5,9 @@ For every trainable tensor the derivative along one direction v is compared: Σ 
     (8 (L(+h) - L(-h)) - (L(+2h) - L(-2h))) / 12h,
 
 whose error is O(h⁴). v is the gradient weighted at random, element by element, plus a random direction, so
-that a gradient that is wrong, incomplete or too large shows. The loss is computed in float32, with an error of
-about `LOSS_ERROR`; h is as large as makes that small beside the difference, and no larger than a part of the
-tensor.
+that a gradient that is wrong, incomplete or too large shows. The loss is computed in float32, with an error
+of about `LOSS_ERROR`; h is as large as makes that small beside the difference, and no larger than a part of
+the tensor.
 """
 
 from collections.abc import Callable, Mapping, Sequence

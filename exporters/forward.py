@@ -11,7 +11,7 @@ from edgepeft.errors import ExportError
 
 from .graph import tidy
 from .model_info import default_targets
-from .passes.linears import find_linears, find_marked_linears, select
+from .passes.linears import find_linears, find_marked_linears, select, unpack
 from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
 from .passes.quantize import Freezer
@@ -58,7 +58,7 @@ def build_forward(
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
     saved = keep_saved_modules(weights, modules_to_save)
-    linears = find_linears(weights.values()) | find_marked_linears(graph)
+    linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
     chosen = select(linears, default_targets(source) if modules is None else modules)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")

@@ -146,7 +146,8 @@ def _freezer(source: ModelSource, bits: int | None, block_size: int) -> Freezer:
     if bits is not None:
         raise UsageError(
             f"--bits {bits}: the weights of {source.name} are quantized already (to "
-            f"{source.quantization.bits} bits) and stay as they are: leave --bits out, or export the model it was quantized from"
+            f"{source.quantization.bits} bits) and stay as they are: leave --bits out, or export the model "
+            "that was quantized"
         )
     return Freezer(32, block_size)
 

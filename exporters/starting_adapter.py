@@ -91,7 +91,8 @@ def write_file_adapter(source: OnnxFile, folder: Path, options: LoraOptions) -> 
     """
     config = options.config(source)
     generator = torch.Generator().manual_seed(options.seed)
-    chosen = select(source.linears(), config.target_modules)
+    targets = options.targets if options.targets is not None else default_targets(source)
+    chosen = select(source.linears(), targets)
     tensors: dict[str, np.ndarray] = {}
     for module, linear in chosen.items():
         key = f"{PREFIX}{module}"

@@ -138,14 +138,15 @@ class _Check:
         if not worst.relative <= finite_differences.TOLERANCE:
             raise VerificationError(
                 f"the gradient of {', '.join(worst.names)} with adapter {name!r} gives a directional "
-                f"derivative of {worst.derivative:.6g}, central differences of the loss give {worst.central:.6g} ± "
-                f"{worst.error:.1g} (tolerance {finite_differences.TOLERANCE:.0e}): nothing was written"
+                f"derivative of {worst.derivative:.6g}, central differences of the loss give "
+                f"{worst.central:.6g} ± {worst.error:.1g} (tolerance {finite_differences.TOLERANCE:.0e}): "
+                "nothing was written"
             )
         resolved = [difference for difference in found if difference.resolved]
         if not resolved:
             raise VerificationError(
-                f"no gradient with adapter {name!r} stands out from the rounding of the loss, so none could "
-                "be compared with central differences: nothing was written; --no-verify writes it all the same"
+                f"no gradient with adapter {name!r} stands out from the rounding of the loss, so none "
+                "could be compared with central differences: nothing was written; export with --no-verify"
             )
         self.figures["gradients"][name] = {
             "tensors": len(trainable),

@@ -11,7 +11,7 @@ def use_exact_products(graph: ir.Graph) -> int:
     """Take `accuracy_level` off every `MatMulNBits` that has one; returns how many had."""
     changed = 0
     for node in graph:
-        if node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0):
+        if node.op_type == "MatMulNBits" and node.attributes.get_int("accuracy_level", 0) > 0:
             del node.attributes["accuracy_level"]
             changed += 1
     return changed

@@ -14,6 +14,7 @@ from .lower_attention import (
     positions,
     refuse,
     refuse_inputs,
+    replace,
     split_heads,
     split_last,
     width,
@@ -21,7 +22,14 @@ from .lower_attention import (
 
 _QUERY, _KEY, _VALUE, _PAST_KEY, _PAST_VALUE, _SEQLENS = range(6)
 _COS, _SIN, _POSITIONS = 7, 8, 9
-_REFUSED_INPUTS = ((10, "attention_bias"), (11, "head_sink"), (12, "k_scale"), (13, "v_scale"))
+_REFUSED_INPUTS = (
+    (10, "attention_bias"),
+    (11, "head_sink"),
+    (12, "k_scale"),
+    (13, "v_scale"),
+    (14, "q_norm_weight"),
+    (15, "k_norm_weight"),
+)
 _REFUSED_ATTRIBUTES = ("smooth_softmax", "qk_output", "kv_cache_bit_width")
 _REFUSED_TYPES = ("k_quant_type", "v_quant_type")
 
@@ -44,9 +52,7 @@ def lower_group_query_attention(graph: ir.Graph) -> int:
     nodes = [node for node in graph if node.op_type == "GroupQueryAttention" and node.domain == MICROSOFT]
     for node in nodes:
         _check(node)
-        output = _lowered(graph, node)
-        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        replace(graph, node, _lowered(graph, node))
     return len(nodes)
 
 
@@ -58,6 +64,8 @@ def _check(node: ir.Node) -> None:
     for name in _REFUSED_TYPES:
         if node.attributes.get_string(name, "NONE") != "NONE":
             raise refuse(node, f"its attribute {name} is {node.attributes.get_string(name)}")
+    if not node.attributes.get_int("causal", 1):
+        raise refuse(node, "its attribute causal is 0")
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         raise refuse(node, "its cache is read in the graph")
     if given(node, _SEQLENS) is None:

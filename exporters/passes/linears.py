@@ -1,7 +1,7 @@
 """Find the linear layers and embeddings of a graph by the names of their weights."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -14,14 +14,15 @@ _MARK = "edgepeft.linear"
 class Linear:
     """`output = x @ W.T (+ bias)`: every node that computes it, several where layers share their weights.
 
-    A node's first input is `x` `[…, in_features]`, its output is `[…, out_features]`; a `MatMul`'s bias is
-    added after it.
+    A node's first input is `x` `[…, in_features]`, its output is `[…, out_features]`, or, where several
+    layers are packed in one product, that from column `first` on; a `MatMul`'s bias is added after it.
     """
 
     module: str
     nodes: tuple[ir.Node, ...]
     in_features: int
     out_features: int
+    first: int = 0
 
     @property
     def uses(self) -> list[tuple[ir.Node, ir.Value]]:
@@ -48,6 +49,17 @@ def find_linears(weights: Iterable[ir.Value]) -> dict[str, Linear]:
             out_features, in_features = weight.shape.numpy()
             nodes = tuple(node for node, _ in linear_products(weight))
             found[module] = Linear(module, nodes, in_features, out_features)
+    return found
+
+
+def unpack(linears: dict[str, Linear], packed: Mapping[str, Mapping[str, int]]) -> dict[str, Linear]:
+    """`linears` with each of `packed` replaced by its parts, whose widths follow each other in its output."""
+    found: dict[str, Linear] = {}
+    for module, linear in linears.items():
+        first = 0
+        for part, width in packed.get(module, {module: linear.out_features}).items():
+            found[part] = replace(linear, module=part, out_features=width, first=first)
+            first += width
     return found
 
 

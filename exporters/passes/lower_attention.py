@@ -26,6 +26,15 @@ def refuse(node: ir.Node, reason: str) -> ExportError:
     )
 
 
+def replace(graph: ir.Graph, node: ir.Node, output: ir.Value) -> None:
+    """Put `output` in the place of the node's first output, whose name a graph output keeps."""
+    old = node.outputs[0]
+    if old.is_graph_output():
+        output.name, old.name = old.name, None
+    old.replace_all_uses_with(output, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+
+
 def refuse_inputs(node: ir.Node, names: Sequence[tuple[int, str]]) -> None:
     """Raise for the first of `names` that the node has."""
     for position, name in names:

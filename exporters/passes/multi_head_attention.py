@@ -13,6 +13,7 @@ from .lower_attention import (
     merge_heads,
     refuse,
     refuse_inputs,
+    replace,
     split_heads,
     split_last,
     width,
@@ -74,8 +75,7 @@ def lower_packed_attention(graph: ir.Graph) -> int:
         fused_node.name = node.name
         if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
             raise refuse(node, "its present output is used")
-        node.outputs[0].replace_all_uses_with(fused, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        replace(graph, node, fused)
     return len(nodes)
 
 
@@ -97,9 +97,7 @@ def lower_multi_head_attention(graph: ir.Graph) -> int:
         refuse_inputs(node, _MHA_REFUSED)
         if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
             raise refuse(node, "an output beside the first is used")
-        output = _lowered(graph, node)
-        node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
+        replace(graph, node, _lowered(graph, node))
     return len(nodes)
 
 
@@ -116,16 +114,15 @@ def _lowered(graph: ir.Graph, node: ir.Node) -> ir.Value:
             None if value is None else append(graph, "Add", [value, part], shape=value.shape)
             for value, part in zip(tensors, parts, strict=True)
         ]
-    apart = []
-    for value in tensors:
-        if value is None or value.shape is None or len(value.shape) not in (3, 4):
+    apart: list[ir.Value] = []
+    for tensor in tensors:
+        if tensor is None or tensor.shape is None or len(tensor.shape) not in (3, 4):
             raise refuse(node, "its query, key and value are packed in one input")
-        if len(value.shape) == 4:
-            apart.append(value)
-        else:
-            apart.append(split_heads(graph, value, heads, width(node, value) // heads))
-    mask = _mask(graph, node, apart[0], apart[1])
-    attended = attend(graph, *apart, mask, scale=node.attributes.get_float("scale", 0.0))
+        packed = len(tensor.shape) == 3
+        apart.append(split_heads(graph, tensor, heads, width(node, tensor) // heads) if packed else tensor)
+    query, key, value = apart
+    mask = _mask(graph, node, query, key)
+    attended = attend(graph, query, key, value, mask, scale=node.attributes.get_float("scale", 0.0))
     return merge_heads(graph, attended)
 
 

@@ -1,7 +1,7 @@
 """What the exporter asks of a model, wherever it comes from."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -20,11 +20,16 @@ class Pooling:
 
 @dataclass
 class Traced:
-    """A forward graph, not optimized yet; each name of `weights` is a graph input to be bound or lifted
-    later."""
+    """A forward graph, not optimized yet.
+
+    Attributes:
+        weights: the graph inputs that hold weights, to be bound or lifted later.
+        packed: linears that compute several modules at once, with the width of each, in order.
+    """
 
     model: ir.Model
     weights: dict[str, torch.Tensor]
+    packed: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class ModelSource(Protocol):

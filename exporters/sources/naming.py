@@ -12,9 +12,10 @@ It is taken from the first of these that the file has:
 5. the node's name: `node_linear_3`.
 
 What the operator and the quantizer append (`/MatMul`, `.weight`, `_Q4`) is cut off and `/` becomes `.`. Files
-of onnxruntime-genai call the attention block `attn`; for the families in `SELF_ATTENTION`, whose modules
-transformers calls `self_attn` and whose projections genai leaves their names, that is put back. Two weights
-that come out with the same name get their nodes' whole names instead.
+of onnxruntime-genai call the attention block `attn` and pack its projections; for the families in
+`SELF_ATTENTION` the name that transformers has, `self_attn`, is put back, and the parts of a packed
+`qkv_proj` are the linears `q_proj`, `k_proj` and `v_proj`. Two weights that come out with the same name get
+their nodes' whole names instead.
 """
 
 import ast
@@ -24,10 +25,9 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-#: Model types of genai whose layers are `self_attn.{q,k,v,o}_proj` and `mlp.{gate,up,down}_proj`.
+#: Model types of genai whose layers transformers calls `self_attn.{q,k,v,o}_proj`, `mlp.{gate,up,down}_proj`.
 SELF_ATTENTION = frozenset(
-    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "phi3", "qwen2", "qwen3"}
-    | {"smollm3"}
+    {"gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "olmo", "qwen2", "qwen3", "smollm3"}
 )
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _QUANTIZED = re.compile(r"_(Q|DQ_Q)\d+$")

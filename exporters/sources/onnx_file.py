@@ -18,14 +18,14 @@ from ..graph import INT64, MICROSOFT, rename_axes
 from ..passes.drop_cache import PAST, drop_cache, is_cache
 from ..passes.exact_products import use_exact_products
 from ..passes.group_query_attention import lower_group_query_attention
-from ..passes.lift_weights import find_weights, lift, lift_weights, to_torch
-from ..passes.linears import Linear, find_linears, find_marked_linears
+from ..passes.lift_weights import Weights, find_weights, lift, lift_weights, to_torch
+from ..passes.linears import Linear, find_linears, find_marked_linears, unpack
 from ..passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
 from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
 from .loading import read_max_length, read_tokenizer_files
-from .naming import added_bias, module_names
+from .naming import SELF_ATTENTION, added_bias, module_names
 from .onnx_graph import read_graph, standardize
 from .tasks import resolve_task
 
@@ -43,6 +43,7 @@ class OnnxFile:
         model: the standardized graph; its float matrices are inputs named by their modules.
         weights: the values of those inputs.
         aliases: module names by the names that nodes and initializers had in the file.
+        packed: linears that compute several modules at once, with the width of each.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class OnnxFile:
     model: ir.Model
     weights: dict[str, torch.Tensor]
     aliases: dict[str, str]
+    packed: dict[str, dict[str, int]]
     architecture: str
     quantization: Quantization | None
     pooling: Pooling | None = None
@@ -79,7 +81,8 @@ class OnnxFile:
 
     def resolve_targets(self, targets: Sequence[str]) -> list[str]:
         """Names of nodes and initializers of the file as module names; suffixes of those as they are."""
-        return [self.aliases.get(target, target) for target in targets]
+        modules = [self.aliases.get(target, target) for target in targets]
+        return [part for module in modules for part in self.packed.get(module, {module: 0})]
 
     def trace(self, *, training: bool) -> Traced:
         """A copy of the graph; for training without a cache, and with nothing that has no gradient rule."""
@@ -91,13 +94,13 @@ class OnnxFile:
             lower_multi_head_attention(graph)
             use_exact_products(graph)
         _name_axes(graph)
-        return Traced(model, dict(self.weights))
+        return Traced(model, dict(self.weights), self.packed)
 
     def linears(self) -> dict[str, Linear]:
         """Every linear of the graph, by module name."""
         graph = self.model.graph
         inputs = [value for value in graph.inputs if value.name in self.weights]
-        return find_linears(inputs) | find_marked_linears(graph)
+        return unpack(find_linears(inputs) | find_marked_linears(graph), self.packed)
 
     def _head(self) -> str | None:
         for name, linear in self.linears().items():
@@ -149,6 +152,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         for alias in (weight.name, *(node.name for node in nodes)):
             if alias:
                 aliases[alias] = names[weight]
+    packed = _packed(graph, weights, names, genai_type(path.parent))
     heads = _head_biases(weights.products) if resolved == "text-classification" else {}
     lifted = lift_weights(graph, weights, names)
     for weight, bias in heads.items():
@@ -165,6 +169,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         model=model,
         weights=lifted,
         aliases=aliases,
+        packed=packed,
         architecture=producer,
         quantization=quantization,
         pooling=Pooling() if output.name == "last_hidden_state" else None,
@@ -228,6 +233,30 @@ def _quantization(graph: ir.Graph) -> Quantization | None:
         return None
     bits, block_size = kinds.most_common(1)[0][0]
     return Quantization(bits, block_size)
+
+
+def _packed(
+    graph: ir.Graph, weights: Weights, names: dict[ir.Value, str], model_type: str | None
+) -> dict[str, dict[str, int]]:
+    """The products of genai that hold query, key and value, which transformers keeps apart."""
+    if model_type not in SELF_ATTENTION:
+        return {}
+    modules = {node: names[weight] for weight, nodes in weights.products.items() for node in nodes}
+    packed: dict[str, dict[str, int]] = {}
+    for node in graph:
+        if node.op_type != "GroupQueryAttention" or node.inputs[1] is not None or node.inputs[0] is None:
+            continue
+        product = node.inputs[0].producer()
+        if product is not None and product.op_type == "Add":
+            product = next((item for item in product.predecessors() if item in modules), None)
+        module = modules.get(product, "") if product is not None else ""
+        width = node.inputs[0].shape[-1] if node.inputs[0].shape is not None else None
+        if module.endswith(".qkv_proj") and isinstance(width, int):
+            heads, kv_heads = node.attributes["num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()
+            size = width // (heads + 2 * kv_heads)
+            widths = {"q_proj": heads * size, "k_proj": kv_heads * size, "v_proj": kv_heads * size}
+            packed[module] = {f"{module.removesuffix('qkv_proj')}{part}": n for part, n in widths.items()}
+    return packed
 
 
 def _head_biases(products: dict[ir.Value, list[ir.Node]]) -> dict[ir.Value, ir.Value]:
