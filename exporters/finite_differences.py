@@ -1,13 +1,12 @@
 """Compare the gradients of a training graph with central differences of its own loss.
 
-For every trainable tensor the derivative along one direction v is compared: Σ v·grad with
+For every trainable tensor the derivative along one direction v, Σ v·grad, is compared with
 
-    (8 (L(+h) - L(-h)) - (L(+2h) - L(-2h))) / 12h,
+    R(h) = (4 D(h) - D(2h)) / 3,   D(h) = (L(+h) - L(-h)) / 2h,
 
 whose error is O(h⁴). v is the gradient weighted at random, element by element, plus a random direction, so
-that a gradient that is wrong, incomplete or too large shows. The loss is computed in float32, with an error
-of about `LOSS_ERROR`; h is as large as makes that small beside the difference, and no larger than a part of
-the tensor.
+that a gradient that is wrong, incomplete or too large shows. h is halved until R settles or the rounding of the
+loss, float32, outweighs what is gained; what R still changed by and that rounding are its own error.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +14,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-#: Largest relative difference between a directional derivative and its central difference.
+#: Largest relative difference between a directional derivative and its central difference, beyond the error
+#: of the latter.
 TOLERANCE = 5e-3
-#: Relative error of a loss in float32, of which a difference of losses is made.
+#: Relative error of a loss in float32.
 LOSS_ERROR = 5e-7
-#: Change of the loss that a step aims at, relative to the loss, and the most that it moves a tensor.
-AIM, LARGEST_STEP = 1e-2, 0.03
+#: Change of the loss that the first step aims at, relative to the loss, and the most that it moves a tensor.
+AIM, LARGEST_STEP = 1e-2, 0.05
+#: Halvings of the step at most, and the relative error at which they end.
+HALVINGS, SETTLED = 8, 1e-3
+#: A difference whose error is above this part of it tells nothing.
+RESOLVED = 0.05
 #: Directions at most; where there are more tensors, several of them share a direction.
 DIRECTIONS = 128
 
@@ -38,14 +42,14 @@ class Difference:
 
     @property
     def relative(self) -> float:
-        """Their difference, beyond the error of the losses, relative to the derivative."""
+        """Their difference, beyond the error of the central one, relative to the larger."""
         beyond = max(abs(self.derivative - self.central) - self.error, 0.0)
         return beyond / max(abs(self.derivative), abs(self.central), 1e-12)
 
     @property
     def resolved(self) -> bool:
-        """Whether the derivative stands out from the error of the losses."""
-        return self.error < 0.1 * abs(self.derivative)
+        """Whether the central difference is precise enough to tell right from wrong."""
+        return self.error <= RESOLVED * max(abs(self.derivative), abs(self.central))
 
 
 def compare(
@@ -79,15 +83,28 @@ def _difference(
 ) -> Difference:
     direction = {name: _direction(values[name], gradients[name], rng) for name in names}
     derivative = float(sum((direction[name] * gradients[name]).sum() for name in names))
+
+    def slope(step: float) -> float:
+        high, low = (
+            loss({name: (values[name] + way * step * direction[name]).astype(np.float32) for name in names})
+            for way in (1, -1)
+        )
+        return (high - low) / (2 * step)
+
     step = min(AIM * scale / max(abs(derivative), 1e-12), LARGEST_STEP)
-
-    def at(distance: float) -> float:
-        return loss({name: (values[name] + distance * direction[name]).astype(np.float32) for name in names})
-
-    near, far = at(step) - at(-step), at(2 * step) - at(-2 * step)
-    # Four losses, weighted 8, 8, 1 and 1, each off by at most LOSS_ERROR.
-    error = 18 / 12 * LOSS_ERROR * scale / step
-    return Difference(tuple(names), derivative, (8 * near - far) / (12 * step), error)
+    wide, last = slope(2 * step), None
+    best, error = 0.0, float("inf")
+    for _ in range(HALVINGS):
+        near = slope(step)
+        refined = (4 * near - wide) / 3
+        # Two losses weighted 4/3 and two weighted 1/6, over the step.
+        rounding = 1.5 * LOSS_ERROR * scale / step
+        if last is not None and abs(refined - last) + rounding < error:
+            best, error = refined, abs(refined - last) + rounding
+        if error <= SETTLED * abs(best) or rounding > error:
+            break
+        wide, last, step = near, refined, step / 2
+    return Difference(tuple(names), derivative, best, error)
 
 
 def _direction(value: np.ndarray, gradient: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -143,10 +143,11 @@ class _Check:
                 "nothing was written"
             )
         resolved = [difference for difference in found if difference.resolved]
-        if not resolved:
+        if 2 * len(resolved) < len(found):
             raise VerificationError(
-                f"no gradient with adapter {name!r} stands out from the rounding of the loss, so none "
-                "could be compared with central differences: nothing was written; export with --no-verify"
+                f"only {len(resolved)} of {len(found)} derivatives with adapter {name!r} stand out from the "
+                "rounding of the loss, so the gradients cannot be verified: nothing was written; export with "
+                "--no-verify"
             )
         self.figures["gradients"][name] = {
             "tensors": len(trainable),

@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
-#: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
+#: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do. Integers
+#: do under any name: onnxruntime infers shapes from them, which it does not from external data.
 INLINE_BYTES = 1024
 #: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
@@ -52,7 +53,8 @@ def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes < INLINE_BYTES and "." not in name:
+        is_shape = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+        if tensor.nbytes < INLINE_BYTES and ("." not in name or is_shape):
             continue
         stored = weights.add(name, tensor)
         kept[name] = tensor

@@ -140,7 +140,7 @@ def multi_head(*given: str, **attributes: Any) -> tuple[ir.Model, Feeds]:
         "addend": random(BATCH, HEADS, ROWS, ROWS, seed=4),
     }
     shapes: dict[str, list[Any]] = {
-        **dict.fromkeys(("query", "key", "value"), ["batch", "sequence", width]),
+        **{name: ["batch", "sequence", width] for name in ("query", "key", "value")},
         "bias": [3 * width],
         "mask": ["batch", "sequence"],
         "addend": ["batch", HEADS, "sequence", "sequence"],

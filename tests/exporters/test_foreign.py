@@ -1,0 +1,375 @@
+"""ONNX files that other tools wrote: bundles from them against PyTorch on the weights that the files hold."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+import transformers
+
+import edgepeft
+from edgepeft.exporters import finite_differences
+from edgepeft.exporters.autodiff.rules import quantized as quantized_rules
+from edgepeft.exporters.sources.onnx_file import load_onnx_file
+
+from . import foreign, models
+
+torch.set_num_threads(1)
+BERT_TARGETS = ["query", "value", "dense"]
+LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`files(name)`: one of the files below, written once."""
+    folder = tmp_path_factory.mktemp("foreign")
+    writers: dict[str, Callable[[Path], Path]] = {
+        "bert-dynamo": lambda path: foreign.export_dynamo(bert(), path),
+        "llama-dynamo": lambda path: foreign.export_dynamo(models.llama(tied=False), path),
+        "llama-script": lambda path: foreign.export_torchscript(models.llama(tied=False), path),
+        "llama-q4-symmetric": lambda path: foreign.quantize_nbits(
+            files("llama-script"), path, symmetric=True
+        ),
+        "llama-q4-asymmetric": lambda path: foreign.quantize_nbits(
+            files("llama-script"), path, symmetric=False
+        ),
+    }
+    made: dict[str, Path] = {}
+
+    def files(name: str) -> Path:
+        if name not in made:
+            (folder / name).mkdir()
+            made[name] = writers[name](folder / name / "exported.onnx")
+        return made[name]
+
+    return files
+
+
+@pytest.fixture(scope="session")
+def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`genai(kind, precision)`: a file of onnxruntime-genai's builder, written once."""
+    pytest.importorskip("onnxruntime_genai")
+    made: dict[tuple[str, str], Path] = {}
+
+    def build(kind: str, precision: str) -> Path:
+        if (kind, precision) not in made:
+            folder = tmp_path_factory.mktemp(f"genai-{kind}-{precision}")
+            made[kind, precision] = foreign.build_genai(kind, precision, folder)
+        return made[kind, precision]
+
+    return build
+
+
+def bert() -> transformers.PreTrainedModel:
+    return foreign.with_biases(models.bert_classifier())
+
+
+def compare_with_pytorch(
+    bundle: Path, model: transformers.PreTrainedModel, adapter: Path, labels: int | str, tolerance: float
+) -> None:
+    """Outputs with and without the adapter, the loss and every gradient."""
+    batch = models.batch(labels=labels)
+    inputs = {key: value for key, value in batch.arrays.items() if key != "labels"}
+    attended = batch.arrays["attention_mask"].astype(bool)
+    counted = attended if labels == "tokens" else slice(None)
+    model.config.use_cache = False
+    with edgepeft.load(bundle) as device:
+        with torch.no_grad():
+            expected = model(**batch.tensors).logits.numpy()
+        got = device.forward(inputs)["logits"]
+        np.testing.assert_allclose(got[counted], expected[counted], rtol=0, atol=tolerance)
+        trained = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
+        result = trained(**batch.tensors)
+        got = device.forward(inputs, adapter="mine")["logits"]
+        np.testing.assert_allclose(
+            got[counted], result.logits.detach().numpy()[counted], rtol=0, atol=tolerance
+        )
+        loss, gradients = device.loss_and_gradients(batch.arrays, adapter="mine")
+    assert loss == pytest.approx(result.loss.item(), rel=1e-4)
+    result.loss.backward()
+    wanted = {
+        key.replace(".default.", ".").replace(".modules_to_save.", "."): parameter.grad.numpy()
+        for key, parameter in trained.named_parameters()
+        if parameter.grad is not None
+    }
+    assert gradients.keys() == wanted.keys()
+    for key, gradient in gradients.items():
+        norms = np.linalg.norm(gradient), np.linalg.norm(wanted[key])
+        assert norms[1] > 1e-7, f"{key} has no gradient to compare"
+        assert float((gradient * wanted[key]).sum() / (norms[0] * norms[1])) >= 0.9999, key
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3), key
+
+
+def test_a_classifier_of_torchs_exporter(files: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its weights have lost their names, its nodes know their modules."""
+    adapter = models.save_adapter(
+        bert(), tmp_path / "a", 1, r=4, task_type="SEQ_CLS",
+        target_modules=BERT_TARGETS,
+    )  # fmt: skip
+    manifest = edgepeft.export(
+        files("bert-dynamo"), tmp_path / "b", bits=32, adapters={"mine": adapter}, targets=BERT_TARGETS
+    )
+    assert manifest.task == "text-classification"
+    assert manifest.model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
+    assert manifest.model.vocab_size == models.SIZES["vocab_size"]
+    assert [item.name for item in manifest.graphs["inference"].inputs[:2]] == ["input_ids", "attention_mask"]
+    figures = manifest.verification
+    assert figures["outputs"]["no adapter"] <= 1e-4
+    assert figures["gradients"]["mine"]["resolved_directions"] >= 20
+    compare_with_pytorch(tmp_path / "b", bert(), adapter, 3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        pytest.param("llama-dynamo", LLAMA_TARGETS, marks=pytest.mark.slow),
+        pytest.param("llama-script", LLAMA_TARGETS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_language_model_without_a_cache(
+    files: Callable[[str], Path], tmp_path: Path, name: str, targets: list[str]
+) -> None:
+    model = models.llama(tied=False)
+    adapter = models.save_adapter(
+        model, tmp_path / "a", 1, r=4, task_type="CAUSAL_LM", target_modules=targets
+    )
+    manifest = edgepeft.export(files(name), tmp_path / "b", bits=32, adapters={"mine": adapter})
+    assert manifest.task == "text-generation"
+    compare_with_pytorch(tmp_path / "b", models.llama(tied=False), adapter, "tokens", 2e-4)
+    prompt = [5, 9, 2, 17]
+    with torch.no_grad():
+        expected = models.llama(tied=False).generate(
+            torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+    with edgepeft.load(tmp_path / "b") as device:
+        assert device.generate_ids(prompt, max_new_tokens=6) == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama-q4-symmetric", marks=pytest.mark.slow), "llama-q4-asymmetric"]
+)
+def test_a_quantized_file_keeps_its_weights(files: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    path = files(name)
+    model = models.llama(tied=False)
+    adapter = models.save_adapter(
+        model, tmp_path / "a", 1, r=4, task_type="CAUSAL_LM", target_modules=LLAMA_TARGETS
+    )
+    manifest = edgepeft.export(path, tmp_path / "b", adapters={"mine": adapter})
+    assert manifest.quantization.bits == 4
+    assert manifest.verification["outputs"]["no adapter"] <= 1e-4
+    parameters = dict(model.named_parameters())
+    weights = foreign.dequantized(path)
+    assert len(weights) == 15
+    with torch.no_grad():
+        for node, weight in weights.items():
+            module = node.removesuffix("/MatMul_Q4").strip("/").replace("/", ".")
+            parameters[f"{module}.weight"].copy_(torch.from_numpy(weight))
+    compare_with_pytorch(tmp_path / "b", model, adapter, "tokens", 2e-4)
+    stored = (tmp_path / "b" / manifest.weights_file).read_bytes()
+    for tensor in onnx.load(path).graph.initializer:
+        if tensor.name.endswith(("_Q4", "_scales", "_zero_points")) and len(tensor.raw_data) >= 1024:
+            assert tensor.raw_data in stored, tensor.name
+
+
+@pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("precision", ["int4", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_a_file_of_genai(
+    genai: Callable[[str, str], Path], tmp_path: Path, kind: str, precision: str
+) -> None:
+    """PEFT's adapter for the transformers model fits, though the file packs query, key and value."""
+    path = genai(kind, precision)
+    model = foreign.decoder(kind)
+    adapter = models.save_adapter(
+        model, tmp_path / "a", 1, r=4, task_type="CAUSAL_LM", target_modules=LLAMA_TARGETS
+    )
+    bits = {"int4": None, "fp32": 32}[precision]
+    manifest = edgepeft.export(path, tmp_path / "b", bits=bits, adapters={"mine": adapter})
+    assert manifest.model.eos_token_ids == (2,)
+    assert manifest.model.max_length == 64
+    assert "tokenizer.json" in manifest.files
+    assert manifest.verification["outputs"]["no adapter"] <= 1e-4
+    assert manifest.verification["outputs"]["training graph"] <= 1e-4
+    prompt = [5, 9, 3, 17]
+    reference = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with edgepeft.load(tmp_path / "b") as device:
+        generated = device.generate_ids(prompt, max_new_tokens=6)
+    assert generated == greedy(reference, prompt, len(generated))
+    if precision == "fp32":
+        compare_with_pytorch(tmp_path / "b", model, adapter, "tokens", 2e-4)
+    else:
+        compare_rounded(tmp_path / "b", path, model, adapter)
+
+
+def compare_rounded(bundle: Path, path: Path, model: Any, adapter: Path) -> None:
+    """Loss and gradients with PyTorch's: the file rounds activations to int8, its training graph does not."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for node, weight in foreign.dequantized(path).items():
+            module = node.removesuffix("/MatMul_Q4").strip("/").replace("/", ".")
+            module = module.replace(".attn.", ".self_attn.")
+            parts = [module]
+            if module.endswith("qkv_proj"):
+                parts = [module.replace("qkv_proj", f"{part}_proj") for part in "qkv"]
+            if f"{parts[0]}.weight" not in parameters:
+                assert module == "lm_head", module
+                parts = ["model.embed_tokens"]  # tied, and looked up in the same codes
+            sizes = [len(parameters[f"{part}.weight"]) for part in parts]
+            rows = np.split(weight, np.cumsum(sizes)[:-1])
+            for part, values in zip(parts, rows, strict=True):
+                parameters[f"{part}.weight"].copy_(torch.from_numpy(values))
+    model.config.use_cache = False
+    trained = peft.PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
+    batch = models.batch(labels="tokens")
+    result = trained(**batch.tensors)
+    result.loss.backward()
+    with edgepeft.load(bundle) as device:
+        loss, gradients = device.loss_and_gradients(batch.arrays, adapter="mine")
+    assert loss == pytest.approx(result.loss.item(), rel=1e-4)
+    for key, parameter in trained.named_parameters():
+        if parameter.grad is None:
+            continue
+        got, wanted = gradients[key.replace(".default.", ".")], parameter.grad.numpy()
+        norms = np.linalg.norm(got), np.linalg.norm(wanted)
+        assert float((got * wanted).sum() / (norms[0] * norms[1])) >= 0.9999, key
+        assert norms[0] == pytest.approx(norms[1], rel=1e-3), key
+
+
+def greedy(session: ort.InferenceSession, prompt: list[int], count: int) -> list[int]:
+    """The file's own continuation, its whole text read again for every token."""
+    ids = list(prompt)
+    for _ in range(count):
+        feeds: dict[str, np.ndarray] = {}
+        for item in session.get_inputs():
+            empty = np.zeros((1, 2, 0, 16), np.float32)
+            tokens = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+            feeds[item.name] = tokens.get(item.name, empty)
+        logits = np.asarray(session.run(["logits"], feeds)[0])
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["script", "genai"])
+def test_a_few_steps_lower_the_loss(
+    files: Callable[[str], Path], request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    if kind == "genai":
+        path = request.getfixturevalue("genai")("llama", "int4")
+    else:
+        path = files("llama-q4-asymmetric")
+    edgepeft.export(path, tmp_path / "b", rank=4, targets=["q_proj", "v_proj"], verify=False)
+    records = [{"input_ids": [3, 4, 5, 6, 7, 8, 9, 10]}] * 12
+    with edgepeft.load(tmp_path / "b", memory_budget="2GiB") as device:
+        batch = {
+            "input_ids": np.array([records[0]["input_ids"]]),
+            "labels": np.array([records[0]["input_ids"]]),
+        }
+        before, _ = device.loss_and_gradients(batch, adapter="default")
+        device.adapt(records, output=tmp_path / "trained", steps=12, seq_len=16, lr=1e-2)
+        after, _ = device.loss_and_gradients(batch, adapter=str(tmp_path / "trained"))
+    assert after < before - 0.1
+
+
+def test_linears_go_by_their_nodes_and_weights_too(files: Callable[[str], Path]) -> None:
+    source = load_onnx_file(files("llama-script"))
+    module = "model.layers.0.self_attn.q_proj"
+    assert module in source.linears()
+    nodes = {item.name: item for item in onnx.load(files("llama-script")).graph.node}
+    node = nodes["/model/layers.0/self_attn/q_proj/MatMul"]
+    assert source.resolve_targets([node.name, node.input[1], "v_proj"]) == [module, module, "v_proj"]
+    assert node.input[1].startswith("onnx::MatMul_")
+    assert "lm_head" in source.linears()
+    assert "lm_head" not in source.linear_names()
+
+
+def test_a_target_that_matches_nothing_lists_the_linears(
+    files: Callable[[str], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        edgepeft.ExportError, match="'nonesuch' is not a linear of this model: it has down_proj"
+    ):
+        edgepeft.export(files("llama-script"), tmp_path / "b", targets=["nonesuch"])
+    assert not (tmp_path / "b").exists()
+
+
+def test_bits_for_a_quantized_file(files: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(edgepeft.UsageError, match="quantized already"):
+        edgepeft.export(files("llama-q4-asymmetric"), tmp_path / "b", bits=8)
+
+
+def test_another_task(files: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(edgepeft.UsageError, match=r"logits \[batch,3\]"):
+        edgepeft.export(files("bert-dynamo"), tmp_path / "b", task="text-generation")
+    with pytest.raises(edgepeft.UsageError, match="--labels names 2 classes, the file's logits have 3"):
+        edgepeft.export(files("bert-dynamo"), tmp_path / "b", labels=["a", "b"])
+
+
+def test_a_wrong_gradient_is_refused(
+    files: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five percent too large: the central differences see it."""
+    right = quantized_rules._dequantized
+    monkeypatch.setattr(quantized_rules, "_dequantized", lambda c: c.emit.scale(right(c), 1.05))
+    with pytest.raises(edgepeft.VerificationError, match="central differences of the loss give"):
+        edgepeft.export(files("llama-q4-asymmetric"), tmp_path / "b", rank=2, targets=["q_proj"])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("location", ["../weights.data", "/etc/hostname", "linked.data"])
+def test_external_data_stays_in_the_folder(
+    files: Callable[[str], Path], tmp_path: Path, location: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    model = onnx.load(files("llama-script"))
+    onnx.save(
+        model, folder / "m.onnx", save_as_external_data=True, location="weights.data", size_threshold=1024
+    )
+    (folder / "weights.data").rename(tmp_path / "weights.data")
+    (folder / "linked.data").symlink_to(tmp_path / "weights.data")
+    model = onnx.load(folder / "m.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    (folder / "m.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(edgepeft.ExportError, match="outside the file's folder"):
+        edgepeft.export(folder / "m.onnx", tmp_path / "b")
+
+
+def test_files_that_are_no_models(tmp_path: Path) -> None:
+    with pytest.raises(edgepeft.ExportError, match="no such file"):
+        edgepeft.export(tmp_path / "missing.onnx", tmp_path / "b")
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(edgepeft.ExportError, match="cannot be read as an ONNX model"):
+        edgepeft.export(tmp_path / "text.onnx", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("change", "agrees"),
+    [
+        (lambda g: g, True),
+        (lambda g: 1.02 * g, False),
+        (lambda g: np.where(np.arange(g.size).reshape(g.shape) % 2, g, 0), False),
+        (lambda g: g[::-1], False),
+        (lambda g: -g, False),
+    ],
+    ids=["right", "2% too large", "half missing", "permuted", "negated"],
+)
+def test_central_differences_tell_wrong_gradients(change: Callable[..., np.ndarray], agrees: bool) -> None:
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal((2, 12, 16)).astype(np.float32)
+
+    def loss(changed: Any) -> float:
+        return float(np.log(np.exp(changed.get("w", weight) * x * 0.3).sum(dtype=np.float64)))
+
+    exponentials = np.exp(weight * x * 0.3)
+    gradient = 0.3 * x * exponentials / exponentials.sum()
+    (found,) = finite_differences.compare(loss, {"w": weight}, {"w": change(gradient)})
+    assert found.resolved
+    assert (found.relative <= finite_differences.TOLERANCE) == agrees
