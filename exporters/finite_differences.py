@@ -5,8 +5,8 @@ For every trainable tensor the derivative along one direction v, Σ v·grad, is 
     R(h) = (4 D(h) - D(2h)) / 3,   D(h) = (L(+h) - L(-h)) / 2h,
 
 whose error is O(h⁴). v is the gradient weighted at random, element by element, plus a random direction, so
-that a gradient that is wrong, incomplete or too large shows. h is halved until R settles or the rounding of the
-loss, float32, outweighs what is gained; what R still changed by and that rounding are its own error.
+that a gradient that is wrong, incomplete or too large shows. h is halved until R settles or the rounding of
+the loss, float32, outweighs what is gained; what R still changed by and that rounding are its own error.
 """
 
 from collections.abc import Callable, Mapping, Sequence

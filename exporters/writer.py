@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
-#: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do. Integers
-#: do under any name: onnxruntime infers shapes from them, which it does not from external data.
+#: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
+#: Integers do under any name: onnxruntime infers shapes from them, which it does not from external data.
 INLINE_BYTES = 1024
 #: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
