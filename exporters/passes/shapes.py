@@ -7,7 +7,7 @@ from edgepeft.errors import ExportError
 
 from ..graph import MICROSOFT
 
-#: Initializers above this size hold weights, not shapes, and are kept away from the tool.
+#: Initializers above this size, and vectors of floats, hold weights and are kept away from the tool.
 SHAPE_BYTES = 1024
 
 
@@ -44,10 +44,15 @@ def _without_weights(model: ir.Model) -> ir.Model:
     skeleton = model.clone()
     graph = skeleton.graph
     for name, value in list(graph.initializers.items()):
-        if value.const_value is not None and value.const_value.nbytes > SHAPE_BYTES:
+        tensor = value.const_value
+        assert tensor is not None
+        if tensor.nbytes > SHAPE_BYTES or (tensor.dtype.is_floating_point() and len(tensor.shape) > 0):
             graph.initializers.pop(name)
+            value.shape, value.dtype = ir.Shape(tensor.shape.numpy()), tensor.dtype
             value.const_value = None
             graph.inputs.append(value)
+        elif isinstance(tensor, ir.ExternalTensor):  # the tool does not know where the file is
+            value.const_value = ir.tensor(tensor.numpy(), name=name)
     for node in list(graph):
         # The tool does not unpack the codes of a table; float rows have the shape that it ends up with.
         if node.op_type == "GatherBlockQuantized" and node.domain == MICROSOFT:

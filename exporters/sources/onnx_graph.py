@@ -69,6 +69,7 @@ def _at_opset(model: ir.Model, path: Path) -> ir.Model:
         if opset < _OLDEST:
             converted = onnx.version_converter.convert_version(ir.to_proto(model), _OLDEST)
             model = ir.from_proto(converted)
+            ir.external_data.set_base_dir(model.graph, path.parent)
         if opset < target:
             version_converter.convert_version(model, target)
     except Exception as error:  # the converters raise bare exceptions

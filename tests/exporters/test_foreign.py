@@ -270,7 +270,7 @@ def test_a_few_steps_lower_the_loss(
             "labels": np.array([records[0]["input_ids"]]),
         }
         before, _ = device.loss_and_gradients(batch, adapter="default")
-        device.adapt(records, output=tmp_path / "trained", steps=12, seq_len=16, lr=1e-2)
+        device.adapt(records, output=tmp_path / "trained", steps=12, seq_len=16, learning_rate=1e-2)
         after, _ = device.loss_and_gradients(batch, adapter=str(tmp_path / "trained"))
     assert after < before - 0.1
 
@@ -340,6 +340,22 @@ def test_external_data_stays_in_the_folder(
     (folder / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(edgepeft.ExportError, match="outside the file's folder"):
         edgepeft.export(folder / "m.onnx", tmp_path / "b")
+
+
+def test_external_data_beside_the_file(files: Callable[[str], Path], tmp_path: Path) -> None:
+    """At an old opset, so that the converter has seen it too."""
+    inside = tmp_path / "m.onnx"
+    onnx.save(
+        onnx.load(files("llama-script")),
+        inside,
+        save_as_external_data=True,
+        location="weights.data",
+        size_threshold=0,
+    )
+    apart, whole = load_onnx_file(inside), load_onnx_file(files("llama-script"))
+    assert apart.weights.keys() == whole.weights.keys()
+    for name, value in whole.weights.items():
+        assert torch.equal(apart.weights[name], value), name
 
 
 def test_files_that_are_no_models(tmp_path: Path) -> None:
