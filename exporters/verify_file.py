@@ -177,7 +177,7 @@ class _Check:
             ir.save(model, path, external_data="reference.data")
             feeds = {**_file_feeds(self.batch, self.bundle)}
             feeds |= {name: value.float().numpy() for name, value in weights.items()}
-            return self._pooled(_run_session(path, feeds))
+            return self._pooled(_run_session(path, feeds, exact=exact))
 
     def _pooled(self, output: np.ndarray) -> np.ndarray:
         return output if self.source.pooling is None else _pool(output, self.batch, self.source.pooling)
@@ -208,9 +208,11 @@ def _run_file(path: Path, batch: Arrays, bundle: Bundle) -> np.ndarray:
     return _run_session(path, _file_feeds(batch, bundle))
 
 
-def _run_session(path: Path, feeds: Arrays) -> np.ndarray:
+def _run_session(path: Path, feeds: Arrays, *, exact: bool = False) -> np.ndarray:
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
@@ -243,6 +245,7 @@ def _forward_session(bundle: Bundle, outputs: list[str]) -> ort.InferenceSession
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
     )
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     data = ir.to_proto(model).SerializeToString()
     return ort.InferenceSession(
         data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]

@@ -59,6 +59,10 @@ class GraphSession:
         self.inputs: dict[str, TensorSpec] = {item.name: item for item in spec.inputs}
         self.outputs: dict[str, TensorSpec] = {item.name: item for item in spec.outputs}
         options = _options(threads)
+        if any(strategy.graph == role for strategy in bundle.manifest.strategies):
+            # onnxruntime fuses DequantizeLinear and MatMul and then rounds the activations to int8 (level 4):
+            # the loss would be a staircase, and not the function whose gradient the graph computes.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )

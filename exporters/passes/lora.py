@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepeft.bundle.manifest import LoraSlot
+from edgepeft.errors import ExportError
 
 from ..graph import append, graph_input, initializer
 from .linears import Linear
@@ -23,7 +24,11 @@ PEFT_PREFIX = "base_model.model."
 
 
 def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[LoraSlot]:
-    """Give each of `linears` a slot; the caller sorts the graph afterwards."""
+    """Give each of `linears` a slot; the caller sorts the graph afterwards.
+
+    Raises:
+        ExportError: the shape of a linear's output is unknown.
+    """
     slots = []
     for index, linear in enumerate(linears):
         key = f"{PEFT_PREFIX}{linear.module}"
@@ -46,7 +51,10 @@ def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
     scaling = graph_input(graph, slot.scaling_input, [rank])
     for node, x in linear.uses:
         output = node.outputs[0]
-        assert output.shape is not None
+        if output.shape is None:
+            raise ExportError(
+                f"linear {linear.module}: the shape of its output is unknown, so it takes no LoRA"
+            )
         lead = list(output.shape)[:-1]
         readers = list(output.uses())
         low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])

@@ -1,5 +1,6 @@
-"""Shapes of every value of a graph, com.microsoft's operators included, by onnxruntime's own tool."""
+"""Shapes of every value of a graph, com.microsoft's operators included, by onnxruntime's tool or onnx's."""
 
+import onnx
 import onnx_ir as ir
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
@@ -15,17 +16,21 @@ def infer_shapes(model: ir.Model) -> None:
     """Give every value of `model` the type and the (partly symbolic) shape that its inputs imply.
 
     Raises:
-        ExportError: the graph contradicts itself, or the tool does not know an operator's shapes.
+        ExportError: the graph contradicts itself.
     """
-    skeleton = _without_weights(model)
+    skeleton = ir.to_proto(_without_weights(model))
     try:
         # It merges two symbols that must be equal into one.
-        inferred = SymbolicShapeInference.infer_shapes(ir.to_proto(skeleton), auto_merge=True)
-    except Exception as error:  # asserts, and bare exceptions of several kinds
-        raise ExportError(
-            f"the shapes of the graph cannot be inferred ({type(error).__name__}: {error}): run "
-            "onnxruntime.tools.symbolic_shape_infer on the file to see where"
-        ) from error
+        inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=True)
+    except Exception as tool_error:  # asserts, and bare exceptions of several kinds
+        # It knows com.microsoft's operators, but trips over some of the standard's younger ones.
+        try:
+            inferred = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+        except Exception as error:
+            raise ExportError(
+                f"the shapes of the graph cannot be inferred ({tool_error!r}; {error!r}): run "
+                "onnxruntime.tools.symbolic_shape_infer on the file to see where"
+            ) from error
     known = {
         value.name: value
         for proto in (*inferred.graph.value_info, *inferred.graph.output)
@@ -54,13 +59,15 @@ def _without_weights(model: ir.Model) -> ir.Model:
         elif isinstance(tensor, ir.ExternalTensor):  # the tool does not know where the file is
             value.const_value = ir.tensor(tensor.numpy(), name=name)
     for node in list(graph):
-        # The tool does not unpack the codes of a table; float rows have the shape that it ends up with.
-        if node.op_type == "GatherBlockQuantized" and node.domain == MICROSOFT:
+        if node.domain == MICROSOFT and node.op_type == "GatherBlockQuantized":
             _as_lookup(graph, node)
+        elif node.domain == MICROSOFT and node.op_type in ("MatMulNBits", "MatMulBnb4"):
+            _as_product(graph, node)
     return skeleton
 
 
 def _as_lookup(graph: ir.Graph, node: ir.Node) -> None:
+    """Float rows have the shape that quantized ones end up with."""
     scales, indices = node.inputs[2], node.inputs[1]
     assert scales is not None
     assert scales.shape is not None
@@ -68,10 +75,23 @@ def _as_lookup(graph: ir.Graph, node: ir.Node) -> None:
     width = int(blocks) * node.attributes.get_int("block_size", 128)  # type: ignore[arg-type]
     table = ir.Value(name=f"{node.name}.rows", shape=ir.Shape([rows, width]), type=scales.type)
     graph.inputs.append(table)
-    lookup = ir.node("Gather", [table, indices], {"axis": 0}, outputs=[ir.Value(name="")])
-    output = node.outputs[0]
-    name, output.name = output.name, None
-    lookup.outputs[0].name = name
-    output.replace_all_uses_with(lookup.outputs[0])
-    graph.insert_before(node, lookup)
+    _replace(graph, node, ir.node("Gather", [table, indices], {"axis": 0}))
+
+
+def _as_product(graph: ir.Graph, node: ir.Node) -> None:
+    """A float weight gives the shape that a quantized one gives."""
+    scales = node.inputs[2]
+    assert scales is not None
+    sizes = [node.attributes["K"].as_int(), node.attributes["N"].as_int()]
+    weight = ir.Value(name=f"{node.name}.weight", shape=ir.Shape(sizes), type=scales.type)
+    graph.inputs.append(weight)
+    _replace(graph, node, ir.node("MatMul", [node.inputs[0], weight]))
+
+
+def _replace(graph: ir.Graph, node: ir.Node, stand_in: ir.Node) -> None:
+    old, new = node.outputs[0], stand_in.outputs[0]
+    name, old.name = old.name, None
+    new.name = name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.insert_before(node, stand_in)
     graph.remove(node, safe=True)

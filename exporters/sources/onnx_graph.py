@@ -23,6 +23,8 @@ from ..passes.shapes import infer_shapes
 
 #: The oldest opset that onnxscript's converter starts from; onnx's own goes up to it.
 _OLDEST = 18
+_NOT_YET_STANDARD = ("LayerNormalization", "SimplifiedLayerNormalization")
+_ASIDE = "edgepeft.aside"
 
 
 def read_graph(path: Path) -> ir.Model:
@@ -67,8 +69,7 @@ def _at_opset(model: ir.Model, path: Path) -> ir.Model:
         )
     try:
         if opset < _OLDEST:
-            converted = onnx.version_converter.convert_version(ir.to_proto(model), _OLDEST)
-            model = ir.from_proto(converted)
+            model = _at_oldest(model)
             ir.external_data.set_base_dir(model.graph, path.parent)
         if opset < target:
             version_converter.convert_version(model, target)
@@ -80,6 +81,25 @@ def _at_opset(model: ir.Model, path: Path) -> ir.Model:
         node.version = None
     model.ir_version = IR_VERSION
     return model
+
+
+def _at_oldest(model: ir.Model) -> ir.Model:
+    """Convert to `_OLDEST` with onnx's own converter, which goes by the standard.
+
+    onnxruntime has normalizations in the standard's domain before the standard has them, and its optimizer
+    writes them at any opset; the converter passes over them in another domain.
+    """
+    graph = model.graph
+    aside = [node for node in graph if not node.domain and node.op_type in _NOT_YET_STANDARD]
+    for node in aside:
+        node.domain = _ASIDE
+    graph.opset_imports[_ASIDE] = 1
+    converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), _OLDEST))
+    for node in converted.graph:
+        if node.domain == _ASIDE:
+            node.domain = ""
+    del converted.graph.opset_imports[_ASIDE]
+    return converted
 
 
 def _unconverted(path: Path, opset: int, reason: str) -> ExportError:
