@@ -157,7 +157,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32).
+    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32); what an
+    ONNX file held already may have 2 bits too, and zero points.
 
     `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's
     vector).

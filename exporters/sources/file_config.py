@@ -18,7 +18,7 @@ class FileConfig:
 
     Read from `config.json` (transformers), then `genai_config.json` (onnxruntime-genai); what neither says is
     taken from the graph: the vocabulary from the embedding or the logits, the classes from the logits, the
-    layers from the cache.
+    layers from the cache, the context from the tables of positions.
     """
 
     model_type: str
@@ -84,7 +84,9 @@ def read_config(folder: Path, graph: ir.Graph, output: ir.Value, labels: list[st
     return FileConfig(
         model_type=str(settings.get("model_type") or settings.get("type") or "onnx"),
         vocab_size=_vocabulary(settings, graph, output),
-        max_position_embeddings=settings.get("max_position_embeddings") or settings.get("context_length"),
+        max_position_embeddings=settings.get("max_position_embeddings")
+        or settings.get("context_length")
+        or _positions(graph),
         num_hidden_layers=int(layers or caches),
         hidden_size=width,
         id2label=_labels(settings, width, labels) if len(output.shape) == 2 else {},
@@ -105,6 +107,23 @@ def _vocabulary(settings: dict[str, Any], graph: ir.Graph, output: ir.Value) -> 
         "the size of the vocabulary is neither in config.json nor in the graph: put the model's config.json "
         "beside the file"
     )
+
+
+def _positions(graph: ir.Graph) -> int | None:
+    """Rows of the smallest table of positions: of embeddings that are named so, or of rotary caches."""
+    rows: list[int] = []
+    for node in graph:
+        table = None
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0):
+            table = node.inputs[7]
+        elif node.op_type == "RotaryEmbedding":
+            table = node.inputs[2 if node.domain else 1]
+        elif node.op_type == "Gather" and "position" in (node.inputs[0].name or "" if node.inputs[0] else ""):
+            table = node.inputs[0]
+        tensor = table.const_value if table is not None else None
+        if tensor is not None and len(tensor.shape) == 2 and tensor.dtype.is_floating_point():
+            rows.append(int(tensor.shape[0]))  # type: ignore[arg-type]
+    return min(rows, default=None)
 
 
 def looked_up_rows(graph: ir.Graph) -> int | None:

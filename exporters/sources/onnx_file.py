@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import TopologicalSortPass
 
 from edgepeft.bundle.manifest import Quantization
 from edgepeft.errors import ExportError, UsageError
@@ -161,6 +162,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
             lifted[name] = to_torch(bias)
             lift(graph, bias, name)
     _name_cache(graph)
+    TopologicalSortPass()(model)
     return OnnxFile(
         path=path,
         task=resolved,

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 import transformers
 from onnx import numpy_helper
+
+from edgepeft.exporters.sources.loading import load_source
 
 from . import models
 
@@ -25,8 +28,11 @@ class Logits(torch.nn.Module):
             self.add_module(name, child)
         self.__dict__["whole"] = model
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        result = self.__dict__["whole"](input_ids=input_ids, attention_mask=attention_mask)
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        given = {} if position_ids is None else {"position_ids": position_ids}
+        result = self.__dict__["whole"](input_ids=input_ids, attention_mask=attention_mask, **given)
         logits: torch.Tensor = result.logits
         return logits
 
@@ -54,20 +60,24 @@ def export_dynamo(model: transformers.PreTrainedModel, path: Path) -> Path:
     return path
 
 
-def export_torchscript(model: transformers.PreTrainedModel, path: Path) -> Path:
+def export_torchscript(
+    model: transformers.PreTrainedModel, path: Path, *, with_positions: bool = False
+) -> Path:
     """As optimum exports: opset 14, paths in the nodes' names, weights `onnx::MatMul_123`."""
     model.config.use_cache = False
     ids = torch.randint(0, models.SIZES["vocab_size"], (2, 7))
+    names = ["input_ids", "attention_mask", *(["position_ids"] if with_positions else [])]
+    positions = torch.arange(7)[None].expand(2, 7)
     axes = {0: "batch", 1: "sequence"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.onnx.export(
             Logits(model).eval(),
-            (ids, torch.ones_like(ids)),
+            (ids, torch.ones_like(ids), positions)[: len(names)],
             str(path),
-            input_names=["input_ids", "attention_mask"],
+            input_names=names,
             output_names=["logits"],
-            dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": axes},
+            dynamic_axes=dict.fromkeys([*names, "logits"], axes),
             dynamo=False,
             opset_version=14,
         )
@@ -155,3 +165,51 @@ def dequantized(path: Path) -> dict[str, np.ndarray]:
 def halves(packed: np.ndarray) -> np.ndarray:
     """Each byte's low half and then its high half."""
     return np.stack([packed & 15, packed >> 4], axis=-1)
+
+
+def quantize_qdq(path: Path, output: Path) -> Path:
+    """onnxruntime's 4-bit quantizer, with `DequantizeLinear` before each `MatMul`."""
+    from onnxruntime.quantization import QuantFormat
+    from onnxruntime.quantization.matmul_nbits_quantizer import (
+        DefaultWeightOnlyQuantConfig,
+        MatMulNBitsQuantizer,
+    )
+
+    settings = DefaultWeightOnlyQuantConfig(32, is_symmetric=True, quant_format=QuantFormat.QDQ)
+    model = onnx.version_converter.convert_version(onnx.load(path), 21)
+    quantizer = MatMulNBitsQuantizer(model, algo_config=settings)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(output))
+    return output
+
+
+def quantize_bnb4(path: Path, output: Path) -> Path:
+    """bitsandbytes' NF4."""
+    from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer
+
+    quantizer = MatMulBnb4Quantizer(onnx.load(path), 1, 64)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(output))
+    return output
+
+
+def fuse_bert(path: Path, output: Path) -> Path:
+    """onnxruntime's optimizer for BERT: normalizations with skips, biased activations."""
+    from onnxruntime.transformers import optimizer
+
+    options = {"model_type": "bert", "num_heads": 4, "hidden_size": 64, "opt_level": 0}
+    optimizer.optimize_model(str(path), **options).save_model_to_file(str(output))
+    return output
+
+
+def with_cache(model: transformers.PreTrainedModel, output: Path) -> Path:
+    """A decoder whose cache is joined by plain operators, its inputs named as optimum names them."""
+    traced = load_source(model).trace(training=False)
+    graph = traced.model.graph
+    for value in list(graph.inputs):
+        if value.name in traced.weights:
+            graph.inputs.remove(value)
+            value.const_value = ir.tensor(traced.weights[value.name].numpy(), name=value.name)
+            graph.register_initializer(value)
+    ir.save(traced.model, output)
+    return output

@@ -1,5 +1,6 @@
 """ONNX files that other tools wrote: bundles from them against PyTorch on the weights that the files hold."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "llama-q4-asymmetric": lambda path: foreign.quantize_nbits(
             files("llama-script"), path, symmetric=False
         ),
+    }
+    writers |= {
+        "llama-positions": lambda path: foreign.export_torchscript(
+            models.llama(tied=False), path, with_positions=True
+        ),
+        "bert-script": lambda path: foreign.export_torchscript(bert(), path),
+        "bert-fused": lambda path: foreign.fuse_bert(files("bert-script"), path),
+        "bert-qdq": lambda path: foreign.quantize_qdq(files("bert-dynamo"), path),
+        "llama-nf4": lambda path: foreign.quantize_bnb4(files("llama-script"), path),
+        "llama-cache": lambda path: foreign.with_cache(models.llama(tied=False), path),
     }
     made: dict[str, Path] = {}
 
@@ -117,6 +128,7 @@ def test_a_classifier_of_torchs_exporter(files: Callable[[str], Path], tmp_path:
     assert manifest.task == "text-classification"
     assert manifest.model.labels == ("LABEL_0", "LABEL_1", "LABEL_2")
     assert manifest.model.vocab_size == models.SIZES["vocab_size"]
+    assert manifest.model.max_length == 64
     assert [item.name for item in manifest.graphs["inference"].inputs[:2]] == ["input_ids", "attention_mask"]
     figures = manifest.verification
     assert figures["outputs"]["no adapter"] <= 1e-4
@@ -129,9 +141,11 @@ def test_a_classifier_of_torchs_exporter(files: Callable[[str], Path], tmp_path:
     [
         pytest.param("llama-dynamo", LLAMA_TARGETS, marks=pytest.mark.slow),
         pytest.param("llama-script", LLAMA_TARGETS, marks=pytest.mark.slow),
+        pytest.param("llama-cache", LLAMA_TARGETS, marks=pytest.mark.slow),
+        pytest.param("llama-positions", LLAMA_TARGETS, marks=pytest.mark.slow),
     ],
 )
-def test_a_language_model_without_a_cache(
+def test_a_language_model(
     files: Callable[[str], Path], tmp_path: Path, name: str, targets: list[str]
 ) -> None:
     model = models.llama(tied=False)
@@ -174,6 +188,46 @@ def test_a_quantized_file_keeps_its_weights(files: Callable[[str], Path], tmp_pa
     for tensor in onnx.load(path).graph.initializer:
         if tensor.name.endswith(("_Q4", "_scales", "_zero_points")) and len(tensor.raw_data) >= 1024:
             assert tensor.raw_data in stored, tensor.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "bits"), [("bert-fused", 32), ("bert-fused", None), ("bert-qdq", None), ("llama-nf4", None)]
+)
+def test_other_forms(files: Callable[[str], Path], tmp_path: Path, name: str, bits: int | None) -> None:
+    """Against the file's outputs and central differences: PyTorch has no such weights to compare with."""
+    manifest = edgepeft.export(files(name), tmp_path / "b", bits=bits, rank=4)
+    assert manifest.quantization.bits == (bits or 4)
+    assert len(manifest.lora_slots) >= 13
+    figures = manifest.verification
+    assert figures["outputs"]["no adapter"] <= 1e-4
+    assert figures["gradients"]["default"]["resolved_directions"] == 28
+    assert figures["gradients"]["default"]["largest_relative_difference"] < 5e-3
+
+
+@pytest.mark.slow
+def test_an_encoder_is_pooled(tmp_path: Path) -> None:
+    """The file returns hidden states, the bundle their normalized mean."""
+    model = models.bert_encoder()
+    ids = torch.randint(0, models.SIZES["vocab_size"], (2, 7))
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(tmp_path / "e.onnx"),
+            input_names=names, output_names=["last_hidden_state", "pooled"], opset_version=17,
+            dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names}, dynamo=False,
+        )  # fmt: skip
+    manifest = edgepeft.export(tmp_path / "e.onnx", tmp_path / "b", bits=32, rank=4)
+    assert manifest.task == "feature-extraction"
+    assert manifest.model.embedding_size == models.SIZES["hidden_size"]
+    batch = models.batch()
+    with edgepeft.load(tmp_path / "b") as device, torch.no_grad():
+        (got,) = device.forward(batch.arrays).values()
+        hidden = model(**batch.tensors).last_hidden_state
+    mask = batch.tensors["attention_mask"].unsqueeze(-1)
+    expected = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
