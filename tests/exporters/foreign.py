@@ -84,6 +84,39 @@ def export_torchscript(
     return path
 
 
+class Hidden(torch.nn.Module):
+    """An encoder that returns its last hidden state alone."""
+
+    def __init__(self, encoder: transformers.PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, mask: torch.Tensor, types: torch.Tensor) -> torch.Tensor:
+        result = self.encoder(input_ids=input_ids, attention_mask=mask, token_type_ids=types)
+        hidden: torch.Tensor = result.last_hidden_state
+        return hidden
+
+
+def export_encoder(model: transformers.PreTrainedModel, path: Path) -> Path:
+    """A sentence encoder as it comes out of torch: hidden states, no pooling."""
+    ids = torch.randint(0, models.SIZES["vocab_size"], (2, 7))
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    axes = {0: "rows", 1: "tokens"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            Hidden(model).eval(),
+            (ids, torch.ones_like(ids), torch.zeros_like(ids)),
+            str(path),
+            input_names=names,
+            output_names=["last_hidden_state"],
+            dynamic_axes=dict.fromkeys([*names, "last_hidden_state"], axes),
+            dynamo=False,
+            opset_version=17,
+        )
+    return path
+
+
 def quantize_nbits(path: Path, output: Path, *, symmetric: bool) -> Path:
     """onnxruntime's 4-bit quantizer over a file."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

@@ -1,6 +1,5 @@
 """ONNX files that other tools wrote: bundles from them against PyTorch on the weights that the files hold."""
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,15 +208,7 @@ def test_other_forms(files: Callable[[str], Path], tmp_path: Path, name: str, bi
 def test_an_encoder_is_pooled(tmp_path: Path) -> None:
     """The file returns hidden states, the bundle their normalized mean."""
     model = models.bert_encoder()
-    ids = torch.randint(0, models.SIZES["vocab_size"], (2, 7))
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model, (ids, torch.ones_like(ids), torch.zeros_like(ids)), str(tmp_path / "e.onnx"),
-            input_names=names, output_names=["last_hidden_state", "pooled"], opset_version=17,
-            dynamic_axes={name: {0: "rows", 1: "tokens"} for name in names}, dynamo=False,
-        )  # fmt: skip
+    foreign.export_encoder(model, tmp_path / "e.onnx")
     manifest = edgepeft.export(tmp_path / "e.onnx", tmp_path / "b", bits=32, rank=4)
     assert manifest.task == "feature-extraction"
     assert manifest.model.embedding_size == models.SIZES["hidden_size"]
