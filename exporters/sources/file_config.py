@@ -114,7 +114,7 @@ def _positions(graph: ir.Graph) -> int | None:
     rows: list[int] = []
     for node in graph:
         table = None
-        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0):
+        if node.op_type == "GroupQueryAttention" and node.attributes.get_int("do_rotary", 0) > 0:
             table = node.inputs[7]
         elif node.op_type == "RotaryEmbedding":
             table = node.inputs[2 if node.domain else 1]

@@ -2,6 +2,7 @@
 
 import contextlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import onnx
@@ -137,8 +138,9 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
         )
     if not data.is_file():
         raise ExportError(f"{path}: the data of {tensor.name!r} should be in {data.name!r}, which is missing")
-    end_bytes = (tensor.offset or 0) + (tensor.length if tensor.length is not None else tensor.nbytes)
-    if (tensor.offset or 0) < 0 or end_bytes > data.stat().st_size or tensor.nbytes > end_bytes:
+    offset, length = tensor.offset or 0, tensor.length
+    end_bytes = offset + tensor.nbytes
+    if offset < 0 or end_bytes > data.stat().st_size or (length is not None and length != tensor.nbytes):
         raise ExportError(
             f"{path}: the data of {tensor.name!r} ends at byte {end_bytes:,} of {data.name!r}, which has "
             f"{data.stat().st_size:,} B: copy the file again"
@@ -146,7 +148,7 @@ def _check_external(path: Path, tensor: ir.ExternalTensor) -> None:
 
 
 @contextlib.contextmanager
-def _quiet():  # type: ignore[no-untyped-def]
+def _quiet() -> Iterator[None]:
     """Silence the converters' deprecation warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -146,6 +146,11 @@ def build_genai(kind: str, precision: str, folder: Path, *options: str) -> Path:
     return folder / "onnx" / "model.onnx"
 
 
+def bert() -> transformers.PreTrainedModel:
+    """A random classifier of three classes."""
+    return with_biases(models.bert_classifier())
+
+
 def decoder(kind: str) -> transformers.PreTrainedModel:
     """A random Llama or Qwen2 with grouped heads; a Qwen2's biases are not zero."""
     torch.manual_seed(0)

@@ -13,8 +13,7 @@ import torch
 import transformers
 
 import edgepeft
-from edgepeft.exporters import finite_differences
-from edgepeft.exporters.autodiff.rules import quantized as quantized_rules
+from edgepeft.adapters import load_adapter
 from edgepeft.exporters.sources.onnx_file import load_onnx_file
 
 from . import foreign, models
@@ -22,61 +21,6 @@ from . import foreign, models
 torch.set_num_threads(1)
 BERT_TARGETS = ["query", "value", "dense"]
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
-
-
-@pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`files(name)`: one of the files below, written once."""
-    folder = tmp_path_factory.mktemp("foreign")
-    writers: dict[str, Callable[[Path], Path]] = {
-        "bert-dynamo": lambda path: foreign.export_dynamo(bert(), path),
-        "llama-dynamo": lambda path: foreign.export_dynamo(models.llama(tied=False), path),
-        "llama-script": lambda path: foreign.export_torchscript(models.llama(tied=False), path),
-        "llama-q4-symmetric": lambda path: foreign.quantize_nbits(
-            files("llama-script"), path, symmetric=True
-        ),
-        "llama-q4-asymmetric": lambda path: foreign.quantize_nbits(
-            files("llama-script"), path, symmetric=False
-        ),
-    }
-    writers |= {
-        "llama-positions": lambda path: foreign.export_torchscript(
-            models.llama(tied=False), path, with_positions=True
-        ),
-        "bert-script": lambda path: foreign.export_torchscript(bert(), path),
-        "bert-fused": lambda path: foreign.fuse_bert(files("bert-script"), path),
-        "bert-qdq": lambda path: foreign.quantize_qdq(files("bert-dynamo"), path),
-        "llama-nf4": lambda path: foreign.quantize_bnb4(files("llama-script"), path),
-        "llama-cache": lambda path: foreign.with_cache(models.llama(tied=False), path),
-    }
-    made: dict[str, Path] = {}
-
-    def files(name: str) -> Path:
-        if name not in made:
-            (folder / name).mkdir()
-            made[name] = writers[name](folder / name / "exported.onnx")
-        return made[name]
-
-    return files
-
-
-@pytest.fixture(scope="session")
-def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
-    """`genai(kind, precision)`: a file of onnxruntime-genai's builder, written once."""
-    pytest.importorskip("onnxruntime_genai")
-    made: dict[tuple[str, str], Path] = {}
-
-    def build(kind: str, precision: str) -> Path:
-        if (kind, precision) not in made:
-            folder = tmp_path_factory.mktemp(f"genai-{kind}-{precision}")
-            made[kind, precision] = foreign.build_genai(kind, precision, folder)
-        return made[kind, precision]
-
-    return build
-
-
-def bert() -> transformers.PreTrainedModel:
-    return foreign.with_biases(models.bert_classifier())
 
 
 def compare_with_pytorch(
@@ -118,7 +62,7 @@ def compare_with_pytorch(
 def test_a_classifier_of_torchs_exporter(files: Callable[[str], Path], tmp_path: Path) -> None:
     """Its weights have lost their names, its nodes know their modules."""
     adapter = models.save_adapter(
-        bert(), tmp_path / "a", 1, r=4, task_type="SEQ_CLS",
+        foreign.bert(), tmp_path / "a", 1, r=4, task_type="SEQ_CLS",
         target_modules=BERT_TARGETS,
     )  # fmt: skip
     manifest = edgepeft.export(
@@ -132,7 +76,7 @@ def test_a_classifier_of_torchs_exporter(files: Callable[[str], Path], tmp_path:
     figures = manifest.verification
     assert figures["outputs"]["no adapter"] <= 1e-4
     assert figures["gradients"]["mine"]["resolved_directions"] >= 20
-    compare_with_pytorch(tmp_path / "b", bert(), adapter, 3, 1e-4)
+    compare_with_pytorch(tmp_path / "b", foreign.bert(), adapter, 3, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -318,6 +262,13 @@ def test_a_few_steps_lower_the_loss(
         device.adapt(records, output=tmp_path / "trained", steps=12, seq_len=16, learning_rate=1e-2)
         after, _ = device.loss_and_gradients(batch, adapter=str(tmp_path / "trained"))
     assert after < before - 0.1
+    base = foreign.decoder("llama") if kind == "genai" else models.llama(tied=False)
+    opened = dict(peft.PeftModel.from_pretrained(base, tmp_path / "trained").named_parameters())
+    trained = load_adapter(tmp_path / "trained")
+    assert len(trained.tensors) == 8
+    for key, tensor in trained.tensors.items():
+        stem, _, suffix = key.rpartition(".")
+        np.testing.assert_array_equal(opened[f"{stem}.default.{suffix}"].detach().numpy(), tensor)
 
 
 def test_linears_go_by_their_nodes_and_weights_too(files: Callable[[str], Path]) -> None:
@@ -330,107 +281,3 @@ def test_linears_go_by_their_nodes_and_weights_too(files: Callable[[str], Path])
     assert node.input[1].startswith("onnx::MatMul_")
     assert "lm_head" in source.linears()
     assert "lm_head" not in source.linear_names()
-
-
-def test_a_target_that_matches_nothing_lists_the_linears(
-    files: Callable[[str], Path], tmp_path: Path
-) -> None:
-    with pytest.raises(
-        edgepeft.ExportError, match="'nonesuch' is not a linear of this model: it has down_proj"
-    ):
-        edgepeft.export(files("llama-script"), tmp_path / "b", targets=["nonesuch"])
-    assert not (tmp_path / "b").exists()
-
-
-def test_bits_for_a_quantized_file(files: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(edgepeft.UsageError, match="quantized already"):
-        edgepeft.export(files("llama-q4-asymmetric"), tmp_path / "b", bits=8)
-
-
-def test_another_task(files: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(edgepeft.UsageError, match=r"logits \[batch,3\]"):
-        edgepeft.export(files("bert-dynamo"), tmp_path / "b", task="text-generation")
-    with pytest.raises(edgepeft.UsageError, match="--labels names 2 classes, the file's logits have 3"):
-        edgepeft.export(files("bert-dynamo"), tmp_path / "b", labels=["a", "b"])
-
-
-def test_a_wrong_gradient_is_refused(
-    files: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five percent too large: the central differences see it."""
-    right = quantized_rules._dequantized
-    monkeypatch.setattr(quantized_rules, "_dequantized", lambda c: c.emit.scale(right(c), 1.05))
-    with pytest.raises(edgepeft.VerificationError, match="central differences of the loss give"):
-        edgepeft.export(files("llama-q4-asymmetric"), tmp_path / "b", rank=2, targets=["q_proj"])
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("location", ["../weights.data", "/etc/hostname", "linked.data"])
-def test_external_data_stays_in_the_folder(
-    files: Callable[[str], Path], tmp_path: Path, location: str
-) -> None:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    model = onnx.load(files("llama-script"))
-    onnx.save(
-        model, folder / "m.onnx", save_as_external_data=True, location="weights.data", size_threshold=1024
-    )
-    (folder / "weights.data").rename(tmp_path / "weights.data")
-    (folder / "linked.data").symlink_to(tmp_path / "weights.data")
-    model = onnx.load(folder / "m.onnx", load_external_data=False)
-    for tensor in model.graph.initializer:
-        for entry in tensor.external_data:
-            if entry.key == "location":
-                entry.value = location
-    (folder / "m.onnx").write_bytes(model.SerializeToString())
-    with pytest.raises(edgepeft.ExportError, match="outside the file's folder"):
-        edgepeft.export(folder / "m.onnx", tmp_path / "b")
-
-
-def test_external_data_beside_the_file(files: Callable[[str], Path], tmp_path: Path) -> None:
-    """At an old opset, so that the converter has seen it too."""
-    inside = tmp_path / "m.onnx"
-    onnx.save(
-        onnx.load(files("llama-script")),
-        inside,
-        save_as_external_data=True,
-        location="weights.data",
-        size_threshold=0,
-    )
-    apart, whole = load_onnx_file(inside), load_onnx_file(files("llama-script"))
-    assert apart.weights.keys() == whole.weights.keys()
-    for name, value in whole.weights.items():
-        assert torch.equal(apart.weights[name], value), name
-
-
-def test_files_that_are_no_models(tmp_path: Path) -> None:
-    with pytest.raises(edgepeft.ExportError, match="no such file"):
-        edgepeft.export(tmp_path / "missing.onnx", tmp_path / "b")
-    (tmp_path / "text.onnx").write_text("not a model")
-    with pytest.raises(edgepeft.ExportError, match="cannot be read as an ONNX model"):
-        edgepeft.export(tmp_path / "text.onnx", tmp_path / "b")
-
-
-@pytest.mark.parametrize(
-    ("change", "agrees"),
-    [
-        (lambda g: g, True),
-        (lambda g: 1.02 * g, False),
-        (lambda g: np.where(np.arange(g.size).reshape(g.shape) % 2, g, 0), False),
-        (lambda g: g[::-1], False),
-        (lambda g: -g, False),
-    ],
-    ids=["right", "2% too large", "half missing", "permuted", "negated"],
-)
-def test_central_differences_tell_wrong_gradients(change: Callable[..., np.ndarray], agrees: bool) -> None:
-    rng = np.random.default_rng(0)
-    weight, x = rng.standard_normal((2, 12, 16)).astype(np.float32)
-
-    def loss(changed: Any) -> float:
-        return float(np.log(np.exp(changed.get("w", weight) * x * 0.3).sum(dtype=np.float64)))
-
-    exponentials = np.exp(weight * x * 0.3)
-    gradient = 0.3 * x * exponentials / exponentials.sum()
-    (found,) = finite_differences.compare(loss, {"w": weight}, {"w": change(gradient)})
-    assert found.resolved
-    assert (found.relative <= finite_differences.TOLERANCE) == agrees

@@ -12,6 +12,8 @@ from edgepeft.exporters.graph import MICROSOFT, append, graph_input, initializer
 from edgepeft.exporters.passes.drop_cache import drop_cache
 from edgepeft.exporters.passes.exact_products import use_exact_products
 from edgepeft.exporters.passes.group_query_attention import lower_group_query_attention
+from edgepeft.exporters.passes.linears import find_marked_linears, mark_linear, unpack
+from edgepeft.exporters.passes.lora import insert_lora_slots
 from edgepeft.exporters.passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
 from edgepeft.exporters.passes.position_ids import derive_position_ids
 from edgepeft.exporters.passes.shapes import infer_shapes
@@ -284,6 +286,36 @@ def test_rounded_activations_are_not() -> None:
     assert use_exact_products(graph) == 1
     assert use_exact_products(graph) == 0
     np.testing.assert_allclose(run(model, feeds)[0], feeds["x"] @ weight.T, rtol=0, atol=2e-4)
+
+
+def test_layers_packed_in_one_product_have_slots_of_their_own() -> None:
+    """Columns of one product are three layers; the middle one gets no slot."""
+    graph = ir.Graph([], [], nodes=[], name="packed")
+    model = new_model(graph)
+    x = graph_input(graph, "x", ["n", 16])
+    weight = random(16, 8, seed=1)
+    y = append(graph, "MatMul", [x, initializer(graph, "w", weight)], shape=["n", 8])
+    graph.outputs.append(append(graph, "Identity", [y], shape=["n", 8], name="y"))
+    product = y.producer()
+    assert product is not None
+    mark_linear(product, "attn.qkv_proj")
+    x.shape = ir.Shape(["n", 16])
+    parts = unpack(find_marked_linears(graph), {"attn.qkv_proj": {"attn.q": 4, "attn.k": 2, "attn.v": 2}})
+    assert {name: (part.first, part.out_features) for name, part in parts.items()} == {
+        "attn.q": (0, 4),
+        "attn.k": (4, 2),
+        "attn.v": (6, 2),
+    }
+    slots = insert_lora_slots(graph, [parts["attn.q"], parts["attn.v"]])
+    tidy(model)
+    feeds: Feeds = {"x": random(5, 16)}
+    expected = feeds["x"] @ weight
+    for seed, slot in enumerate(slots):
+        a, b = random(16, 3, seed=10 + seed), random(3, slot.out_features, seed=20 + seed)
+        feeds |= {slot.a_input: a, slot.b_input: b, slot.scaling_input: np.full(3, 0.5, np.float32)}
+        part = parts[slot.module]
+        expected[:, part.first : part.first + part.out_features] += 0.5 * feeds["x"] @ a @ b
+    np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=0, atol=1e-4)
 
 
 def test_shapes_go_through_quantized_lookups_and_products() -> None:
