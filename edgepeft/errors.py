@@ -8,7 +8,7 @@
     ├── DataError             a record cannot be used
     ├── ExportError           a model cannot be exported
     │   ├── UnsupportedOperatorError   the backward pass needs rules that do not exist
-    │   └── VerificationError          the bundle disagrees with PyTorch
+    │   └── VerificationError          the bundle disagrees with PyTorch, or with the ONNX file
     ├── BudgetError           the memory budget cannot be met (exit 3)
     └── UpdateRejectedError   the gate rejected the adapted adapter (exit 4)
 
@@ -58,7 +58,7 @@ class UnsupportedOperatorError(ExportError):
 
 
 class VerificationError(ExportError):
-    """The exported graphs disagree with PyTorch by more than the stated tolerance."""
+    """The exported graphs disagree with PyTorch, or with the ONNX file, by more than the stated tolerance."""
 
 
 class BudgetError(EdgePeftError):

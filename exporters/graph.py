@@ -85,3 +85,34 @@ def new_model(graph: ir.Graph) -> ir.Model:
     graph.opset_imports.clear()
     graph.opset_imports.update(OPSET_IMPORTS)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepeft")
+
+
+def rename_axes(graph: ir.Graph, names: Mapping[str, str]) -> None:
+    """Rename symbolic axes everywhere; an expression of several (`s1 + s2`) is renamed part by part."""
+
+    def rename(value: ir.Value) -> None:
+        if value.shape is None:
+            return
+        dims: list[int | str | None] = []
+        for dim in value.shape:
+            if isinstance(dim, int) or dim.value is None:
+                dims.append(dim if isinstance(dim, int) else None)
+            else:
+                dims.append(" ".join(names.get(part, part) for part in dim.value.split(" ")))
+        value.shape = ir.Shape(dims)
+
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        rename(value)
+
+
+def transposed_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """An input that holds `value` transposed, and in the graph the way back."""
+    assert value.shape is not None
+    rows, columns = value.shape.numpy()
+    turned = ir.Value(name=value.name, shape=ir.Shape([columns, rows]), type=value.type)
+    back = ir.node("Transpose", [turned], {"perm": [1, 0]})
+    back.outputs[0].shape, back.outputs[0].type = value.shape, value.type
+    value.name = f"{value.name}.turned"
+    value.replace_all_uses_with(back.outputs[0])
+    graph.insert_before(next(iter(graph)), back)
+    return turned

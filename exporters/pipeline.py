@@ -20,14 +20,17 @@ from .model_info import model_info, saved_module_names
 from .partition import build_partition
 from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
+from .sources.base import ModelSource
 from .sources.loading import Source, load_source
-from .starting_adapter import write_starting_adapter
+from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
+from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
 from .training.chain_memory import measure_chain_peaks
 from .training.joint import build_joint, build_loss
 from .training.memory import measure_peaks
 from .training.optimizer import build_adamw, build_grad_norm
 from .training.probe import STAGES, measure_session_bytes
 from .verify import verify_bundle
+from .verify_file import verify_against_file
 from .writer import WeightWriter, graph_spec, write_graph
 
 WEIGHTS_FILE = "weights.bin"
@@ -41,7 +44,7 @@ def export(
     output: str | Path,
     *,
     task: str | None = None,
-    bits: int = 4,
+    bits: int | None = None,
     block_size: int = 32,
     adapters: Mapping[str, str | Path] | None = None,
     labels: Sequence[str] | None = None,
@@ -53,23 +56,27 @@ def export(
     seed: int = 0,
     report: Report = lambda _: None,
 ) -> Manifest:
-    """Export `model` and `adapters` as one bundle and check it against PyTorch.
+    """Export `model` and `adapters` as one bundle and check it against PyTorch, or against the ONNX file.
 
     Args:
-        model: a transformers model object, a folder or a hub id.
+        model: a transformers model object, a folder, a hub id, or the path of an ONNX file (`….onnx`) that
+            somebody else exported.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where
             None.
-        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding.
+        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
+            where None. An ONNX file that is quantized already keeps its weights as they are.
         block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
         rank: makes a fresh adapter named `default` of this rank.
         targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
-            `adapters`, or every linear but the output head where there are none.
+            `adapters`, or every linear but the output head where there are none. Of an ONNX file also names
+            of nodes and of initializers.
         lora_alpha: of the fresh adapter; twice the rank where None.
         train: also write the training graphs.
-        verify: compare logits, losses and gradients with PyTorch, and refuse a bundle that differs.
+        verify: compare logits, losses and gradients with PyTorch (of an ONNX file: outputs with the file's,
+            gradients with finite differences), and refuse a bundle that differs.
         seed: draws a new head and a fresh adapter.
         report: is told the name of each stage.
 
@@ -80,7 +87,7 @@ def export(
         UsageError: an argument cannot be used.
         ExportError: the model cannot be exported.
         AdapterError: an adapter does not fit the model or has no effect.
-        VerificationError: the bundle disagrees with PyTorch; nothing is written.
+        VerificationError: the bundle disagrees with PyTorch or with the file; nothing is written.
     """
     _check_arguments(bits, block_size, rank, adapters)
     output = Path(output)
@@ -90,31 +97,32 @@ def export(
         folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
         loaded = {name: load_adapter(folder) for name, folder in folders.items()}
         report("loading the model")
-        source = load_source(model, task=task, labels=labels, seed=seed)
+        source: Source | OnnxFile
+        if is_onnx_file(model):
+            source = load_onnx_file(Path(model), task=task, labels=labels)
+        else:
+            source = load_source(model, task=task, labels=labels, seed=seed)
+        freezer = _freezer(source, bits, block_size)
         _check_modules(loaded, source)
+        targets = None if targets is None else source.resolve_targets(targets)
         if rank is not None:
-            folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
-            write_starting_adapter(
-                source,
-                folders[STARTING_ADAPTER],
-                rank=rank,
-                targets=targets,
-                lora_alpha=lora_alpha,
-                seed=seed,
-            )
-            loaded[STARTING_ADAPTER] = load_adapter(folders[STARTING_ADAPTER])
-        freezer = Freezer(bits, block_size)
+            folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
+            fresh = LoraOptions(rank, targets, lora_alpha, seed)
+            if isinstance(source, OnnxFile):
+                write_file_adapter(source, folder, fresh)
+            else:
+                write_starting_adapter(source, folder, fresh)
+            loaded[STARTING_ADAPTER] = load_adapter(folder)
         modules = _slot_modules(loaded, targets)
         saved = saved_module_names(source, loaded.values())
-        causal = source.task == "text-generation"
         report("tracing and quantizing the inference graph")
-        inference = build_forward(source, freezer, modules=modules, modules_to_save=saved, with_past=causal)
+        inference = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for adapter in loaded.values():
             fit(adapter, inference.slots, inference.saved_modules)
         forward = inference
-        if train and causal:
+        if train and source.own_training_graph:
             report("tracing the training graph")
-            forward = build_forward(source, freezer, modules=modules, modules_to_save=saved)
+            forward = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)
         folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
         report("differentiating and writing" if train else "writing")
         manifest = _write(folder, source, freezer, inference, forward if train else None, loaded)
@@ -122,17 +130,34 @@ def export(
         manifest = _with_memory(manifest, folder)
         write_manifest(manifest, folder)
         if verify:
-            report("verifying against PyTorch")
-            figures = verify_bundle(folder, source, freezer.reference, folders, STARTING_ADAPTER)
+            if isinstance(source, OnnxFile):
+                report("verifying against the file and finite differences")
+                figures = verify_against_file(folder, source, freezer.reference, loaded, STARTING_ADAPTER)
+            else:
+                report("verifying against PyTorch")
+                figures = verify_bundle(folder, source, freezer.reference, folders, STARTING_ADAPTER)
             manifest = dataclasses.replace(manifest, verification=figures)
             write_manifest(manifest, folder)
         return manifest
 
 
+def _freezer(source: ModelSource, bits: int | None, block_size: int) -> Freezer:
+    """What stores the weights; those of a source that is quantized already are left as they are."""
+    if source.quantization is None:
+        return Freezer(4 if bits is None else bits, block_size)
+    if bits is not None:
+        raise UsageError(
+            f"--bits {bits}: the weights of {source.name} are quantized already (to "
+            f"{source.quantization.bits} bits) and stay as they are: leave --bits out, or export the model "
+            "that was quantized"
+        )
+    return Freezer(32, block_size)
+
+
 def _check_arguments(
-    bits: int, block_size: int, rank: int | None, adapters: Mapping[str, str | Path] | None
+    bits: int | None, block_size: int, rank: int | None, adapters: Mapping[str, str | Path] | None
 ) -> None:
-    if bits not in (4, 8, 16, 32):
+    if bits not in (None, 4, 8, 16, 32):
         raise UsageError(f"bits must be 4, 8, 16 or 32, got {bits}")
     if block_size not in BLOCK_SIZES:
         raise UsageError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}, got {block_size}")
@@ -140,13 +165,11 @@ def _check_arguments(
         raise UsageError(f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one")
 
 
-def _check_modules(adapters: Mapping[str, Adapter], source: Source) -> None:
+def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None:
     """Name the first module of an adapter that this model does not have, or has in another size."""
-    modules = dict(source.model.named_modules())
     for adapter in adapters.values():
         for name in adapter.modules:
-            weight = getattr(modules.get(name), "weight", None)
-            if weight is None or weight.ndim != 2:
+            if not source.has_matrix(name):
                 raise AdapterError(
                     f"{adapter.origin}: module {name} is no linear of {source.name}: "
                     "the adapter was made for another base"
@@ -161,7 +184,7 @@ def _slot_modules(adapters: Mapping[str, Adapter], targets: Sequence[str] | None
 
 def _write(
     folder: Path,
-    source: Source,
+    source: ModelSource,
     freezer: Freezer,
     inference: Forward,
     training: Forward | None,
@@ -178,19 +201,18 @@ def _write(
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
         models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
-        partition = build_partition(training, loss, freezer.reference)
-        models |= partition.graphs
+        partition = build_partition(training, loss)
+        models |= {} if partition is None else partition.graphs
     (folder / "graphs").mkdir()
     graphs = {}
-    parameters = dict(source.model.named_parameters(remove_duplicate=False))
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightWriter(file)
         for role, graph in models.items():
             path = f"graphs/{role}.onnx"
             write_graph(graph, folder / path, weights, WEIGHTS_FILE)
             graphs[role] = graph_spec(graph, path)
-        for saved in inference.saved_modules:
-            weights.add_array(saved.default, parameters[saved.default].detach().float().numpy())
+        for name, value in inference.saved_values.items():
+            weights.add_array(name, value.float().numpy())
     for name, adapter in adapters.items():
         (folder / "adapters" / name).mkdir(parents=True)
         write_adapter(adapter, folder / "adapters" / name)
@@ -202,7 +224,8 @@ def _write(
         edgepeft_version=edgepeft.__version__,
         task=source.task,
         model=model_info(source),
-        quantization=Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
+        quantization=source.quantization
+        or Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
         graphs=graphs,
         inference_memory=unknown,
         weights_file=WEIGHTS_FILE,

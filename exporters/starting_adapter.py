@@ -1,16 +1,24 @@
 """A fresh adapter as PEFT makes it: the point from which a device starts to learn."""
 
+import json
+import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 
+from edgepeft.adapters import CONFIG_FILE, PREFIX, Adapter, write_adapter
 from edgepeft.errors import UsageError
 
-from .model_info import default_targets
+from .model_info import default_targets, saved_module_names
+from .passes.linears import select
+from .sources.base import ModelSource
 from .sources.loading import Source
+from .sources.onnx_file import OnnxFile
 
 #: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head).
 TASK_TYPES = {
@@ -20,42 +28,84 @@ TASK_TYPES = {
 }
 
 
-def write_starting_adapter(
-    source: Source,
-    folder: Path,
-    *,
-    rank: int,
-    targets: Sequence[str] | None,
-    lora_alpha: int | None,
-    seed: int,
-) -> None:
-    """Write a LoRA with a random A and a zero B (and the model's own head, for a classifier) to `folder`.
+@dataclass(frozen=True)
+class LoraOptions:
+    """What a fresh LoRA looks like.
 
-    Args:
+    Attributes:
         targets: suffixes of module names; None: every linear but the output head.
         lora_alpha: twice the rank where None.
+        seed: draws A.
+    """
+
+    rank: int
+    targets: Sequence[str] | None
+    lora_alpha: int | None
+    seed: int
+
+    def config(self, source: ModelSource) -> peft.LoraConfig:
+        """PEFT's configuration.
+
+        Raises:
+            UsageError: the rank is not positive.
+        """
+        if self.rank < 1:
+            raise UsageError(f"--rank must be at least 1, got {self.rank}")
+        return peft.LoraConfig(
+            task_type=TASK_TYPES[source.task],
+            r=self.rank,
+            lora_alpha=self.lora_alpha if self.lora_alpha is not None else 2 * self.rank,
+            target_modules=list(self.targets) if self.targets is not None else default_targets(source),
+            lora_dropout=0.0,
+        )
+
+
+def write_starting_adapter(source: Source, folder: Path, options: LoraOptions) -> None:
+    """Write a LoRA with a random A and a zero B (and the model's own head, for a classifier) to `folder`.
 
     Raises:
         UsageError: the rank is not positive, or the targets match nothing.
     """
-    if rank < 1:
-        raise UsageError(f"--rank must be at least 1, got {rank}")
-    torch.manual_seed(seed)
-    config = peft.LoraConfig(
-        task_type=TASK_TYPES[source.task],
-        r=rank,
-        lora_alpha=lora_alpha if lora_alpha is not None else 2 * rank,
-        target_modules=list(targets) if targets is not None else default_targets(source),
-        lora_dropout=0.0,
-    )
+    config = options.config(source)
+    torch.manual_seed(options.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model = peft.get_peft_model(source.model, config)
         except ValueError as error:
-            raise UsageError(f"--targets {','.join(targets or [])}: {error}") from error
+            raise UsageError(f"--targets {','.join(options.targets or [])}: {error}") from error
         # Not embeddings: an adapter does not train them, and asking the hub whether it should needs a
         # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         source.model = model.unload()
     source.model.requires_grad_(False)
+
+
+def write_file_adapter(source: OnnxFile, folder: Path, options: LoraOptions) -> None:
+    """The same for an ONNX file, which has no modules to give to PEFT: its configuration and keys, over the
+    sizes that the graph has. A is drawn from PEFT's distribution, uniform within 1 / sqrt(in_features).
+
+    Raises:
+        UsageError: the rank is not positive.
+        ExportError: a target matches no linear.
+    """
+    config = options.config(source)
+    generator = torch.Generator().manual_seed(options.seed)
+    targets = options.targets if options.targets is not None else default_targets(source)
+    chosen = select(source.linears(), targets)
+    tensors: dict[str, np.ndarray] = {}
+    for module, linear in chosen.items():
+        key = f"{PREFIX}{module}"
+        bound = 1 / math.sqrt(linear.in_features)
+        a = (2 * torch.rand(options.rank, linear.in_features, generator=generator) - 1) * bound
+        tensors[f"{key}.lora_A.weight"] = a.numpy()
+        tensors[f"{key}.lora_B.weight"] = np.zeros((linear.out_features, options.rank), np.float32)
+    saved = [name for name in saved_module_names(source, ()) if f"{name}.weight" in source.weights]
+    config.modules_to_save = saved or None
+    for module in saved:
+        for parameter in ("weight", "bias"):
+            if (value := source.weights.get(f"{module}.{parameter}")) is not None:
+                tensors[f"{PREFIX}{module}.{parameter}"] = value.numpy()
+    config.save_pretrained(str(folder))
+    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    write_adapter(Adapter(settings, tensors, str(folder)), folder)

@@ -59,7 +59,7 @@ def verify_bundle(
             if name in reference:
                 parameter.copy_(reference[name].T if name in turned else reference[name])
     source.model.config.use_cache = False
-    batch = _sample_batch(bundle)
+    batch = sample_batch(bundle)
     check = _Check(bundle, source, batch)
     check.outputs("no adapter", None, source.model)
     for name, path in adapters.items():
@@ -86,7 +86,12 @@ class _Check:
         self.batch = batch
         self.output_name = bundle.manifest.graphs["inference"].outputs[0].name
         self.tolerance = OUTPUT_TOLERANCE[bundle.manifest.quantization.bits]
-        self.figures: dict[str, Any] = {"output_tolerance": self.tolerance, "outputs": {}, "gradients": {}}
+        self.figures: dict[str, Any] = {
+            "against": "PyTorch",
+            "output_tolerance": self.tolerance,
+            "outputs": {},
+            "gradients": {},
+        }
         self._session = GraphSession(bundle, "inference")
         self._plain: np.ndarray | None = None
         self._latest: np.ndarray | None = None
@@ -161,22 +166,25 @@ class _Check:
         }
 
     def _model_feeds(self, role: str) -> Arrays:
-        feeds = {}
-        for item in self.bundle.manifest.graphs[role].inputs:
-            if item.name in self.batch:
-                feeds[item.name] = self.batch[item.name]
-            elif item.name.startswith("past_key_values"):
-                shape = [
-                    BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape
-                ]
-                feeds[item.name] = np.zeros(shape, item.dtype)
-        return feeds
+        return model_feeds(self.bundle, role, self.batch)
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
 
 
-def _sample_batch(bundle: Bundle) -> Arrays:
+def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
+    """What of `batch` a graph takes, with an empty cache."""
+    feeds = {}
+    for item in bundle.manifest.graphs[role].inputs:
+        if item.name in batch:
+            feeds[item.name] = batch[item.name]
+        elif item.name.startswith("past_key_values"):
+            shape = [BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
+            feeds[item.name] = np.zeros(shape, item.dtype)
+    return feeds
+
+
+def sample_batch(bundle: Bundle) -> Arrays:
     """Random tokens, right-padded to different lengths, with labels."""
     manifest = bundle.manifest
     sequence = min(SEQUENCE, manifest.model.max_length)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
 #: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
+#: Integers do under any name: onnxruntime infers shapes from them, which it does not from external data.
 INLINE_BYTES = 1024
 #: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
@@ -46,13 +47,19 @@ class WeightWriter:
         return self.add(name, ir.tensor(np.ascontiguousarray(array), name=name))
 
 
+def is_weight(name: str, tensor: ir.TensorProtocol) -> bool:
+    """Whether a constant of a graph is kept in `weights.bin`."""
+    is_shape = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+    return tensor.nbytes >= INLINE_BYTES or ("." in name and not is_shape)
+
+
 def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file: str) -> None:
     """Serialize `model` to `path`, its weights and large constants to `weights`."""
     kept: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         assert tensor is not None
-        if tensor.nbytes < INLINE_BYTES and "." not in name:
+        if not is_weight(name, tensor):
             continue
         stored = weights.add(name, tensor)
         kept[name] = tensor

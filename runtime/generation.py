@@ -71,4 +71,5 @@ def greedy(session: GraphSession, manifest: Manifest, prompt: list[int], max_new
             session.bind(empty_cache(session, 1))
             return generated
         session.bind_values({_PAST + name.removeprefix(_PRESENT): value for name, value in outputs.items()})
-        ids = np.array([[token]], np.int64)
+        # A graph without a cache, of an ONNX file that has none, reads the whole text again.
+        ids = np.array([[token]] if presents else [[*prompt, *generated]], np.int64)

@@ -70,6 +70,10 @@ class GraphSession:
         options = _options(threads, shared_arena)
         options.enable_profiling = bool(profile)
         options.profile_file_prefix = profile
+        if shared_arena or any(strategy.graph == role for strategy in bundle.manifest.strategies):
+            # onnxruntime fuses DequantizeLinear and MatMul and then rounds the activations to int8 (level 4):
+            # the loss would be a staircase, and not the function whose gradient the graph computes.
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )

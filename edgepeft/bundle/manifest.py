@@ -133,9 +133,9 @@ class Stage:
 class VocabularyHead:
     """The output layer of a language model and its loss, a slice of the vocabulary at a time.
 
-    Roles of three graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss` makes
-    the loss of them, `backward` adds a slice's share to the cotangent of the hidden state. `weights` are bound by
-    rows `[first, last)` of `rows` rows.
+    Roles of three graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss`
+    makes the loss of them, `backward` adds a slice's share to the cotangent of the hidden state. `weights`
+    are bound by rows `[first, last)` of `rows` rows.
     """
 
     scan: str
@@ -207,7 +207,8 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32).
+    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32); what an
+    ONNX file held already may have 2 bits too, and zero points.
 
     `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's
     vector).

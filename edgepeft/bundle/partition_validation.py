@@ -19,7 +19,9 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
         context = _graph(manifest, partition.context, "the partition's context")
         shared |= {spec.name for spec in context.outputs}
         _check_weights(manifest, partition.context_weights, context, "the partition's context")
-    adapters = {key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)}
+    adapters = {
+        key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)
+    }
     adapters |= {saved.input for saved in manifest.saved_modules}
     stages = {f"stage {index}": stage for index, stage in enumerate(partition.stages)}
     if partition.head is not None:

@@ -121,7 +121,7 @@ def _check_model(manifest: Manifest) -> None:
     if manifest.task == "feature-extraction":
         _require((model.embedding_size or 0) >= 1, f"model.embedding_size is {model.embedding_size}")
     bits = manifest.quantization.bits
-    _require(bits in (4, 8, 16, 32), f"quantization.bits is {bits}, expected 4, 8, 16 or 32")
+    _require(bits in (2, 4, 8, 16, 32), f"quantization.bits is {bits}, expected 2, 4, 8, 16 or 32")
 
 
 def _check_graph(role: str, graph: GraphSpec, manifest: Manifest) -> None:
@@ -191,7 +191,8 @@ def _check_training(manifest: Manifest) -> None:
     for strategy in manifest.strategies:
         for role in (strategy.graph, "loss", "adamw", "grad_norm"):
             _require(
-                role is None or role in manifest.graphs, f"strategy {strategy.name!r} needs the graph {role!r}"
+                role is None or role in manifest.graphs,
+                f"strategy {strategy.name!r} needs the graph {role!r}",
             )
         _check_formula(f"strategy {strategy.name!r}", strategy.memory)
         if strategy.graph is None:

@@ -35,8 +35,8 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option(
     "--task", help="text-classification, feature-extraction or text-generation. [default: the model's]"
 )
-@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]), default="4", show_default=True,
-              help="Bits of a frozen weight.")  # fmt: skip
+@click.option("--bits", type=click.Choice(["4", "8", "16", "32"]),
+              help="Bits of a frozen weight. [default: 4; a quantized ONNX file keeps its own]")  # fmt: skip
 @click.option(
     "--block-size", type=int, default=32, show_default=True, help="Weights that share a scale (4 and 8 bits)."
 )
@@ -45,18 +45,19 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--rank", type=int, help="Make a fresh adapter named 'default' of this rank.")
 @click.option("--alpha", type=int, help="lora_alpha of the fresh adapter. [default: twice the rank]")
 @click.option("--targets", callback=_names, metavar="A,B,…",
-              help="Linear modules that take a LoRA, besides those of the adapters. "
+              help="Linear modules that take a LoRA, besides those of the adapters; of an ONNX "
+                   "file also names of nodes or initializers. "
                    "[default: the adapters', or every linear but the output head]")  # fmt: skip
 @click.option("--labels", callback=_names, metavar="A,B,…", help="Classes of a new classification head.")
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was written and measured as JSON.")
 def export(
     model: str,
     output: Path,
     task: str | None,
-    bits: str,
+    bits: str | None,
     block_size: int,
     adapters: dict[str, str],
     rank: int | None,
@@ -68,14 +69,16 @@ def export(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Export MODEL (a transformers folder or hub id) and its adapters as one bundle.
+    """Export MODEL (a transformers folder, a hub id or an ONNX file) and its adapters as one bundle.
 
     The bundle is compared with PyTorch before it is put in place: outputs with and without each adapter, the
-    loss and every gradient. Needs the `export` extra.
+    loss and every gradient. Of an ONNX file that somebody else exported, quantized or not, the outputs are
+    compared with the file's and the gradients with finite differences. Needs the `export` extra.
 
     \b
     edgepeft export ./all-MiniLM-L6-v2 -o topics.edge --task text-classification \\
         --labels sport,science --rank 8 --targets query,key,value,dense
+    edgepeft export ./llama-int4/model.onnx -o llama.edge --rank 8 --targets o_proj,down_proj
     """
     from edgepeft import export as run_export
 
@@ -84,7 +87,7 @@ def export(
         model,
         output,
         task=task,
-        bits=int(bits),
+        bits=None if bits is None else int(bits),
         block_size=block_size,
         adapters=adapters,
         labels=labels,
@@ -117,7 +120,8 @@ def export(
     if manifest.verification:
         worst = max(manifest.verification["outputs"].values())
         click.echo(
-            f"verified against PyTorch: outputs differ by at most {worst:.1e} of their largest magnitude"
+            f"verified against {manifest.verification['against']}: outputs differ by at most {worst:.1e} of "
+            "their largest magnitude"
         )
 
 

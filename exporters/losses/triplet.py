@@ -36,5 +36,7 @@ def triplet_loss(graph: ir.Graph, embedding: ir.Value) -> ir.Value:
         return append(graph, "ReduceL2", [moved, last], {"keepdims": 0}, shape=["triplets"])
 
     gap = append(graph, "Sub", [distance(positive), distance(negative)], shape=["triplets"])
-    above = append(graph, "Relu", [append(graph, "Add", [gap, margin], shape=["triplets"])], shape=["triplets"])
+    above = append(
+        graph, "Relu", [append(graph, "Add", [gap, margin], shape=["triplets"])], shape=["triplets"]
+    )
     return append(graph, "ReduceMean", [above, first], {"keepdims": 0}, shape=[])

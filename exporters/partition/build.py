@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from edgepeft.bundle.manifest import Partition, Stage, VocabularyHead
-from edgepeft.errors import ExportError
 
 from ..forward import Forward
+from ..graph import tidy
 from ..losses import LOSSES, Loss
-from .context import build_context
+from ..passes.input_shapes import take_sizes_from_inputs
+from ..writer import is_weight
+from .context import ancestors, build_context
 from .cuts import Segment, cut, dependences
 from .signature import Signature, describe, find_period
 from .stages import build_head, build_stage
@@ -29,27 +31,32 @@ class Partitioned:
     graphs: dict[str, ir.Model]
 
 
-def build_partition(forward: Forward, loss: Loss, weights: Collection[str]) -> Partitioned:
+def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
     """Cut `forward` into stages, equal ones sharing their graphs.
 
     Args:
         forward: the training forward graph, its weights frozen.
         loss: of the task.
-        weights: state-dict keys of the frozen weights.
 
-    Raises:
-        ExportError: the graph has no cut, so there is nothing to train piece by piece.
+    Returns:
+        The chain, or None where the graph has no cut below which something trains.
     """
-    graph = forward.model.graph
+    model = forward.model.clone()
+    graph = model.graph
+    take_sizes_from_inputs(graph)
+    tidy(model)
     weight_names = {
-        name for name in graph.initializers if name in weights or _stem(name) in weights
+        name
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and is_weight(name, value.const_value)
     }
     adapter_names = {
         *(key for slot in forward.slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
         *(module.input for module in forward.saved_modules),
     }
     output = next(value for value in graph.outputs if value.name == loss.output)
-    segments = cut(graph, output, dependences(graph, weight_names, adapter_names))
+    depends = dependences(graph, weight_names, adapter_names)
+    segments = cut(graph, output, depends)
     pieces = group(segments, weight_names, adapter_names)
     layer = find_output_layer(pieces[-1], weight_names) if loss is LOSSES["text-generation"] else None
     if layer is not None:
@@ -58,8 +65,10 @@ def build_partition(forward: Forward, loss: Loss, weights: Collection[str]) -> P
     signatures = [describe(piece, weight_names, adapter_names) for piece in pieces]
     trained = [index for index, signature in enumerate(signatures) if signature.adapter]
     if len(pieces) < 2 or not trained:
-        raise ExportError("the model cannot be cut into stages: it trains in one piece")
+        return None
     names = _name_context(signatures)
+    if any(depends[value].hidden for node in ancestors(names) for value in node.outputs):
+        return None  # a size that only a hidden state has
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
     stages: list[Stage] = []
@@ -98,9 +107,7 @@ def build_partition(forward: Forward, loss: Loss, weights: Collection[str]) -> P
     return Partitioned(wiring, graphs)
 
 
-def _ending_with(
-    piece: Sequence[Segment], output: ir.Value
-) -> list[Segment]:
+def _ending_with(piece: Sequence[Segment], output: ir.Value) -> list[Segment]:
     """A piece up to one of its values, as one segment."""
     needed: set[ir.Node] = set()
     waiting = [output]
@@ -132,19 +139,10 @@ def group(
         behind = first + length * count
         if count == 0 or not any(s.adapter for s in signatures[first : first + length]):
             return [list(segments[start:end])] if start < end else []
-        runs = [
-            list(segments[first + i * length : first + (i + 1) * length]) for i in range(count)
-        ]
+        runs = [list(segments[first + i * length : first + (i + 1) * length]) for i in range(count)]
         return [*pieces_of(start, first), *runs, *pieces_of(behind, end)]
 
     return pieces_of(0, len(segments))
-
-
-def _stem(name: str) -> str:
-    """The weight that an initializer stores: `x.weight.q4.rows` → `x.weight`."""
-    for suffix in (".rows", ".q4", ".q8", ".f16", ".scales"):
-        name = name.removesuffix(suffix)
-    return name
 
 
 def _name(value: ir.Value) -> str:

@@ -20,7 +20,7 @@ def build_context(
     computed = {value: name for value, name in names.items() if not value.is_graph_input()}
     if not computed:
         return None, {}
-    needed = _ancestors(computed)
+    needed = ancestors(computed)
     copier = Copier("context")
     weights: dict[str, str] = {}
     for node in graph:
@@ -45,7 +45,8 @@ def build_context(
     return model, weights
 
 
-def _ancestors(values: Collection[ir.Value]) -> set[ir.Node]:
+def ancestors(values: Collection[ir.Value]) -> set[ir.Node]:
+    """All nodes that `values` need."""
     found: set[ir.Node] = set()
     waiting = list(values)
     while waiting:

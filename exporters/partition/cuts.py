@@ -103,9 +103,7 @@ def cut(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) 
     return segments
 
 
-def _dominators(
-    graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]
-) -> Iterable[ir.Value]:
+def _dominators(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) -> Iterable[ir.Value]:
     """Hidden values that every hidden path to `output` passes, first to last, without `output` itself."""
     # Immediate dominators in topological order (Cooper, Harvey and Kennedy, 2001); None is the virtual root.
     parent: dict[ir.Node, ir.Node | None] = {}
@@ -114,8 +112,9 @@ def _dominators(
         if not depends[node.outputs[0]].hidden:
             continue
         producers = [
-            value.producer() for value in node.inputs if value is not None and depends.get(value) is not None
-            and depends[value].hidden
+            value.producer()
+            for value in node.inputs
+            if value is not None and depends.get(value) is not None and depends[value].hidden
         ]
         common: ir.Node | None = None
         if producers and all(producer is not None for producer in producers):
@@ -144,9 +143,7 @@ def _dominators(
     return reversed(chain)
 
 
-def _ancestors(
-    value: ir.Value, hidden: ir.Value | None, depends: dict[ir.Value, Dependence]
-) -> set[ir.Node]:
+def _ancestors(value: ir.Value, hidden: ir.Value | None, depends: dict[ir.Value, Dependence]) -> set[ir.Node]:
     """Nodes that `value` needs, back to the cut `hidden`, without the context."""
     found: set[ir.Node] = set()
     waiting = [value]

@@ -86,7 +86,11 @@ class _Walk:
             assert tensor is not None
             return ("constant", str(tensor.dtype), str(tensor.shape), tensor.tobytes())
         kind = (
-            "weight" if value.is_initializer() else "adapter" if value.name in self.adapter_names else "context"
+            "weight"
+            if value.is_initializer()
+            else "adapter"
+            if value.name in self.adapter_names
+            else "context"
         )
         known = self.outside[kind]
         number = known.setdefault(value, len(known))

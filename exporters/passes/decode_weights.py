@@ -39,6 +39,9 @@ def decode_weights(graph: ir.Graph) -> int:
         producer = product.producer()
         assert producer is not None
         producer.metadata_props.update(node.metadata_props)
+        bias = node.inputs[5] if len(node.inputs) > 5 else None
+        if bias is not None:
+            product = append(graph, "Add", [product, bias], shape=y.shape)
         y.replace_all_uses_with(product, replace_graph_outputs=True)
         product.name, y.name = y.name, None
         graph.remove(node, safe=True)
@@ -48,19 +51,28 @@ def decode_weights(graph: ir.Graph) -> int:
 def _decoded(graph: ir.Graph, node: ir.Node) -> ir.Value:
     """The weight of a `MatMulNBits`, float32 `[N, K]`."""
     packed, scales = node.inputs[1], node.inputs[2]
+    zero_points = node.inputs[3] if len(node.inputs) > 3 else None
     assert packed is not None
     assert scales is not None
-    if any(value is not None for value in node.inputs[3:]) or not packed.is_graph_input():
-        raise ExportError(f"{node.name}: only symmetric weights that are inputs are decoded here")
-    attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size", "K", "N")}
-    rows, columns = attributes.pop("N"), attributes.pop("K")
-    packed.shape = ir.Shape([rows, columns * attributes["bits"] // 8])
+    if len(node.inputs) > 4 and node.inputs[4] is not None:
+        raise ExportError(f"{node.name}: a group index (g_idx) cannot be decoded block by block")
+    attributes = {name: node.attributes[name].as_int() for name in ("bits", "block_size")}
+    rows, columns = node.attributes["N"].as_int(), node.attributes["K"].as_int()
+    blocks = -(-columns // attributes["block_size"])
+    packed.shape = ir.Shape([rows, blocks * attributes["block_size"] * attributes["bits"] // 8])
+    scales.shape = ir.Shape([rows, blocks])
+    if zero_points is not None and zero_points.dtype == ir.DataType.UINT8:
+        zero_points.shape = ir.Shape([rows, -(-blocks * attributes["bits"] // 8)])
     all_rows = initializer(graph, f"rows_{rows}", np.arange(rows, dtype=np.int32))
-    return append(
+    weight = append(
         graph,
         "GatherBlockQuantized",
-        [packed, all_rows, scales],
+        [packed, all_rows, scales, *([] if zero_points is None else [zero_points])],
         {"gather_axis": 0, "quantize_axis": 1, **attributes},
-        shape=[rows, columns],
+        shape=[rows, blocks * attributes["block_size"]],
         domain=MICROSOFT,
     )
+    if blocks * attributes["block_size"] == columns:
+        return weight
+    bounds = [initializer(graph, f"bound_{n}", np.array([n], np.int64)) for n in (0, columns, 1)]
+    return append(graph, "Slice", [weight, *bounds], shape=[rows, columns])

@@ -1,32 +1,33 @@
 """Find the linear layers and embeddings of a graph by the names of their weights."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from edgepeft.errors import ExportError
 
+_MARK = "edgepeft.linear"
+
 
 @dataclass(frozen=True)
 class Linear:
-    """`output = x @ W.T (+ bias)`: a `MatMul` by a transposed weight, or a `Gemm` with `transB`.
+    """`output = x @ W.T (+ bias)`: every node that computes it, several where layers share their weights.
 
-    `weight` is float32 `[out_features, in_features]`, as `torch.nn.Linear` keeps it.
+    A node's first input is `x` `[…, in_features]`, its output is `[…, out_features]`, or, where several
+    layers are packed in one product, that from column `first` on; a `MatMul`'s bias is added after it.
     """
 
     module: str
-    weight: ir.Value
+    nodes: tuple[ir.Node, ...]
     in_features: int
     out_features: int
+    first: int = 0
 
     @property
     def uses(self) -> list[tuple[ir.Node, ir.Value]]:
-        """The nodes that compute the layer, each with its `x`: several where layers share their weights.
-
-        A node's output is `[…, out_features]`; a `MatMul`'s bias is added after it.
-        """
-        return linear_products(self.weight)
+        """The nodes, each with the `x` that it has now."""
+        return [(node, x) for node in self.nodes if (x := node.inputs[0]) is not None]
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,46 @@ def find_linears(weights: Iterable[ir.Value]) -> dict[str, Linear]:
         if module is not None and linear_products(weight):
             assert weight.shape is not None
             out_features, in_features = weight.shape.numpy()
-            found[module] = Linear(module, weight, in_features, out_features)
+            nodes = tuple(node for node, _ in linear_products(weight))
+            found[module] = Linear(module, nodes, in_features, out_features)
     return found
+
+
+def unpack(linears: dict[str, Linear], packed: Mapping[str, Mapping[str, int]]) -> dict[str, Linear]:
+    """`linears` with each of `packed` replaced by its parts, whose widths follow each other in its output."""
+    found: dict[str, Linear] = {}
+    for module, linear in linears.items():
+        first = 0
+        for part, width in packed.get(module, {module: linear.out_features}).items():
+            found[part] = replace(linear, module=part, out_features=width, first=first)
+            first += width
+    return found
+
+
+def mark_linear(node: ir.Node, module: str) -> None:
+    """Note on a product with a frozen, quantized weight which module it is."""
+    node.metadata_props[_MARK] = module
+
+
+def find_marked_linears(graph: ir.Graph) -> dict[str, Linear]:
+    """The linear layers that `mark_linear` noted, by module name."""
+    nodes: dict[str, list[ir.Node]] = {}
+    for node in graph:
+        if _MARK in node.metadata_props:
+            nodes.setdefault(node.metadata_props[_MARK], []).append(node)
+    return {module: _marked(module, tuple(products)) for module, products in nodes.items()}
+
+
+def _marked(module: str, nodes: tuple[ir.Node, ...]) -> Linear:
+    node = nodes[0]
+    if node.op_type in ("MatMulNBits", "MatMulBnb4"):
+        attributes = node.attributes
+        return Linear(module, nodes, attributes["K"].as_int(), attributes["N"].as_int())
+    x, y = node.inputs[0], node.outputs[0]
+    sizes = [value.shape[-1] if value is not None and value.shape is not None else None for value in (x, y)]
+    if not isinstance(sizes[0], int) or not isinstance(sizes[1], int):
+        raise ExportError(f"linear {module}: its sizes are not static, got {sizes[0]} -> {sizes[1]}")
+    return Linear(module, nodes, sizes[0], sizes[1])
 
 
 def find_embeddings(weights: Iterable[ir.Value]) -> list[Embedding]:
@@ -90,17 +129,17 @@ def _products(weight: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node, index in weight.uses():
         if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]:
             for product, operand in node.outputs[0].uses():
-                if operand == 1 and (product.op_type == "MatMul" or _is_plain_gemm(product, trans_b=0)):
+                if operand == 1 and (product.op_type == "MatMul" or is_plain_gemm(product, trans_b=0)):
                     x = product.inputs[0]
                     assert x is not None
                     yield product, x
-        elif index == 1 and _is_plain_gemm(node, trans_b=1):
+        elif index == 1 and is_plain_gemm(node, trans_b=1):
             x = node.inputs[0]
             assert x is not None
             yield node, x
 
 
-def _is_plain_gemm(node: ir.Node, *, trans_b: int) -> bool:
+def is_plain_gemm(node: ir.Node, *, trans_b: int) -> bool:
     """Whether `node` is `x @ B (+ C)` or, with `trans_b`, `x @ B.T (+ C)`."""
     attributes = node.attributes
     return (

@@ -11,18 +11,24 @@ Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 
 from collections.abc import Iterable
 
+import numpy as np
 import onnx_ir as ir
 
 from edgepeft.bundle.manifest import LoraSlot
+from edgepeft.errors import ExportError
 
-from ..graph import append, graph_input
+from ..graph import append, graph_input, initializer
 from .linears import Linear
 
 PEFT_PREFIX = "base_model.model."
 
 
 def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[LoraSlot]:
-    """Give each of `linears` a slot; the caller sorts the graph afterwards."""
+    """Give each of `linears` a slot; the caller sorts the graph afterwards.
+
+    Raises:
+        ExportError: the shape of a linear's output is unknown.
+    """
     slots = []
     for index, linear in enumerate(linears):
         key = f"{PEFT_PREFIX}{linear.module}"
@@ -45,15 +51,32 @@ def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
     scaling = graph_input(graph, slot.scaling_input, [rank])
     for node, x in linear.uses:
         output = node.outputs[0]
-        assert output.shape is not None
+        if output.shape is None:
+            raise ExportError(
+                f"linear {linear.module}: the shape of its output is unknown, so it takes no LoRA"
+            )
         lead = list(output.shape)[:-1]
         readers = list(output.uses())
         low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
         scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-        delta = append(graph, "MatMul", [scaled, lora_b], shape=output.shape)
+        delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, slot.out_features])
+        delta = _in_place(graph, delta, linear.first, output)
         total = append(graph, "Add", [output, delta], shape=output.shape)
         for reader, position in readers:
             reader.replace_input_with(position, total)
         if output.is_graph_output():
             graph.outputs[list(graph.outputs).index(output)] = total
             total.name, output.name = output.name, None
+
+
+def _in_place(graph: ir.Graph, delta: ir.Value, first: int, output: ir.Value) -> ir.Value:
+    """`delta` in the columns from `first` on of zeros as wide as `output`."""
+    assert output.shape is not None
+    assert delta.shape is not None
+    width, own = output.shape[-1], delta.shape[-1]
+    if width == own or not isinstance(width, int) or not isinstance(own, int):
+        return delta
+    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
+    zero = initializer(graph, "zero_float32", np.array(0, np.float32))
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+    return append(graph, "Pad", [delta, pads, zero, last], shape=output.shape)

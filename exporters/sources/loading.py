@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
 from edgepeft.errors import ExportError, UsageError
 
+from .base import Pooling, Traced
 from .tasks import infer_task, model_class, resolve_task
+from .tracing import trace
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
@@ -24,14 +27,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How token embeddings become one sentence embedding; `mode` is `mean` or `cls`."""
-
-    mode: str = "mean"
-    normalize: bool = True
 
 
 @dataclass
@@ -54,6 +49,47 @@ class Source:
     def max_positions(self) -> int | None:
         """Tokens the model has positions for; None where any number will do (ALiBi)."""
         return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def architecture(self) -> str:
+        """The model's class."""
+        return type(self.model).__name__
+
+    @property
+    def quantization(self) -> None:
+        """Nothing is quantized yet."""
+        return None
+
+    @property
+    def own_training_graph(self) -> bool:
+        """A language model has a cache, which training has no use for."""
+        return self.task == "text-generation"
+
+    def module_names(self) -> list[str]:
+        """Names of all modules."""
+        return [name for name, _ in self.model.named_modules()]
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear modules but the output head of a language model."""
+        head = self.model.get_output_embeddings()
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+        ]
+
+    def has_matrix(self, module: str) -> bool:
+        """Whether `module` is there and has a two-dimensional weight."""
+        weight = getattr(dict(self.model.named_modules()).get(module), "weight", None)
+        return weight is not None and weight.ndim == 2
+
+    def resolve_targets(self, targets: Sequence[str]) -> list[str]:
+        """Targets as they are: suffixes of module names."""
+        return list(targets)
+
+    def trace(self, *, training: bool) -> Traced:
+        """See `tracing.trace`."""
+        return trace(self, with_past=self.task == "text-generation" and not training)
 
 
 def load_source(
@@ -88,8 +124,8 @@ def load_source(
         task=resolved,
         name=name,
         pooling=_read_pooling(folder if is_folder else None) if resolved == "feature-extraction" else None,
-        tokenizer_files=_tokenizer_files(str(model)) if folder is not None else {},
-        max_length=_max_length(module.config, folder if is_folder else None),
+        tokenizer_files=read_tokenizer_files(str(model)) if folder is not None else {},
+        max_length=read_max_length(module.config, folder if is_folder else None),
     )
 
 
@@ -153,7 +189,8 @@ def _read_pooling(folder: Path | None) -> Pooling:
     return Pooling(modes[active[0]], "Normalize" in kinds)
 
 
-def _tokenizer_files(model: str) -> dict[str, bytes]:
+def read_tokenizer_files(model: str) -> dict[str, bytes]:
+    """The tokenizer files of a folder or hub id, by name."""
     folder = Path(model)
     if folder.is_dir():
         return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
@@ -165,7 +202,8 @@ def _tokenizer_files(model: str) -> dict[str, bytes]:
     return found
 
 
-def _max_length(config: Any, folder: Path | None) -> int:
+def read_max_length(config: Any, folder: Path | None) -> int:
+    """Longest input: the model's positions, or fewer where the tokenizer says so."""
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
     settings = folder / "tokenizer_config.json" if folder is not None else None
     if settings is not None and settings.is_file():

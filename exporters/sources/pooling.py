@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 
 from ..graph import FLOAT, append, initializer
-from .loading import Pooling
+from .base import Pooling
 
 
 def append_pooling(graph: ir.Graph, pooling: Pooling) -> ir.Value:

@@ -1,12 +1,13 @@
 """Trace a transformers model to an `onnx_ir` graph whose weights are inputs named by their state-dict key."""
 
+from __future__ import annotations
+
 import io
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -17,20 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from edgepeft.errors import ExportError
 
-from .loading import Source
+from ..graph import rename_axes, transposed_input
+from .base import Traced
+
+if TYPE_CHECKING:
+    from .loading import Source
 
 #: Sample sizes of the trace; 0 and 1 would be specialized by torch.export.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 7, 5
-
-
-@dataclass
-class Traced:
-    """A forward graph, not optimized yet; each name of `weights` is a graph input to be bound or lifted
-    later."""
-
-    model: ir.Model
-    weights: dict[str, torch.Tensor]
-    layers: int = 0  # decoder layers with a key/value cache among the inputs
 
 
 def trace(source: Source, *, with_past: bool = False) -> Traced:
@@ -54,7 +49,7 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
     layers = len(inputs["past_key_values"].layers) if with_past else 0
     _name_inputs_and_outputs(program.graph, layers)
-    return Traced(program, _lift_weights(program.graph, module), layers)
+    return Traced(program, _lift_weights(program.graph, module))
 
 
 def _sample_inputs(source: Source, with_past: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,7 +120,7 @@ def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
                 renamed[dim.value] = axis
         if value.name == "attention_mask":
             mask, mask_axes = value, axes
-    _rename_axes(graph, renamed)
+    rename_axes(graph, renamed)
     mask.shape = ir.Shape(mask_axes)  # its length with a cache may have come out as a sum
     if layers:
         caches = [value for value in graph.inputs if (value.name or "").startswith("input.past_key_values")]
@@ -134,24 +129,6 @@ def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
             kind = ("key", "value")[index % 2]
             cache.name = f"past_key_values.{index // 2}.{kind}"
             present.name = f"present.{index // 2}.{kind}"
-
-
-def _rename_axes(graph: ir.Graph, names: dict[str, str]) -> None:
-    """Rename symbolic axes everywhere; an expression of several (`s1 + s2`) is renamed part by part."""
-
-    def rename(value: ir.Value) -> None:
-        if value.shape is None:
-            return
-        dims: list[int | str | None] = []
-        for dim in value.shape:
-            if isinstance(dim, int) or dim.value is None:
-                dims.append(dim if isinstance(dim, int) else None)
-            else:
-                dims.append(" ".join(names.get(part, part) for part in dim.value.split(" ")))
-        value.shape = ir.Shape(dims)
-
-    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
-        rename(value)
 
 
 def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -170,7 +147,7 @@ def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.T
         weights[name] = parameters[name].detach()
         if name in turned:
             weights[name] = weights[name].T.contiguous()
-            value = _transposed_input(graph, value)
+            value = transposed_input(graph, value)
         graph.inputs.append(value)
     return weights
 
@@ -178,19 +155,6 @@ def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.T
 def conv1d_weights(module: torch.nn.Module) -> set[str]:
     """Names of the weights that transformers keeps as `[in, out]`."""
     return {f"{name}.weight" for name, child in module.named_modules() if isinstance(child, Conv1D)}
-
-
-def _transposed_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    """An input that holds `value` transposed, and in the graph the way back."""
-    assert value.shape is not None
-    rows, columns = value.shape.numpy()
-    turned = ir.Value(name=value.name, shape=ir.Shape([columns, rows]), type=value.type)
-    back = ir.node("Transpose", [turned], {"perm": [1, 0]})
-    back.outputs[0].shape, back.outputs[0].type = value.shape, value.type
-    value.name = f"{value.name}.turned"
-    value.replace_all_uses_with(back.outputs[0])
-    graph.insert_before(next(iter(graph)), back)
-    return turned
 
 
 @contextmanager

@@ -34,7 +34,10 @@ def measure_chain_peaks(folder: Path) -> Peaks:
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
         with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
             chain = Chain(
-                bundle, {**inputs, **state.parameters}, partition=short, profile=str(Path(scratch) / "profile")
+                bundle,
+                {**inputs, **state.parameters},
+                partition=short,
+                profile=str(Path(scratch) / "profile"),
             )
             for batch, sequence in itertools.product(BATCHES, SEQUENCES):
                 feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence))
@@ -68,7 +71,11 @@ def _shortened(bundle: Bundle, partition: Partition) -> Partition:
         dataclasses.replace(
             stage,
             backward=next(
-                (other.backward for other in partition.stages if other.forward == stage.forward and other.backward),
+                (
+                    other.backward
+                    for other in partition.stages
+                    if other.forward == stage.forward and other.backward
+                ),
                 None,
             ),
         )
@@ -94,7 +101,9 @@ def _kept_terms(bundle: Bundle, partition: Partition, short: Partition) -> tuple
         left.remove(next(other for other in left if other.forward == stage.forward))
     total: dict[tuple[int, int], float] = {}
     for stage in left:
-        spec = next(item for item in bundle.manifest.graphs[stage.forward].outputs if item.name == "hidden.out")
+        spec = next(
+            item for item in bundle.manifest.graphs[stage.forward].outputs if item.name == "hidden.out"
+        )
         powers, values = (0, 0), 1
         for dim in spec.shape:
             if isinstance(dim, int):

@@ -101,12 +101,22 @@ def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.Inference
 def _scratch_bytes(args: dict[str, Any]) -> int:
     """What a kernel allocates and frees again while it runs, which the profiler's figure after it leaves out.
 
-    `Attention` holds the scores, float32 `[batch, heads, queries, keys]`; the other kernels in use need next
-    to nothing.
+    `Attention` holds the scores, float32 `[batch, heads, queries, keys]`, and so does `GroupQueryAttention`,
+    which has its heads apart as well; the other kernels in use need next to nothing.
     """
-    if args["op_name"] != "Attention":
+    if args["op_name"] not in ("Attention", "GroupQueryAttention"):
         return 0
-    query, key = (next(iter(entry.values())) for entry in args["input_type_shape"][:2])
+    shapes = [next(iter(entry.values())) for entry in args["input_type_shape"]]
+    if args["op_name"] == "GroupQueryAttention":
+        batch, queries, width = shapes[0]
+        past = next((shape for shape in shapes if len(shape) == 4), None)
+        if past is None:
+            return 0
+        packed = sum(len(shape) == 3 for shape in shapes) == 1
+        heads = width // past[3] - (2 * past[1] if packed else 0)
+        apart = (heads + 2 * past[1]) * past[3]
+        return int(4 * batch * queries * (heads * (queries + past[2]) + apart))
+    query, key = shapes[:2]
     if len(query) != 4:
         return 0
     batch, heads, queries, _ = query

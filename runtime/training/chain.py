@@ -157,7 +157,9 @@ class Chain:
         """The session of a stage's graph with everything bound but a cotangent."""
         session = self.session(role)
         session.bind(self._views(session, stage.weights))
-        session.bind({name: self._inputs[key] for name, key in stage.adapter.items() if name in session.inputs})
+        session.bind(
+            {name: self._inputs[key] for name, key in stage.adapter.items() if name in session.inputs}
+        )
         shared = {name: context[key] for name, key in stage.context.items() if name in session.inputs}
         if "labels" in session.inputs:
             shared["labels"] = context["labels"]

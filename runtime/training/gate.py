@@ -73,9 +73,7 @@ def evaluate(
 class _ResidentJudge:
     """The inference graph, and the loss graph on its output."""
 
-    def __init__(
-        self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int
-    ) -> None:
+    def __init__(self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int) -> None:
         self._output = task.output
         self._inference = GraphSession(bundle, "inference", threads)
         self._loss = GraphSession(bundle, "loss", threads=1)
@@ -101,9 +99,7 @@ class _ResidentJudge:
 class _StagedJudge:
     """The chain's forward stages and its head."""
 
-    def __init__(
-        self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int
-    ) -> None:
+    def __init__(self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int) -> None:
         del task
         self._chain = Chain(bundle, inputs, threads)
 

@@ -12,7 +12,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 
-from . import models
+from . import foreign, models
 
 # Tiny models: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -78,3 +78,54 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
         return made[name, bits]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`files(name)`: one of the files below, written once."""
+    folder = tmp_path_factory.mktemp("foreign")
+    writers: dict[str, Callable[[Path], Path]] = {
+        "bert-dynamo": lambda path: foreign.export_dynamo(foreign.bert(), path),
+        "llama-dynamo": lambda path: foreign.export_dynamo(models.llama(tied=False), path),
+        "llama-script": lambda path: foreign.export_torchscript(models.llama(tied=False), path),
+        "llama-q4-symmetric": lambda path: foreign.quantize_nbits(
+            files("llama-script"), path, symmetric=True
+        ),
+        "llama-q4-asymmetric": lambda path: foreign.quantize_nbits(
+            files("llama-script"), path, symmetric=False
+        ),
+    }
+    writers |= {
+        "llama-positions": lambda path: foreign.export_torchscript(
+            models.llama(tied=False), path, with_positions=True
+        ),
+        "bert-script": lambda path: foreign.export_torchscript(foreign.bert(), path),
+        "bert-fused": lambda path: foreign.fuse_bert(files("bert-script"), path),
+        "bert-qdq": lambda path: foreign.quantize_qdq(files("bert-dynamo"), path),
+        "llama-nf4": lambda path: foreign.quantize_bnb4(files("llama-script"), path),
+        "llama-cache": lambda path: foreign.with_cache(models.llama(tied=False), path),
+    }
+    made: dict[str, Path] = {}
+
+    def files(name: str) -> Path:
+        if name not in made:
+            (folder / name).mkdir()
+            made[name] = writers[name](folder / name / "exported.onnx")
+        return made[name]
+
+    return files
+
+
+@pytest.fixture(scope="session")
+def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """`genai(kind, precision)`: a file of onnxruntime-genai's builder, written once."""
+    pytest.importorskip("onnxruntime_genai")
+    made: dict[tuple[str, str], Path] = {}
+
+    def build(kind: str, precision: str) -> Path:
+        if (kind, precision) not in made:
+            folder = tmp_path_factory.mktemp(f"genai-{kind}-{precision}")
+            made[kind, precision] = foreign.build_genai(kind, precision, folder)
+        return made[kind, precision]
+
+    return build

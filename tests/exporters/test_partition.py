@@ -36,7 +36,12 @@ def test_the_longest_repetition_is_found(texts: str, expected: tuple[int, int, i
     assert find_period(texts) == expected
 
 
-@given(st.text("ab", max_size=4), st.text("ab", min_size=1, max_size=3), st.integers(2, 5), st.text("ab", max_size=4))
+@given(
+    st.text("ab", max_size=4),
+    st.text("ab", min_size=1, max_size=3),
+    st.integers(2, 5),
+    st.text("ab", max_size=4),
+)
 def test_what_is_found_repeats_and_covers_at_least_what_was_put_in(
     before: str, unit: str, count: int, behind: str
 ) -> None:
@@ -93,7 +98,7 @@ def _both(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingStat
     chain = Chain(bundle, {**inputs, **staged.parameters})
     losses.append(chain.gradients(arrays, staged))
     evaluated = chain.evaluate(arrays)
-    assert evaluated["loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert evaluated["loss"] == pytest.approx(losses[0], rel=1e-6, abs=2e-6)
     chain.close()
     return losses[0], losses[1], resident, staged
 
@@ -108,7 +113,7 @@ def test_a_chain_gives_the_gradients_of_the_one_graph(kind: str, bits: int, tmp_
     }[kind]
     edgepeft.export(model, tmp_path / "bundle", bits=bits, rank=4, verify=False)
     loss, staged_loss, resident, staged = _both(tmp_path / "bundle", batch)
-    assert staged_loss == pytest.approx(loss, rel=1e-6)
+    assert staged_loss == pytest.approx(loss, rel=1e-6, abs=2e-6)
     for name, expected in resident.gradients.items():
         got = staged.gradients[name]
         # Products of 4-bit weights are summed in another order by MatMulNBits than by the decoded product.
@@ -147,4 +152,6 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
     assert sliced == pytest.approx(whole, rel=1e-6)
     assert sliced == pytest.approx(loss, rel=1e-6)
     for name, expected in whole_state.gradients.items():
-        np.testing.assert_allclose(sliced_state.gradients[name], expected, rtol=1e-4, atol=1e-8)
+        assert np.linalg.norm(sliced_state.gradients[name] - expected) <= 1e-5 * np.linalg.norm(expected), (
+            name
+        )

@@ -52,11 +52,15 @@ RULES.refuse(
 )
 RULES.refuse(
     "Attention",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    domain=MICROSOFT,
+    because="it fuses a cache: lower it to ai.onnx::Attention first, as exporters/passes does for ONNX files",
+)
+RULES.refuse(
     "DecoderMaskedMultiHeadAttention",
     "EmbedLayerNormalization",
-    "GroupQueryAttention",
     "MoE",
-    "MultiHeadAttention",
     "QMoE",
     "SparseAttention",
     domain=MICROSOFT,

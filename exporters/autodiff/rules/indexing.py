@@ -128,4 +128,8 @@ def top_k(c: RuleContext) -> RuleResult:
     return [lambda: Scatter(c.node.outputs[1], c.cotangent, axis)]
 
 
+RULES.refuse(
+    "GridSample",
+    because="its cotangents add up at positions that the grid computes: resample at fixed places with Resize",
+)
 RULES.refuse("OneHot", because="its values are chosen by an integer index: use Where")

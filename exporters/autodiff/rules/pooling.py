@@ -46,44 +46,85 @@ def _average_refusal(node: ir.Node) -> str | None:
     return None
 
 
+class _Windows:
+    """The windows of a pooling node, and the way back from them: each channel by itself."""
+
+    def __init__(self, c: RuleContext) -> None:
+        self.e, self.x = c.emit, c.input(0)
+        self.kernel = list(c.attr_ints("kernel_shape") or ())
+        self.count = len(self.kernel)
+        zeros = [0] * self.count
+        self.before, self.after = padding(c.node, self.count, self.kernel) or (zeros, zeros)
+        self.strides = spatial_list(c.node, "strides", [1] * self.count)
+        self.dilations = spatial_list(c.node, "dilations", [1] * self.count)
+        self.geometry = Convolution(
+            self.e, self.strides, self.dilations, self.kernel, self.before, self.after, 1
+        )
+
+    def ones(self) -> ir.Value:
+        """A kernel `[1, 1, kernel…]` of ones."""
+        shape = [1, 1, *self.kernel]
+        one = self.e.scalar(1, self.x)
+        return self.e.op("Expand", one, self.e.int64(shape), dtype=self.x.dtype, shape=ir.Shape(shape))
+
+    def spread(self, value: ir.Value) -> ir.Value:
+        """What every element of x gets when each window gives `value` to all of its elements."""
+        spread = self.geometry.into_input(self._per_channel(value), self.ones(), self._per_channel(self.x))
+        return self.e.op("Reshape", spread, self.e.shape_of(self.x), like=self.x)
+
+    def _per_channel(self, value: ir.Value) -> ir.Value:
+        """`[N, C, …]` as `[N·C, 1, …]`."""
+        e = self.e
+        shape = ir.Shape([None, 1, *e.shape(value)[2:]])
+        single = e.int64([-1, 1, *[0] * self.count])
+        return e.op("Reshape", value, single, dtype=value.dtype, shape=shape)
+
+
 @rule("AveragePool", since=7, until=22, refuses=_average_refusal)
 def average_pool(c: RuleContext) -> RuleResult:
     """x̄ = convᵀ(ȳ / number of elements in the window, ones), channel by channel"""
-    e, x = c.emit, c.input(0)
-    kernel = list(c.attr_ints("kernel_shape") or ())
-    count = len(kernel)
-    before, after = padding(c.node, count, kernel) or ([0] * count, [0] * count)
-    strides = spatial_list(c.node, "strides", [1] * count)
-    dilations = spatial_list(c.node, "dilations", [1] * count)
-    geometry = Convolution(e, strides, dilations, kernel, before, after, 1)
-    single = e.int64([-1, 1, *[0] * count])
-
-    def per_channel(value: ir.Value) -> ir.Value:
-        """`[N, C, …]` as `[N·C, 1, …]`."""
-        shape = ir.Shape([None, 1, *e.shape(value)[2:]])
-        return e.op("Reshape", value, single, dtype=value.dtype, shape=shape)
+    e, x, windows = c.emit, c.input(0), _Windows(c)
 
     def operand() -> ir.Value:
-        ones = e.op(
-            "Expand", e.scalar(1, x), e.int64([1, 1, *kernel]), dtype=x.dtype, shape=ir.Shape([1, 1, *kernel])
-        )
+        before, after = windows.before, windows.after
         if c.attr_int("count_include_pad", 0) or not any((*before, *after)):
-            share = e.scale(c.cotangent, 1 / math.prod(kernel))
-        else:
-            spatial = e.op("Shape", x, dtype=INT64, shape=ir.Shape([count]), start=2)
-            plane_shape = ir.Shape([1, 1, *e.shape(x)[2:]])
-            plane = e.op(
-                "Expand",
-                e.scalar(1, x),
-                e.concat([e.int64([1, 1]), spatial], axis=0),
-                dtype=x.dtype,
-                shape=plane_shape,
-            )
-            attributes = geometry.attributes(pads=[*before, *after], strides=strides, dilations=dilations)
-            shape = ir.Shape([1, 1, *e.shape(c.output)[2:]])
-            share = e.div(c.cotangent, e.op("Conv", plane, ones, dtype=x.dtype, shape=shape, **attributes))
-        spread = geometry.into_input(per_channel(share), ones, per_channel(x))
-        return e.op("Reshape", spread, e.shape_of(x), like=x)
+            return windows.spread(e.scale(c.cotangent, 1 / math.prod(windows.kernel)))
+        spatial = e.op("Shape", x, dtype=INT64, shape=ir.Shape([windows.count]), start=2)
+        plane = e.op(
+            "Expand",
+            e.scalar(1, x),
+            e.concat([e.int64([1, 1]), spatial], axis=0),
+            dtype=x.dtype,
+            shape=ir.Shape([1, 1, *e.shape(x)[2:]]),
+        )
+        attributes = windows.geometry.attributes(
+            pads=[*before, *after], strides=windows.strides, dilations=windows.dilations
+        )
+        shape = ir.Shape([1, 1, *e.shape(c.output)[2:]])
+        counted = e.op("Conv", plane, windows.ones(), dtype=x.dtype, shape=shape, **attributes)
+        return windows.spread(e.div(c.cotangent, counted))
+
+    return [operand]
+
+
+@rule("LpPool", since=18, until=22, refuses=_average_refusal)
+def lp_pool(c: RuleContext) -> RuleResult:
+    """x̄ = sign(x) · |x|^(p−1) · convᵀ(ȳ / y^(p−1), ones), 0 in windows of zeros"""
+    e, x, y, windows, p = c.emit, c.input(0), c.output, _Windows(c), c.attr_int("p", 2)
+
+    def operand() -> ir.Value:
+        if p == 1:
+            return e.mul(e.unary("Sign", x), windows.spread(c.cotangent))
+        zero = e.scalar(0, y)
+        alive = e.compare("Greater", y, zero)
+        power = e.op("Pow", e.where(alive, y, e.scalar(1, y)), e.scalar(p - 1, y), like=y)
+        spread = windows.spread(e.where(alive, e.div(c.cotangent, power), zero))
+        slope = (
+            x
+            if p == 2
+            else e.mul(e.unary("Sign", x), e.op("Pow", e.unary("Abs", x), e.scalar(p - 1, x), like=x))
+        )
+        return e.mul(slope, spread)
 
     return [operand]
 

@@ -90,6 +90,12 @@ def cum_sum(c: RuleContext) -> RuleResult:
     return [lambda: e.op("CumSum", c.cotangent, c.input(1), like=c.input(0), **attributes)]
 
 
+RULES.refuse(
+    "CumProd",
+    because="its gradient divides by elements that may be 0: if all are positive, use Exp of CumSum of Log",
+)
+
+
 @rule("Trilu", since=14, until=14, differentiable=(0,))
 def trilu(c: RuleContext) -> RuleResult:
     """x̄ = the same triangle of ȳ"""

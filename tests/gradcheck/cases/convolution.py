@@ -139,7 +139,34 @@ def _pools() -> Iterator[Case]:
         ),
     ):
         yield Case("AveragePool", (normal(*shape),), function, attributes)
+    yield from _lp_pool()
     for shape in ((2, 3, 4), (1, 2, 2, 3), (1, 1, 2, 2, 2)):
         axes = tuple(range(2, len(shape)))
         yield Case("GlobalAveragePool", (normal(*shape),), lambda x, a=axes: x.mean(a, keepdim=True))
         yield Case("GlobalMaxPool", (distinct(*shape),), lambda x, a=axes: x.amax(a, keepdim=True))
+
+
+def _lp_pool() -> Iterator[Case]:
+    """float32 only in onnxruntime; torch pools |x|^p itself, since its own takes a root of the sum of x^p."""
+    for shape, kernel, stride, pad, dilation, p in (
+        ((1, 2, 6), [2], [2], 0, 1, 2),
+        ((2, 2, 5), [3], [1], 1, 1, 2),
+        ((1, 2, 7), [2], [2], 0, 2, 2),
+        ((2, 1, 4, 5), [2, 3], [1, 2], 1, 1, 2),
+        ((1, 2, 6), [3], [1], 0, 1, 1),
+        ((1, 1, 4, 4), [2, 2], [2, 2], 0, 1, 3),
+    ):
+
+        def function(
+            x: Any, k: Any = kernel, s: Any = stride, a: Any = pad, d: Any = dilation, p: Any = p
+        ) -> Any:
+            ones = torch.ones(x.shape[1], 1, *k, dtype=x.dtype)
+            convolve = F.conv1d if len(k) == 1 else F.conv2d
+            summed = convolve(x.abs() ** p, ones, None, s, a, d, x.shape[1])
+            return summed ** (1 / p)
+
+        spatial = len(kernel)
+        attributes = {"kernel_shape": kernel, "strides": stride, "p": p, "pads": [pad] * 2 * spatial}
+        attributes["dilations"] = [dilation] * spatial
+        yield Case("LpPool", (distinct(*shape),), function, attributes,
+                   float64=False, linear=False, tolerance=1e-4)  # fmt: skip

@@ -86,6 +86,24 @@ def cases() -> Iterator[Case]:
         tolerance=1e-4,
         label="bias",
     )
+    points = integers(0, 16, 4, 2, seed=3).astype(np.uint8)
+    shifted = (codes - np.repeat(points.astype(np.float64), 16, axis=1)) * np.repeat(
+        scales.astype(np.float64), 16, axis=1
+    )
+    packed_points = _pack_zero_points(points, 4)
+    yield Case(
+        "com.microsoft::MatMulNBits",
+        (normal(2, 3, 32), pack(codes, 4, 16), scales, packed_points, None, normal(4, seed=2)),
+        lambda a, *rest: a @ torch.tensor(shifted).T + rest[-1],
+        {"K": 32, "N": 4, "bits": 4, "block_size": 16},
+        wrt=(0, 5),
+        constants=(1, 2, 3),
+        float64=False,
+        symbolic_axes=(0, 1),
+        static_inputs=(5,),
+        tolerance=1e-4,
+        label="zero points and bias",
+    )
     yield from _bnb4()
 
 

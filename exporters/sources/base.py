@@ -1,0 +1,73 @@
+"""What the exporter asks of a model, wherever it comes from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import onnx_ir as ir
+import torch
+
+from edgepeft.bundle.manifest import Quantization
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How token embeddings become one sentence embedding; `mode` is `mean` or `cls`."""
+
+    mode: str = "mean"
+    normalize: bool = True
+
+
+@dataclass
+class Traced:
+    """A forward graph, not optimized yet.
+
+    Attributes:
+        weights: the graph inputs that hold weights, to be bound or lifted later.
+        packed: linears that compute several modules at once, with the width of each, in order.
+    """
+
+    model: ir.Model
+    weights: dict[str, torch.Tensor]
+    packed: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class ModelSource(Protocol):
+    """A model to export: a transformers model (`loading.Source`) or an ONNX file (`onnx_file.OnnxFile`)."""
+
+    task: str
+    name: str
+    pooling: Pooling | None
+    tokenizer_files: dict[str, bytes]
+    max_length: int
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration, or what stands for it."""
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class, or of what wrote the file."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the weights are stored already; None where they are floats."""
+
+    @property
+    def own_training_graph(self) -> bool:
+        """Whether the graph to train differs from the one to infer with."""
+
+    def module_names(self) -> list[str]:
+        """Names of all modules."""
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear modules but the output head of a language model."""
+
+    def has_matrix(self, module: str) -> bool:
+        """Whether `module` is there and has a two-dimensional weight."""
+
+    def resolve_targets(self, targets: Sequence[str]) -> list[str]:
+        """Targets as a user names them, as (suffixes of) module names."""
+
+    def trace(self, *, training: bool) -> Traced:
+        """The forward graph: with a key/value cache, where the model has one, unless it is for training."""
