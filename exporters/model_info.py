@@ -8,8 +8,10 @@ from transformers.pytorch_utils import Conv1D
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import ModelInfo
+from edgepeft.errors import ExportError
 
 from .sources.loading import Source
+from .sources.tasks import CLASSIFICATION
 
 #: Names PEFT gives to the heads of sequence classifiers and always saves.
 HEADS = ("classifier", "score")
@@ -21,20 +23,23 @@ def model_info(source: Source) -> ModelInfo:
     eos = getattr(config, "eos_token_id", None)
     ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
-    if source.task == "text-classification":
+    if source.task in CLASSIFICATION:
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     return ModelInfo(
         name=source.name,
         model_type=config.model_type,
         architecture=type(source.model).__name__,
         max_length=source.max_length,
-        vocab_size=config.vocab_size,
-        pad_token_id=_token(getattr(config, "pad_token_id", None), config),
-        bos_token_id=_token(getattr(config, "bos_token_id", None), config),
-        eos_token_ids=tuple(token for end in ends if (token := _token(end, config)) is not None),
+        vocab_size=_vocab_size(source),
+        pad_token_id=_token(getattr(config, "pad_token_id", None), source),
+        bos_token_id=_token(getattr(config, "bos_token_id", None), source),
+        eos_token_ids=tuple(token for end in ends if (token := _token(end, source)) is not None),
         labels=labels,
         embedding_size=config.hidden_size if source.pooling is not None else None,
-        num_layers=config.num_hidden_layers,
+        num_layers=_num_layers(config),
+        problem_type=source.problem_type,
+        decoder_start_token_id=_decoder_start(source),
+        min_length=source.min_length,
     )
 
 
@@ -43,7 +48,7 @@ def saved_module_names(source: Source, adapters: Iterable[Adapter]) -> tuple[str
 
     PEFT saves every module whose name ends with one of `modules_to_save`; so does this.
     """
-    endings = list(HEADS) if source.task == "text-classification" else []
+    endings = list(HEADS) if source.task in CLASSIFICATION else []
     for adapter in adapters:
         endings += adapter.config.get("modules_to_save") or []
     modules = [name for name, _ in source.model.named_modules()]
@@ -63,6 +68,34 @@ def default_targets(source: Source) -> list[str]:
     ]
 
 
-def _token(token: int | None, config: Any) -> int | None:
+def _token(token: int | None, source: Source) -> int | None:
     """The token, or None where the vocabulary has no such: configurations carry other models' defaults."""
-    return token if token is not None and 0 <= token < config.vocab_size else None
+    return token if token is not None and 0 <= token < _vocab_size(source) else None
+
+
+def _vocab_size(source: Source) -> int:
+    """Tokens the model takes; 0 for images and recordings, whose configurations may count other things."""
+    takes_tokens = source.task not in ("image-classification", "audio-classification")
+    return int(source.config.vocab_size) if takes_tokens else 0
+
+
+def _num_layers(config: Any) -> int:
+    """Layers, or blocks of all stages."""
+    return int(getattr(config, "num_hidden_layers", None) or sum(getattr(config, "depths", ())))
+
+
+def _decoder_start(source: Source) -> int | None:
+    """The token that an encoder-decoder's own shift puts in front of the labels.
+
+    Raises:
+        ExportError: the configuration has none.
+    """
+    if source.task != "text2text-generation":
+        return None
+    token = _token(getattr(source.config, "decoder_start_token_id", None), source)
+    if token is None:
+        raise ExportError(
+            f"{source.name}: its configuration has no usable decoder_start_token_id, which the decoder's "
+            "input begins with: set it before exporting"
+        )
+    return token

@@ -15,7 +15,7 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
 
 from .forward import Forward, build_forward
-from .losses import LOSSES
+from .losses import loss_for
 from .model_info import model_info, saved_module_names
 from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
@@ -56,8 +56,7 @@ def export(
     Args:
         model: a transformers model object, a folder or a hub id.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
-        task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where
-            None.
+        task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding.
         block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
@@ -117,7 +116,7 @@ def export(
         report("differentiating and writing" if train else "writing")
         manifest = _write(folder, source, freezer, inference, forward if train else None, loaded)
         report("measuring memory")
-        manifest = _with_memory(manifest, folder)
+        manifest = _with_memory(manifest, folder, source.length_unit)
         write_manifest(manifest, folder)
         if verify:
             report("verifying against PyTorch")
@@ -166,7 +165,7 @@ def _write(
     adapters: Mapping[str, Adapter],
 ) -> Manifest:
     """Write everything but the manifest, whose memory figures are still empty."""
-    loss = LOSSES[source.task]
+    loss = loss_for(source.task, source.problem_type)
     models = {"inference": inference.model}
     trainable: tuple[str, ...] = ()
     if training is not None:
@@ -212,16 +211,16 @@ def _write(
     )
 
 
-def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
+def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
     """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
-    bundle."""
+    bundle. Sequences that are measured are multiples of `length_unit`."""
     write_manifest(manifest, folder)
 
     def formula(role: str) -> MemoryFormula:
         spec = manifest.graphs[role]
         data = (folder / spec.file).read_bytes()
-        tensors = MemoryFormula(session_bytes=0, peaks=measure_peaks(data, spec, folder))
-        session_bytes = measure_session_bytes(folder, role, tensors)
+        tensors = MemoryFormula(session_bytes=0, peaks=measure_peaks(data, spec, folder, length_unit))
+        session_bytes = measure_session_bytes(folder, role, tensors, length_unit)
         return dataclasses.replace(tensors, session_bytes=session_bytes)
 
     return dataclasses.replace(

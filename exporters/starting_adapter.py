@@ -9,14 +9,17 @@ import torch
 
 from edgepeft.errors import UsageError
 
-from .model_info import default_targets
+from .model_info import default_targets, saved_module_names
 from .sources.loading import Source
 
-#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head).
+#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
+#: none for images and recordings.
 TASK_TYPES = {
     "text-classification": peft.TaskType.SEQ_CLS,
+    "token-classification": peft.TaskType.TOKEN_CLS,
     "feature-extraction": peft.TaskType.FEATURE_EXTRACTION,
     "text-generation": peft.TaskType.CAUSAL_LM,
+    "text2text-generation": peft.TaskType.SEQ_2_SEQ_LM,
 }
 
 
@@ -42,7 +45,8 @@ def write_starting_adapter(
         raise UsageError(f"--rank must be at least 1, got {rank}")
     torch.manual_seed(seed)
     config = peft.LoraConfig(
-        task_type=TASK_TYPES[source.task],
+        task_type=TASK_TYPES.get(source.task),
+        modules_to_save=None if source.task in TASK_TYPES else list(saved_module_names(source, ())),
         r=rank,
         lora_alpha=lora_alpha if lora_alpha is not None else 2 * rank,
         target_modules=list(targets) if targets is not None else default_targets(source),

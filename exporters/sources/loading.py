@@ -1,6 +1,7 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from transformers.utils.hub import cached_file
 
 from edgepeft.errors import ExportError, UsageError
 
-from .tasks import infer_task, model_class, resolve_task
+from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
+#: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
+MAX_SAMPLES = 30 * 16_000
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -55,6 +58,35 @@ class Source:
         """Tokens the model has positions for; None where any number will do (ALiBi)."""
         return getattr(self.config, "max_position_embeddings", None)
 
+    @property
+    def problem_type(self) -> str | None:
+        """transformers' `problem_type` of a classifier of texts or images, which decides its loss; None else.
+
+        Where the configuration names none, one output is a regression and several are classes, as
+        transformers has it.
+        """
+        if self.task not in ("text-classification", "image-classification"):
+            return None
+        declared: str | None = getattr(self.config, "problem_type", None)
+        return declared or ("regression" if self.config.num_labels == 1 else "single_label_classification")
+
+    @property
+    def length_unit(self) -> int:
+        """Samples of a waveform that make one frame of features; 1 for tokens."""
+        return math.prod(self.config.conv_stride) if self.task == "audio-classification" else 1
+
+    @property
+    def min_length(self) -> int:
+        """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
+        if self.task != "audio-classification":
+            return 1
+        samples = 2
+        for kernel, stride in reversed(
+            list(zip(self.config.conv_kernel, self.config.conv_stride, strict=True))
+        ):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
 
 def load_source(
     model: Any, *, task: str | None = None, labels: Sequence[str] | None = None, seed: int = 0
@@ -63,7 +95,7 @@ def load_source(
 
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
-        labels: names of the classes of a new classification head (text-classification only); the weights of
+        labels: names of the classes of a new classification head (of the tasks that have one); the weights of
             a head that the checkpoint does not have are drawn with `seed`.
 
     Raises:
@@ -71,8 +103,8 @@ def load_source(
         ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
     """
     resolved = resolve_task(task) if task else infer_task(model)
-    if labels is not None and resolved != "text-classification":
-        raise UsageError(f"--labels goes with text-classification, not with {resolved}")
+    if labels is not None and resolved not in CLASSIFICATION:
+        raise UsageError(f"--labels goes with {', '.join(CLASSIFICATION)}, not with {resolved}")
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
@@ -89,7 +121,7 @@ def load_source(
         name=name,
         pooling=_read_pooling(folder if is_folder else None) if resolved == "feature-extraction" else None,
         tokenizer_files=_tokenizer_files(str(model)) if folder is not None else {},
-        max_length=_max_length(module.config, folder if is_folder else None),
+        max_length=_max_length(resolved, module.config, folder if is_folder else None),
     )
 
 
@@ -165,7 +197,9 @@ def _tokenizer_files(model: str) -> dict[str, bytes]:
     return found
 
 
-def _max_length(config: Any, folder: Path | None) -> int:
+def _max_length(task: str, config: Any, folder: Path | None) -> int:
+    if task in ("image-classification", "audio-classification"):
+        return 1 if task == "image-classification" else MAX_SAMPLES
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
     settings = folder / "tokenizer_config.json" if folder is not None else None
     if settings is not None and settings.is_file():

@@ -9,6 +9,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +18,77 @@ import onnxruntime as ort
 
 from edgepeft.bundle.manifest import GraphSpec, MemoryTerm
 
-from .feeds import sample_feeds
+from .feeds import axis_sizes, sample_feeds
 
 #: Grid of sizes; an axis needs one size more than its highest power. Batches are even: some losses split
-#: them in two.
+#: them in two. A graph without an axis `sequence` (images) is measured at one.
 BATCHES, SEQUENCES, RANKS = (2, 4, 6), (4, 7, 10), (1, 3)
-POWERS = tuple(itertools.product(range(len(BATCHES)), range(len(SEQUENCES)), range(len(RANKS))))
 #: Sizes among which the worst nodes are looked for.
-CANDIDATES = tuple(itertools.product((1, 4, 16, 64), (16, 64, 256, 1024, 4096), (1, 8, 64)))
+BATCHES_SOUGHT, SEQUENCES_SOUGHT, RANKS_SOUGHT = (1, 4, 16, 64), (16, 64, 256, 1024, 4096), (1, 8, 64)
 SHAPE_ERROR_BYTES = 1.0
 
 
-def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> tuple[tuple[MemoryTerm, ...], ...]:
+def measure_peaks(
+    graph: bytes, spec: GraphSpec, folder: Path, length_unit: int = 1
+) -> tuple[tuple[MemoryTerm, ...], ...]:
     """The sums of live tensors that are the largest for some batch, sequence and rank.
 
     Args:
         graph: the ONNX file.
         spec: its signature.
         folder: where its external data is.
+        length_unit: sequences are multiples of it: the frames of a waveform are a quotient that rounds down,
+            and polynomials of its length only there.
     """
+    has_sequence = any("sequence" in item.shape for item in spec.inputs)
+    grid = _Grid(BATCHES, SEQUENCES if has_sequence else (1,), RANKS)
     session, close = _profiled_session(graph, folder)
-    for batch, sequence, rank in itertools.product(BATCHES, SEQUENCES, RANKS):
-        sizes = {"batch": batch, "sequence": sequence, "total_sequence": sequence, "past_sequence": 0}
-        session.run(None, sample_feeds(spec, sizes, rank))
-    in_use = close()
-    design = np.array(
-        [
-            [float(b**i * s**j * r**k) for i, j, k in POWERS]
-            for b, s, r in itertools.product(BATCHES, SEQUENCES, RANKS)
-        ]
-    )
-    coefficients = np.linalg.solve(design, in_use).T  # [nodes, powers]
+    for batch, sequence, rank in grid.sizes:
+        session.run(None, sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank))
+    in_use = close(len(grid.sizes))
+    coefficients = np.linalg.solve(grid.design(grid.sizes), in_use).T  # [nodes, powers]
     coefficients[np.abs(coefficients) < SHAPE_ERROR_BYTES] = 0.0
     # What is in use at every size are initializers and prepacked weights, which the session itself accounts
     # for.
     coefficients[:, 0] -= coefficients[:, 0].min()
-    candidates = np.array([[float(b**i * s**j * r**k) for i, j, k in POWERS] for b, s, r in CANDIDATES])
-    worst = sorted(set(np.argmax(coefficients @ candidates.T, axis=0).tolist()))
+    sought = itertools.product(BATCHES_SOUGHT, SEQUENCES_SOUGHT if has_sequence else (1,), RANKS_SOUGHT)
+    worst = sorted(set(np.argmax(coefficients @ grid.design(list(sought)).T, axis=0).tolist()))
     return tuple(
         tuple(
-            MemoryTerm(bytes=float(round(value, 3)), batch_power=i, seq_power=j, rank_power=k)
-            for value, (i, j, k) in zip(coefficients[node], POWERS, strict=True)
+            MemoryTerm(bytes=float(f"{value / length_unit**j:.9g}"), batch_power=i, seq_power=j, rank_power=k)
+            for value, (i, j, k) in zip(coefficients[node], grid.powers, strict=True)
             if value > 0  # a slice that is shorter by a constant counts in full
         )
         for node in worst
     )
 
 
-def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession, Callable[[], np.ndarray]]:
-    """A session, and what ends its profile: bytes in use, float64 `[runs, nodes]` in order of execution."""
+@dataclass(frozen=True)
+class _Grid:
+    """Sizes that determine a polynomial of batch, sequence and rank."""
+
+    batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return list(itertools.product(self.batches, self.sequences, self.ranks))
+
+    @property
+    def powers(self) -> list[tuple[int, int, int]]:
+        return list(
+            itertools.product(range(len(self.batches)), range(len(self.sequences)), range(len(self.ranks)))
+        )
+
+    def design(self, sizes: list[tuple[int, int, int]]) -> np.ndarray:
+        """Every monomial at every size, float64 `[sizes, powers]`."""
+        return np.array([[float(b**i * s**j * r**k) for i, j, k in self.powers] for b, s, r in sizes])
+
+
+def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession, Callable[[int], np.ndarray]]:
+    """A session, and what ends its profile of so many runs: bytes in use, float64 `[runs, nodes]` in order of
+    execution."""
     scratch = tempfile.TemporaryDirectory(prefix="edgepeft-profile-")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -77,7 +100,7 @@ def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession,
         graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
     )
 
-    def close() -> np.ndarray:
+    def close(runs: int) -> np.ndarray:
         profile = Path(session.end_profiling())
         events = json.loads(profile.read_text())
         scratch.cleanup()
@@ -86,7 +109,6 @@ def _profiled_session(graph: bytes, folder: Path) -> tuple[ort.InferenceSession,
             for event in sorted(events, key=lambda event: event["ts"])
             if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
         ]
-        runs = len(BATCHES) * len(SEQUENCES) * len(RANKS)
         return np.array(used, np.float64).reshape(runs, -1)
 
     return session, close

@@ -57,7 +57,7 @@ def evaluate(
             batch = task.batch(chunk, training=True)
             count = task.items(batch)
             inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
-            inference.bind(empty_cache(inference, batch["input_ids"].shape[0]))
+            inference.bind(empty_cache(inference, len(next(iter(batch.values())))))
             outputs = inference.run_for([task.output])
             loss_graph.bind_values(outputs)
             loss_graph.bind({name: value for name, value in batch.items() if name in loss_graph.inputs})
