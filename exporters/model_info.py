@@ -11,6 +11,7 @@ from edgepeft.bundle.manifest import ModelInfo
 from edgepeft.errors import ExportError
 
 from .sources.loading import Source
+from .sources.samples import sample_inputs
 from .sources.tasks import CLASSIFICATION
 
 #: Names PEFT gives to the heads of sequence classifiers and always saves.
@@ -56,16 +57,37 @@ def saved_module_names(source: Source, adapters: Iterable[Adapter]) -> tuple[str
 
 
 def default_targets(source: Source) -> list[str]:
-    """Linear modules that take a LoRA unless told otherwise: all but the head and what is saved whole."""
+    """Linear modules that take a LoRA unless told otherwise: all but the head, what is saved whole and what a
+    LoRA has no effect on."""
+    called = called_linears(source)
     saved = tuple(f"{name}." for name in saved_module_names(source, ()))
     head = source.model.get_output_embeddings()
     return [
         name
         for name, module in source.model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and module is not head
-        and not f"{name}.".startswith(saved)
+        if name in called and module is not head and not f"{name}.".startswith(saved)
     ]
+
+
+def called_linears(source: Source) -> set[str]:
+    """Names of the linear modules that the model calls.
+
+    Some models hand a linear's weight to a function instead (WavLM's attention): PEFT wraps the call, so its
+    LoRA would do nothing there.
+    """
+    called: set[str] = set()
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, module in source.model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+    ]
+    try:
+        with torch.no_grad():
+            source.model(**sample_inputs(source, with_past=False).inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return called
 
 
 def _token(token: int | None, source: Source) -> int | None:

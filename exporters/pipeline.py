@@ -16,7 +16,7 @@ from edgepeft.files import atomic_folder, check_replaceable
 
 from .forward import Forward, build_forward
 from .losses import loss_for
-from .model_info import model_info, saved_module_names
+from .model_info import called_linears, model_info, saved_module_names
 from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
 from .sources.loading import Source, load_source
@@ -140,6 +140,7 @@ def _check_arguments(
 def _check_modules(adapters: Mapping[str, Adapter], source: Source) -> None:
     """Name the first module of an adapter that this model does not have, or has in another size."""
     modules = dict(source.model.named_modules())
+    called = called_linears(source) if adapters else set()
     for adapter in adapters.values():
         for name in adapter.modules:
             weight = getattr(modules.get(name), "weight", None)
@@ -147,6 +148,11 @@ def _check_modules(adapters: Mapping[str, Adapter], source: Source) -> None:
                 raise AdapterError(
                     f"{adapter.origin}: module {name} is no linear of {source.name}: "
                     "the adapter was made for another base"
+                )
+            if name not in called:
+                raise AdapterError(
+                    f"{adapter.origin}: {source.name} never calls its module {name} but hands its weight to "
+                    "a function, so PEFT's LoRA has no effect there: train an adapter without it"
                 )
 
 

@@ -158,8 +158,9 @@ class Model:
         self._require_language_model()
         generation.check_length(self.manifest, len(prompt), max_new_tokens)
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
-        check_batch(self.manifest, specs, {"input_ids": [prompt]})
         decodes = self.manifest.task == "text2text-generation"
+        start = {"decoder_input_ids": [[self.manifest.model.decoder_start_token_id]]} if decodes else {}
+        check_batch(self.manifest, specs, {"input_ids": [prompt], **start})
         shape = (1, max(len(prompt), max_new_tokens) if decodes else len(prompt) + max_new_tokens)
         session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
         run = generation.greedy_decoder if decodes else generation.greedy
