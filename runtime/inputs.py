@@ -88,13 +88,13 @@ def shifted_right(model: ModelInfo, labels: Array) -> Array:
 
 def batch_shape(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> tuple[int, int]:
     """Rows of a batch and the longest of its sequences (1 where there is none, as with images)."""
-    sizes = {
-        axis: size
+    sequences = [
+        size
         for name, array in arrays.items()
         for axis, size in zip(specs[name].shape, array.shape, strict=True)
-        if isinstance(axis, str)
-    }
-    return sizes["batch"], max((size for axis, size in sizes.items() if axis.endswith("sequence")), default=1)
+        if isinstance(axis, str) and axis.endswith("sequence")
+    ]
+    return len(next(iter(arrays.values()))), max(sequences, default=1)
 
 
 def _convert(spec: TensorSpec, value: object) -> Array:

@@ -1,5 +1,6 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
+import inspect
 import json
 import math
 import warnings
@@ -113,6 +114,11 @@ def load_source(
     else:
         module = _load_pretrained(str(model), resolved, labels)
         folder, name = Path(model), _name(Path(model))
+    if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
+        raise ExportError(
+            f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
+            f"compared: edgepeft exports models that do, for {resolved}"
+        )
     module = module.float().cpu().eval().requires_grad_(False)
     is_folder = folder is not None and folder.is_dir()
     return Source(

@@ -49,12 +49,13 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
     layers = len(samples.inputs["past_key_values"].layers) if with_past else 0
     _name_inputs_and_outputs(program.graph, samples, layers)
+    if source.task == "text2text-generation":  # the encoder's states are for a cache
+        program.graph.outputs[:] = program.graph.outputs[:1]
     return Traced(program, _lift_weights(program.graph, module), layers)
 
 
 def _name_inputs_and_outputs(graph: ir.Graph, samples: Samples, layers: int) -> None:
-    """Name caches as optimum does, and the symbolic axes by what they are; of the outputs the first counts,
-    and the caches."""
+    """Name caches as optimum does, and the symbolic axes by what they are."""
     renamed: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None
@@ -75,8 +76,6 @@ def _name_inputs_and_outputs(graph: ir.Graph, samples: Samples, layers: int) -> 
             kind = ("key", "value")[index % 2]
             cache.name = f"past_key_values.{index // 2}.{kind}"
             present.name = f"present.{index // 2}.{kind}"
-    else:
-        graph.outputs[:] = graph.outputs[:1]
 
 
 def _rename_axes(graph: ir.Graph, names: dict[str, str]) -> None:

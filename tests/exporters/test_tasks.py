@@ -9,14 +9,17 @@ import numpy as np
 import peft
 import pytest
 import torch
+import transformers
 from click.testing import CliRunner
 
 import edgepeft
 from edgepeft import cli
 from edgepeft.errors import DataError, UsageError
+from edgepeft.exporters.sources.loading import load_source
 
 from . import task_models
 from .conftest import Exported
+from .zoo import VISION
 
 Make = Callable[[str, int], Exported]
 TOLERANCE = {32: 1e-4, 4: 1e-3}
@@ -200,7 +203,7 @@ def test_tokens_are_learned_and_told_apart(tmp_path: Path) -> None:
         words = ["cut" if kind == 2 else f"w{10 * (kind + 1) + int(rng.integers(3))}" for kind in kinds]
         records.append({"tokens": words, "labels": [task_models.LABELS[kind] for kind in kinds]})
     with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
-        device.adapt(records, tmp_path / "new", steps=60, batch_size=8, learning_rate=3e-3)
+        device.adapt(records, tmp_path / "new", steps=200, batch_size=8, learning_rate=5e-3)
         (result,) = device.predict(records[:1], adapter=tmp_path / "new")
         assert result["labels"] == result["expected"] == records[0]["labels"]
         assert len(result["scores"]) == 5
@@ -226,7 +229,7 @@ def test_an_encoder_decoder_learns_to_answer(family: str, tmp_path: Path) -> Non
     """A prompt is answered by the numbers after its own; the answer is what transformers generates."""
     build = task_models.BUILDERS[family][0]
     folder = task_models.save_with_words(build(), tmp_path / "model")
-    edgepeft.export(str(folder), tmp_path / "bundle", bits=32, rank=8, task="text2text-generation")
+    edgepeft.export(str(folder), tmp_path / "bundle", bits=32, rank=8)
     records = [
         {"prompt": f"w{10 * (index % 4) + 10}", "completion": f"w{index % 4 + 100} w{index % 4 + 200}"}
         for index in range(24)
@@ -280,6 +283,22 @@ def test_a_regression_and_several_labels_are_learned(exported: Make, tmp_path: P
         assert floats["expected"] == ["LABEL_1", "LABEL_2"]
         with pytest.raises(DataError, match="expected a list of the labels that apply"):
             device.predict([{"input_ids": [3], "label": "LABEL_0"}])
+
+
+@pytest.mark.parametrize("build", [task_models.vit, task_models.wav2vec2, task_models.bert_tokens])
+def test_a_folder_gets_a_new_head(build: Callable[[], Any], tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(str(tmp_path / "model"))
+    source = load_source(str(tmp_path / "model"), labels=["a", "b", "c", "d", "e"])
+    assert type(source.model) is type(model)
+    assert source.config.num_labels == 5
+
+
+def test_a_model_without_a_loss_is_refused() -> None:
+    """DeiT with a teacher has two heads and leaves their loss to its trainer."""
+    model = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION))
+    with pytest.raises(edgepeft.ExportError, match="DeiTForImageClassificationWithTeacher takes no labels"):
+        load_source(model)
 
 
 def test_a_problem_type_that_a_task_does_not_have_is_refused(tmp_path: Path) -> None:

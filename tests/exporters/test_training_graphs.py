@@ -59,6 +59,45 @@ def test_logits_of_any_size_do_not_overflow() -> None:
     assert got == pytest.approx(5e3)
 
 
+@pytest.mark.parametrize("outputs", [1, 4])
+def test_the_regression_loss_is_the_mean_squared_error(outputs: int) -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((2, 5, outputs)).astype(np.float32)
+    got = run(
+        loss_graph("text-classification", ["batch", outputs], "regression"),
+        {"logits": logits, "labels": labels},
+    )
+    expected = torch.nn.functional.mse_loss(torch.from_numpy(logits), torch.from_numpy(labels))
+    assert got["loss"] == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_loss_of_several_labels_is_binary_cross_entropy_and_does_not_overflow() -> None:
+    rng = np.random.default_rng(0)
+    logits = (8 * rng.standard_normal((5, 4))).astype(np.float32)
+    logits[0] = [1e4, -1e4, 1e4, -1e4]
+    labels = rng.integers(0, 2, (5, 4)).astype(np.float32)
+    labels[0] = [1, 0, 0, 1]
+    model = loss_graph("image-classification", ["batch", 4], "multi_label_classification")
+    got = run(model, {"logits": logits, "labels": labels})["loss"]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.from_numpy(logits), torch.from_numpy(labels)
+    )
+    assert got == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_labels_of_an_encoder_decoder_are_not_shifted() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((3, 6, 11)).astype(np.float32)
+    labels = rng.integers(0, 11, (3, 6))
+    labels[1, 2:] = -100
+    model = loss_graph("text2text-generation", ["batch", "decoder_sequence", 11])
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits.reshape(-1, 11)), torch.from_numpy(labels.reshape(-1))
+    )
+    got = run(model, {"logits": logits, "labels": labels})["loss"]
+    assert got == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_the_ranking_loss_is_that_of_cosines() -> None:
     rng = np.random.default_rng(0)
     embedding = rng.standard_normal((6, 16)).astype(np.float32)

@@ -91,6 +91,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", GROUPED),
     "bert": ("BertConfig", "BertForSequenceClassification", CLASSIFIER),
     "bert-tokens": ("BertConfig", "BertForTokenClassification", CLASSIFIER),
+    "bert-sentences": ("BertConfig", "BertModel", TEXT),
     "roberta": ("RobertaConfig", "RobertaForSequenceClassification", CLASSIFIER),
     "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaForSequenceClassification", CLASSIFIER),
     "camembert": ("CamembertConfig", "CamembertForSequenceClassification", CLASSIFIER),
