@@ -175,16 +175,21 @@ def test_recordings_are_learned_and_told_apart(exported: Make, tmp_path: Path) -
             device.forward({"input_values": [[0.5] * 12]})
 
 
-def test_the_memory_formula_of_recordings_holds_between_its_grid(exported: Make) -> None:
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("wav2vec2", ((3, 333, 2), (8, 997, 8))), ("vit", ((3, 1, 2), (16, 1, 8)))]
+)
+def test_the_memory_formula_holds_between_its_grid(
+    exported: Make, name: str, sizes: tuple[tuple[int, int, int], ...]
+) -> None:
     """Frames are a quotient that rounds down: at lengths that no stride divides, the formula is a little more
-    than what is needed."""
+    than what is needed. Pictures have no length."""
     from edgepeft.exporters.training import memory
     from edgepeft.exporters.training.feeds import axis_sizes, sample_feeds
 
-    bundle = exported("wav2vec2", 32)
+    bundle = exported(name, 32)
     strategy = bundle.manifest.strategies[0]
     spec = bundle.manifest.graphs["train"]
-    for batch, samples, rank in ((3, 333, 2), (8, 997, 8)):
+    for batch, samples, rank in sizes:
         session, close = memory._profiled_session((bundle.folder / spec.file).read_bytes(), bundle.folder)
         session.run(None, sample_feeds(spec, axis_sizes(batch, samples), rank))
         in_use = close(1)[0]

@@ -199,14 +199,15 @@ def measure(family: str, folder: Path) -> Measured:
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """Let exports of one model share its traces, which take most of the time, and leave memory unmeasured,
-    which takes most of the rest."""
+    """Let exports of one model share its optimized traces, which take most of the time, and leave memory
+    unmeasured, which takes most of the rest."""
     traces: dict[bool, Traced] = {}
-    trace = forward.trace
+    trace, optimize = forward.trace, forward.optimize_forward
 
     def trace_once(source: Source, *, with_past: bool = False) -> Traced:
         if with_past not in traces:
             traces[with_past] = trace(source, with_past=with_past)
+            optimize(traces[with_past].model)
         kept = traces[with_past]
         return Traced(
             kept.model.clone(), {name: weight.clone() for name, weight in kept.weights.items()}, kept.layers
@@ -214,6 +215,7 @@ def traced_once() -> Iterator[None]:
 
     with (
         patch.object(forward, "trace", trace_once),
+        patch.object(forward, "optimize_forward", lambda _: None),
         patch("edgepeft.exporters.pipeline.measure_peaks", lambda *_: ()),
         patch("edgepeft.exporters.pipeline.measure_session_bytes", lambda *_: 0),
     ):
