@@ -32,10 +32,14 @@ CASES = [
 ]
 
 
-def run(*arguments: object) -> Any:
-    result = CliRunner().invoke(cli.main, [*map(str, arguments), "--json"], catch_exceptions=False)
+def shown(*arguments: object) -> str:
+    result = CliRunner().invoke(cli.main, [*map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
+    return result.stdout
+
+
+def run(*arguments: object) -> Any:
+    return json.loads(shown(*arguments, "--json"))
 
 
 @pytest.mark.parametrize(("name", "bits"), CASES)
@@ -227,6 +231,9 @@ def test_tokens_are_learned_and_told_apart(tmp_path: Path) -> None:
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     told = run("predict", tmp_path / "bundle", "--data", data, "--adapter", tmp_path / "new")
     assert told["accuracy"] > 0.9
+    table = shown("predict", tmp_path / "bundle", "--data", data, "--adapter", tmp_path / "new")
+    assert " ".join(records[0]["labels"]) in table
+    assert f"accuracy {told['accuracy']:.4f}" in table
 
 
 @pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
@@ -304,6 +311,23 @@ def test_a_model_without_a_loss_is_refused() -> None:
     model = transformers.DeiTForImageClassificationWithTeacher(transformers.DeiTConfig(**VISION))
     with pytest.raises(edgepeft.ExportError, match="DeiTForImageClassificationWithTeacher takes no labels"):
         load_source(model)
+
+
+def test_numbers_and_several_labels_are_shown(exported: Make, tmp_path: Path) -> None:
+    """A regression has no accuracy; a record of several labels is right if all of them are."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input_ids": [3, 4], "label": [1.0, 2.0, 3.5]}\n')
+    bundle = exported("bert-regression-3", 32).folder
+    table = shown("predict", bundle, "--data", data)
+    assert "LABEL_0 1.0000, LABEL_1 2.0000, LABEL_2 3.5000" in table
+    assert "accuracy" not in table
+    data.write_text('{"input_ids": [3, 4], "label": ["LABEL_0", "LABEL_2"]}\n')
+    bundle = exported("bert-multi-label", 32).folder
+    (record,) = run("predict", bundle, "--data", data)["records"]
+    table = shown("predict", bundle, "--data", data)
+    assert "LABEL_0 LABEL_2" in table
+    assert f"accuracy {float(record['labels'] == ['LABEL_0', 'LABEL_2']):.4f}" in table
+    assert "regression" in shown("inspect", exported("bert-regression-3", 32).folder)
 
 
 def test_a_problem_type_that_a_task_does_not_have_is_refused(tmp_path: Path) -> None:
