@@ -88,7 +88,6 @@ def export(
         loaded = {name: load_adapter(folder) for name, folder in folders.items()}
         report("loading the model")
         source = load_source(model, task=task, labels=labels, seed=seed)
-        _check_modules(loaded, source)
         if rank is not None:
             folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
             write_starting_adapter(
@@ -100,6 +99,7 @@ def export(
                 seed=seed,
             )
             loaded[STARTING_ADAPTER] = load_adapter(folders[STARTING_ADAPTER])
+        _check_modules(loaded, source)
         freezer = Freezer(bits, block_size)
         modules = _slot_modules(loaded, targets)
         saved = saved_module_names(source, loaded.values())

@@ -43,13 +43,14 @@ def write_starting_adapter(
     """
     if rank < 1:
         raise UsageError(f"--rank must be at least 1, got {rank}")
+    modules = list(targets) if targets is not None else default_targets(source)
     torch.manual_seed(seed)
     config = peft.LoraConfig(
         task_type=TASK_TYPES.get(source.task),
         modules_to_save=None if source.task in TASK_TYPES else list(saved_module_names(source, ())),
         r=rank,
         lora_alpha=lora_alpha if lora_alpha is not None else 2 * rank,
-        target_modules=list(targets) if targets is not None else default_targets(source),
+        target_modules=modules,
         lora_dropout=0.0,
     )
     with warnings.catch_warnings():

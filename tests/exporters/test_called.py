@@ -25,3 +25,5 @@ def test_an_adapter_on_what_is_never_called_is_refused(tmp_path: Path) -> None:
     folder = models.save_adapter(zoo.build("wavlm"), tmp_path / "adapter", 0, r=2, target_modules=["v_proj"])
     with pytest.raises(edgepeft.AdapterError, match=r"never calls its module wavlm\..*v_proj"):
         edgepeft.export(zoo.build("wavlm"), tmp_path / "bundle", adapters={"deaf": folder})
+    with pytest.raises(edgepeft.AdapterError, match=r"never calls its module wavlm\..*q_proj"):
+        edgepeft.export(zoo.build("wavlm"), tmp_path / "bundle", rank=2, targets=["q_proj"])
