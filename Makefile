@@ -25,6 +25,7 @@ lint: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python -m tests.gradcheck.operator_table
+	$(BIN)/python -m tests.exporters.architecture_table
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'

@@ -5,8 +5,10 @@ from typing import Any
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import ModelInfo
+from edgepeft.errors import ExportError
 
 from .sources.base import ModelSource
+from .sources.tasks import CLASSIFICATION
 
 #: Names PEFT gives to the heads of sequence classifiers and always saves.
 HEADS = ("classifier", "score")
@@ -18,20 +20,23 @@ def model_info(source: ModelSource) -> ModelInfo:
     eos = getattr(config, "eos_token_id", None)
     ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
-    if source.task == "text-classification":
+    if source.task in CLASSIFICATION:
         labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
     return ModelInfo(
         name=source.name,
         model_type=config.model_type,
         architecture=source.architecture,
         max_length=source.max_length,
-        vocab_size=config.vocab_size,
-        pad_token_id=_token(getattr(config, "pad_token_id", None), config),
-        bos_token_id=_token(getattr(config, "bos_token_id", None), config),
-        eos_token_ids=tuple(token for end in ends if (token := _token(end, config)) is not None),
+        vocab_size=_vocab_size(source),
+        pad_token_id=_token(getattr(config, "pad_token_id", None), source),
+        bos_token_id=_token(getattr(config, "bos_token_id", None), source),
+        eos_token_ids=tuple(token for end in ends if (token := _token(end, source)) is not None),
         labels=labels,
         embedding_size=config.hidden_size if source.task == "feature-extraction" else None,
-        num_layers=config.num_hidden_layers,
+        num_layers=_num_layers(config),
+        problem_type=source.problem_type,
+        decoder_start_token_id=_decoder_start(source),
+        min_length=source.min_length,
     )
 
 
@@ -40,18 +45,48 @@ def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tupl
 
     PEFT saves every module whose name ends with one of `modules_to_save`; so does this.
     """
-    endings = list(HEADS) if source.task == "text-classification" else []
+    endings = list(HEADS) if source.task in CLASSIFICATION else []
     for adapter in adapters:
         endings += adapter.config.get("modules_to_save") or []
     return tuple(name for name in source.module_names() if name.endswith(tuple(endings)))
 
 
 def default_targets(source: ModelSource) -> list[str]:
-    """Linear modules that take a LoRA unless told otherwise: all but the head and what is saved whole."""
+    """Linear modules that take a LoRA unless told otherwise: all but the head, what is saved whole and what a
+    LoRA has no effect on."""
+    called = source.called_linears()
     saved = tuple(f"{name}." for name in saved_module_names(source, ()))
-    return [name for name in source.linear_names() if not f"{name}.".startswith(saved)]
+    return [name for name in source.linear_names() if name in called and not f"{name}.".startswith(saved)]
 
 
-def _token(token: int | None, config: Any) -> int | None:
+def _token(token: int | None, source: ModelSource) -> int | None:
     """The token, or None where the vocabulary has no such: configurations carry other models' defaults."""
-    return token if token is not None and 0 <= token < config.vocab_size else None
+    return token if token is not None and 0 <= token < _vocab_size(source) else None
+
+
+def _vocab_size(source: ModelSource) -> int:
+    """Tokens the model takes; 0 for images and recordings, whose configurations may count other things."""
+    takes_tokens = source.task not in ("image-classification", "audio-classification")
+    return int(source.config.vocab_size) if takes_tokens else 0
+
+
+def _num_layers(config: Any) -> int:
+    """Layers, or blocks of all stages."""
+    return int(getattr(config, "num_hidden_layers", None) or sum(getattr(config, "depths", ())))
+
+
+def _decoder_start(source: ModelSource) -> int | None:
+    """The token that an encoder-decoder's own shift puts in front of the labels.
+
+    Raises:
+        ExportError: the configuration has none.
+    """
+    if source.task != "text2text-generation":
+        return None
+    token = _token(getattr(source.config, "decoder_start_token_id", None), source)
+    if token is None:
+        raise ExportError(
+            f"{source.name}: its configuration has no usable decoder_start_token_id, which the decoder's "
+            "input begins with: set it before exporting"
+        )
+    return token

@@ -15,7 +15,7 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
 
 from .forward import Forward, build_forward
-from .losses import LOSSES
+from .losses import loss_for
 from .model_info import model_info, saved_module_names
 from .partition import build_partition
 from .passes.quantize import Freezer
@@ -62,8 +62,7 @@ def export(
         model: a transformers model object, a folder, a hub id, or the path of an ONNX file (`….onnx`) that
             somebody else exported.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
-        task: `text-classification`, `feature-extraction` or `text-generation`; inferred from the model where
-            None.
+        task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
             where None. An ONNX file that is quantized already keeps its weights as they are.
         block_size: weights that share a scale, at 4 and 8 bits.
@@ -103,7 +102,6 @@ def export(
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
         freezer = _freezer(source, bits, block_size)
-        _check_modules(loaded, source)
         targets = None if targets is None else source.resolve_targets(targets)
         if rank is not None:
             folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
@@ -113,6 +111,7 @@ def export(
             else:
                 write_starting_adapter(source, folder, fresh)
             loaded[STARTING_ADAPTER] = load_adapter(folder)
+        _check_modules(loaded, source)
         modules = _slot_modules(loaded, targets)
         saved = saved_module_names(source, loaded.values())
         report("tracing and quantizing the inference graph")
@@ -127,7 +126,7 @@ def export(
         report("differentiating and writing" if train else "writing")
         manifest = _write(folder, source, freezer, inference, forward if train else None, loaded)
         report("measuring memory")
-        manifest = _with_memory(manifest, folder)
+        manifest = _with_memory(manifest, folder, source.length_unit)
         write_manifest(manifest, folder)
         if verify:
             if isinstance(source, OnnxFile):
@@ -167,12 +166,18 @@ def _check_arguments(
 
 def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None:
     """Name the first module of an adapter that this model does not have, or has in another size."""
+    called = source.called_linears() if adapters else set()
     for adapter in adapters.values():
         for name in adapter.modules:
             if not source.has_matrix(name):
                 raise AdapterError(
                     f"{adapter.origin}: module {name} is no linear of {source.name}: "
                     "the adapter was made for another base"
+                )
+            if name not in called:
+                raise AdapterError(
+                    f"{adapter.origin}: {source.name} never calls its module {name} but hands its weight to "
+                    "a function, so PEFT's LoRA has no effect there: train an adapter without it"
                 )
 
 
@@ -191,7 +196,7 @@ def _write(
     adapters: Mapping[str, Adapter],
 ) -> Manifest:
     """Write everything but the manifest, whose memory figures are still empty."""
-    loss = LOSSES[source.task]
+    loss = loss_for(source.task, source.problem_type)
     models = {"inference": inference.model}
     trainable: tuple[str, ...] = ()
     partition = None
@@ -248,19 +253,19 @@ def _strategies(staged: bool) -> tuple[Strategy, ...]:
     return (resident, Strategy("streamed", None, exact=True, memory=unknown)) if staged else (resident,)
 
 
-def _with_memory(manifest: Manifest, folder: Path) -> Manifest:
+def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
     """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
-    bundle."""
+    bundle. Sequences that are measured are multiples of `length_unit`."""
     write_manifest(manifest, folder)
 
     def formula(role: str | None) -> MemoryFormula:
         if role is None:
-            peaks = measure_chain_peaks(folder)
+            peaks = measure_chain_peaks(folder, length_unit)
         else:
             spec = manifest.graphs[role]
-            peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder)
+            peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit)
         tensors = MemoryFormula(session_bytes=0, peaks=peaks)
-        session_bytes = measure_session_bytes(folder, role or STAGES, tensors)
+        session_bytes = measure_session_bytes(folder, role or STAGES, tensors, length_unit)
         return dataclasses.replace(tensors, session_bytes=session_bytes)
 
     return dataclasses.replace(

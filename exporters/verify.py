@@ -15,14 +15,18 @@ import peft
 import torch
 
 from edgepeft.adapters import Adapter, load_adapter
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
 from edgepeft.runtime.session import GraphSession
 
 from .losses.contrastive import SCALE
+from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
+from .verify_stages import verify_stages
 
 #: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.
 OUTPUT_TOLERANCE = {4: 1e-3, 8: 1e-3, 16: 1e-3, 32: 1e-4}
@@ -31,7 +35,7 @@ GRADIENT_COSINE = 0.9999
 GRADIENT_NORM_TOLERANCE = 1e-3
 #: A change of the output below this is no change.
 EFFECT = 1e-6
-BATCH, SEQUENCE = 4, 12
+BATCH, SEQUENCE, TARGET = 4, 12, 9
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,7 +63,7 @@ def verify_bundle(
             if name in reference:
                 parameter.copy_(reference[name].T if name in turned else reference[name])
     source.model.config.use_cache = False
-    batch = sample_batch(bundle)
+    batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)
     check.outputs("no adapter", None, source.model)
     for name, path in adapters.items():
@@ -104,8 +108,9 @@ class _Check:
         got = self._session.run_for([self.output_name])[self.output_name].numpy()
         counted = got, expected.numpy()
         if got.ndim == 3:  # positions that are padding hold nothing
-            attended = self.batch["attention_mask"].astype(bool)
-            counted = got[attended], expected.numpy()[attended]
+            decoder = "decoder_input_ids" in self.batch
+            filled = self.batch["labels"] != IGNORED_LABEL if decoder else self.batch["attention_mask"] == 1
+            counted = got[filled], expected.numpy()[filled]
         scale = max(1.0, float(np.abs(counted[1]).max()))
         difference = float(np.abs(counted[0] - counted[1]).max()) / scale
         self.figures["outputs"][what] = difference
@@ -129,7 +134,7 @@ class _Check:
 
     def gradients(self, name: str, adapter: Adapter, model: Any) -> None:
         trainable = self.bundle.manifest.policy.trainable
-        session = GraphSession(self.bundle, self.bundle.manifest.strategies[0].graph)
+        session = GraphSession(self.bundle, "train")
         session.bind({**self._model_feeds("train"), **self._adapter_feeds(adapter)})
         outputs = {key: value.numpy() for key, value in session.run_for(list(session.outputs)).items()}
         session.close()
@@ -164,6 +169,11 @@ class _Check:
             "smallest_cosine": worst_cosine,
             "largest_norm_difference": worst_norm,
         }
+        if self.bundle.manifest.partition is not None:
+            inputs = self._adapter_feeds(adapter)
+            self.figures["gradients"][name]["stage_difference"] = verify_stages(
+                self.bundle, self._model_feeds("train"), inputs, outputs
+            )
 
     def _model_feeds(self, role: str) -> Arrays:
         return model_feeds(self.bundle, role, self.batch)
@@ -184,25 +194,58 @@ def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
     return feeds
 
 
-def sample_batch(bundle: Bundle) -> Arrays:
-    """Random tokens, right-padded to different lengths, with labels."""
+def sample_batch(bundle: Bundle, source: ModelSource) -> Arrays:
+    """Random inputs and labels; tokens are right-padded to different lengths."""
     manifest = bundle.manifest
-    sequence = min(SEQUENCE, manifest.model.max_length)
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, manifest.model.vocab_size, (BATCH, sequence))
+    specs = {item.name: item for item in manifest.graphs["inference"].inputs}
+    batch: Arrays = {}
+    if "pixel_values" in specs:
+        shape = [BATCH, *(size for size in specs["pixel_values"].shape if isinstance(size, int))]
+        batch["pixel_values"] = rng.standard_normal(shape).astype(np.float32)
+    elif "input_values" in specs:
+        samples = source.min_length + SEQUENCE * source.length_unit + source.length_unit // 2
+        batch["input_values"] = rng.standard_normal((BATCH, samples)).astype(np.float32)
+    else:
+        sequence = min(SEQUENCE, manifest.model.max_length)
+        ids, mask = _sample_tokens(rng, manifest.model.vocab_size, sequence)
+        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
+    return {**batch, **_sample_labels(manifest, batch, rng)}
+
+
+def _sample_tokens(rng: np.random.Generator, vocab_size: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and their mask, int64 `[batch, sequence]`."""
+    ids = rng.integers(0, vocab_size, (BATCH, sequence))
     lengths = np.maximum(sequence - 2 * np.arange(BATCH), 2)
-    mask = (np.arange(sequence)[None, :] < lengths[:, None]).astype(np.int64)
-    batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    if manifest.task == "text-classification":
-        batch["labels"] = rng.integers(0, len(manifest.model.labels), BATCH)
-    elif manifest.task == "text-generation":
-        batch["labels"] = np.where(mask == 1, ids, -100)
-    return batch
+    return ids, (np.arange(sequence)[None, :] < lengths[:, None]).astype(np.int64)
+
+
+def _sample_labels(manifest: Manifest, batch: Arrays, rng: np.random.Generator) -> Arrays:
+    """`labels` as transformers has them, and what the runtime makes of them; none where the task has none."""
+    model = manifest.model
+    classes = len(model.labels)
+    if manifest.task == "feature-extraction":
+        return {}
+    if manifest.task == "text-generation":
+        return {"labels": np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED_LABEL)}
+    if manifest.task == "token-classification":
+        labels = rng.integers(0, classes, batch["input_ids"].shape)
+        return {"labels": np.where(batch["attention_mask"] == 1, labels, IGNORED_LABEL)}
+    if manifest.task == "text2text-generation":
+        ids, mask = _sample_tokens(rng, model.vocab_size, min(TARGET, model.max_length))
+        labels = np.where(mask == 1, ids, IGNORED_LABEL)
+        return {"labels": labels, "decoder_input_ids": shifted_right(model, labels)}
+    if model.problem_type == "regression":
+        return {"labels": rng.standard_normal((BATCH, classes)).astype(np.float32)}
+    if model.problem_type == "multi_label_classification":
+        return {"labels": rng.integers(0, 2, (BATCH, classes)).astype(np.float32)}
+    return {"labels": rng.integers(0, classes, BATCH)}
 
 
 def _torch_output(source: Source, model: Any, batch: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
     """The task's output and loss as PyTorch computes them."""
-    inputs = {name: torch.from_numpy(batch[name]) for name in ("input_ids", "attention_mask")}
+    taken = ("input_ids", "attention_mask", "pixel_values", "input_values")
+    inputs = {name: torch.from_numpy(batch[name]) for name in taken if name in batch}
     if source.pooling is None:
         result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
         return result.logits, result.loss

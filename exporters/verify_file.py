@@ -28,6 +28,7 @@ from .passes.exact_products import use_exact_products
 from .sources.base import Pooling
 from .sources.onnx_file import OnnxFile
 from .verify import EFFECT, OUTPUT_TOLERANCE, Arrays, model_feeds, sample_batch
+from .verify_stages import verify_stages
 
 #: Largest difference of an output that is computed from the same weights by the same or equal operators,
 #: relative to the outputs' largest magnitude where that is above 1.
@@ -76,7 +77,7 @@ class _Check:
         self.bundle = bundle
         self.source = source
         self.reference = {name: reference.get(name, value) for name, value in source.weights.items()}
-        self.batch = sample_batch(bundle)
+        self.batch = sample_batch(bundle, source)
         self.output_name = bundle.manifest.graphs["inference"].outputs[0].name
         requantized = source.quantization is None and bundle.manifest.quantization.bits < 32
         self.tolerance = OUTPUT_TOLERANCE[bundle.manifest.quantization.bits] if requantized else SAME_WEIGHTS
@@ -119,7 +120,7 @@ class _Check:
     def gradients(self, name: str, adapter: Adapter) -> None:
         """Every gradient against central differences of the loss."""
         fed = {**self._feeds("train"), **graph_inputs(self.bundle, [(adapter, 1.0)])}
-        session = GraphSession(self.bundle, self.bundle.manifest.strategies[0].graph)
+        session = GraphSession(self.bundle, "train")
         session.bind(fed)
         outputs = {key: value.numpy() for key, value in session.run_for(list(session.outputs)).items()}
         session.close()
@@ -158,6 +159,10 @@ class _Check:
                 abs(item.derivative - item.central) / abs(item.derivative) for item in resolved
             ),
         }
+        if self.bundle.manifest.partition is not None:
+            adapters = graph_inputs(self.bundle, [(adapter, 1.0)])
+            difference = verify_stages(self.bundle, self._feeds("train"), adapters, outputs)
+            self.figures["gradients"][name]["stage_difference"] = difference
 
     def _run(self, adapter: Adapter | None) -> np.ndarray:
         adapters = graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)])

@@ -21,6 +21,13 @@ def check_length(manifest: Manifest, prompt_tokens: int, max_new_tokens: int) ->
     if prompt_tokens < 1:
         raise UsageError("the prompt has no tokens: give the model something to continue")
     limit = manifest.model.max_length
+    if manifest.task == "text2text-generation":
+        if max(prompt_tokens, max_new_tokens) > limit:
+            raise UsageError(
+                f"the prompt has {prompt_tokens} tokens and {max_new_tokens} are asked for, the model takes "
+                f"and writes at most {limit} each: shorten the prompt or lower --max-new-tokens"
+            )
+        return
     if prompt_tokens + max_new_tokens > limit:
         raise UsageError(
             f"the prompt has {prompt_tokens} tokens and {max_new_tokens} more are asked for, the model's "
@@ -73,3 +80,23 @@ def greedy(session: GraphSession, manifest: Manifest, prompt: list[int], max_new
         session.bind_values({_PAST + name.removeprefix(_PRESENT): value for name, value in outputs.items()})
         # A graph without a cache, of an ONNX file that has none, reads the whole text again.
         ids = np.array([[token]] if presents else [[*prompt, *generated]], np.int64)
+
+
+def greedy_decoder(
+    session: GraphSession, manifest: Manifest, prompt: list[int], max_new_tokens: int
+) -> list[int]:
+    """The most likely answer of an encoder-decoder, as `greedy`. Without a cache: every token costs a run of
+    the whole graph."""
+    check_length(manifest, len(prompt), max_new_tokens)
+    ids = np.array([prompt], np.int64)
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    session.bind({name: value for name, value in feeds.items() if name in session.inputs})
+    start = manifest.model.decoder_start_token_id
+    assert start is not None  # checked with the manifest
+    generated: list[int] = []
+    while len(generated) < max_new_tokens:
+        session.bind({"decoder_input_ids": np.array([[start, *generated]], np.int64)})
+        generated.append(int(session.run_for(["logits"])["logits"].numpy()[0, -1].argmax()))
+        if generated[-1] in manifest.model.eos_token_ids:
+            break
+    return generated

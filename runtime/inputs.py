@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import Manifest, TensorSpec
+from edgepeft.bundle.manifest import Manifest, ModelInfo, TensorSpec
 from edgepeft.errors import UsageError
 
 Array = npt.NDArray[np.generic]
@@ -35,7 +35,8 @@ def check_batch(
 ) -> dict[str, Array]:
     """The batch as contiguous arrays of the graph's dtypes.
 
-    `attention_mask` defaults to ones and `token_type_ids` to zeros, as in transformers.
+    `attention_mask` defaults to ones, `token_type_ids` to zeros and `decoder_input_ids` to the labels shifted
+    right, as in transformers; labels of a regression with one value may be `[batch]`.
 
     Args:
         manifest: the bundle's manifest.
@@ -48,22 +49,52 @@ def check_batch(
     unknown = sorted(set(batch) - set(specs))
     if unknown:
         raise UsageError(f"the model takes no input {unknown[0]!r}: it takes {', '.join(sorted(specs))}")
-    arrays = {name: _convert(specs[name], value) for name, value in batch.items()}
+    arrays = {
+        name: _convert(specs[name], _column(manifest, specs[name], value)) for name, value in batch.items()
+    }
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in arrays:
+            _check_tokens(manifest, name, arrays[name])
     ids = arrays.get("input_ids")
     if ids is not None:
-        _check_tokens(manifest, ids)
         for name, fill in (("attention_mask", 1), ("token_type_ids", 0)):
             if name in specs and name not in arrays:
                 arrays[name] = np.full(ids.shape, fill, np.int64)
+    if "labels" in arrays and "decoder_input_ids" in specs and "decoder_input_ids" not in arrays:
+        arrays["decoder_input_ids"] = shifted_right(manifest.model, arrays["labels"])
     missing = sorted(set(specs) - set(arrays))
     if missing:
         raise UsageError(
             f"the batch lacks the input {missing[0]!r}: the model takes {', '.join(sorted(specs))}"
         )
-    _check_shapes(arrays)
+    _check_shapes(specs, arrays)
+    _check_values(manifest, arrays)
     if "labels" in arrays:
         _check_labels(manifest, arrays["labels"])
     return arrays
+
+
+def shifted_right(model: ModelInfo, labels: Array) -> Array:
+    """What a decoder reads to say `labels` int64 `[batch, sequence]`: its start token and all labels but the
+    last, with padding where a label does not count. transformers' models shift their labels like this."""
+    start = model.decoder_start_token_id
+    assert start is not None  # checked with the manifest
+    shifted = np.empty_like(labels)
+    shifted[:, 0] = start
+    shifted[:, 1:] = labels[:, :-1]
+    shifted[shifted == IGNORED_LABEL] = model.pad_token_id or 0
+    return shifted
+
+
+def batch_shape(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> tuple[int, int]:
+    """Rows of a batch and the longest of its sequences (1 where there is none, as with images)."""
+    sequences = [
+        size
+        for name, array in arrays.items()
+        for axis, size in zip(specs[name].shape, array.shape, strict=True)
+        if isinstance(axis, str) and axis.endswith("sequence")
+    ]
+    return len(next(iter(arrays.values()))), max(sequences, default=1)
 
 
 def _convert(spec: TensorSpec, value: object) -> Array:
@@ -89,39 +120,70 @@ def _convert(spec: TensorSpec, value: object) -> Array:
     return np.ascontiguousarray(array, dtype=wanted)
 
 
-def _check_tokens(manifest: Manifest, ids: Array) -> None:
+def _column(manifest: Manifest, spec: TensorSpec, value: object) -> object:
+    """Labels `[batch]` of a regression with one value as `[batch, 1]`; anything else as it is."""
+    if spec.name == "labels" and manifest.model.problem_type == "regression" and spec.shape[1:] == (1,):
+        array = np.asarray(value)
+        return array[:, None] if array.ndim == 1 else value
+    return value
+
+
+def _check_tokens(manifest: Manifest, name: str, ids: Array) -> None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= manifest.model.vocab_size:
         raise UsageError(
-            f"input 'input_ids': holds token {low if low < 0 else high}, the vocabulary has "
+            f"input {name!r}: holds token {low if low < 0 else high}, the vocabulary has "
             f"{manifest.model.vocab_size} tokens (0 to {manifest.model.vocab_size - 1})"
         )
     if ids.shape[1] > manifest.model.max_length:
         raise UsageError(
-            f"input 'input_ids': has {ids.shape[1]} tokens a row, the model takes at most "
+            f"input {name!r}: has {ids.shape[1]} tokens a row, the model takes at most "
             f"{manifest.model.max_length}"
         )
 
 
-def _check_shapes(arrays: Mapping[str, Array]) -> None:
-    ids = arrays.get("input_ids")
-    if ids is None:
-        return
-    for name, array in arrays.items():
-        if array.shape[0] != ids.shape[0] or (array.ndim == 2 and array.shape[1] != ids.shape[1]):
-            raise UsageError(
-                f"input {name!r}: has shape {list(array.shape)}, 'input_ids' has {list(ids.shape)}: they "
-                "must agree"
-            )
+def _check_values(manifest: Manifest, arrays: Mapping[str, Array]) -> None:
+    """Pixels and samples are numbers; a recording has a length that the model takes."""
+    for name in ("pixel_values", "input_values"):
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            raise UsageError(f"input {name!r}: holds a value that is no finite number")
+    values = arrays.get("input_values")
+    model = manifest.model
+    if values is not None and not model.min_length <= values.shape[1] <= model.max_length:
+        raise UsageError(
+            f"input 'input_values': has {values.shape[1]} samples a row, the model takes {model.min_length} "
+            f"to {model.max_length}"
+        )
+
+
+def _check_shapes(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> None:
+    """Axes of one name are of one size; the inputs are named by the first that has the axis."""
+    first: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for name in sorted(arrays, key=lambda name: (name == "labels", not name.startswith("input"), name)):
+        for dim, size in zip(specs[name].shape, arrays[name].shape, strict=True):
+            if not isinstance(dim, str):
+                continue
+            axis = "sequence" if dim == "total_sequence" else dim  # the cache is empty
+            other = first.setdefault(axis, name)
+            if sizes.setdefault(axis, size) != size:
+                raise UsageError(
+                    f"input {name!r}: has shape {list(arrays[name].shape)}, {other!r} has "
+                    f"{list(arrays[other].shape)}: they must agree"
+                )
 
 
 def _check_labels(manifest: Manifest, labels: Array) -> None:
-    if manifest.task == "text-classification":
-        count, kind = len(manifest.model.labels), "labels"
-        used = labels
-    else:
-        count, kind = manifest.model.vocab_size, "tokens"
-        used = labels[labels != IGNORED_LABEL]
+    model = manifest.model
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise UsageError("input 'labels': holds a value that is no finite number")
+        return
+    count, kind = len(model.labels), "labels"
+    if manifest.task.endswith("-generation"):
+        count, kind = model.vocab_size, "tokens"
+    ignores = labels.ndim == 2
+    used = labels[labels != IGNORED_LABEL] if ignores else labels
     if used.size and (int(used.min()) < 0 or int(used.max()) >= count):
         worst = int(used.min()) if int(used.min()) < 0 else int(used.max())
         raise UsageError(f"input 'labels': holds {worst}, the model has {count} {kind} (0 to {count - 1})")
@@ -129,3 +191,5 @@ def _check_labels(manifest: Manifest, labels: Array) -> None:
         raise UsageError(
             "input 'labels': every label after the first is -100, so there is no loss to compute"
         )
+    if ignores and not used.size:
+        raise UsageError("input 'labels': every label is -100, so there is no loss to compute")

@@ -16,7 +16,7 @@ from edgepeft.errors import UsageError
 from edgepeft.runtime import generation
 from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.inputs import check_batch, model_inputs
+from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
 from edgepeft.runtime.memory.planner import check_run
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.session import GraphSession
@@ -86,7 +86,7 @@ class Model:
         """
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
         arrays = check_batch(self.manifest, specs, batch)
-        shape = arrays["input_ids"].shape
+        shape = batch_shape(specs, arrays)
         session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
         session.bind(arrays)
         session.bind(generation.empty_cache(session, shape[0]))
@@ -119,7 +119,7 @@ class Model:
         strategy = self.manifest.strategies[0]
         specs = model_inputs(self.manifest, self.manifest.graphs[strategy.graph].inputs)
         arrays = check_batch(self.manifest, specs, batch)
-        session = self._activated(strategy.graph, strategy.memory, adapter, arrays["input_ids"].shape)
+        session = self._activated(strategy.graph, strategy.memory, adapter, batch_shape(specs, arrays))
         session.bind(arrays)
         names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
         outputs = session.run_for(["loss", *names])
@@ -136,7 +136,7 @@ class Model:
             max_new_tokens: tokens to write at most; an end-of-sequence token ends earlier.
 
         Returns:
-            The continuation without the prompt.
+            The continuation without the prompt; of an encoder-decoder, what it answers.
 
         Raises:
             UsageError: the bundle is no language model, or prompt and answer do not fit its context.
@@ -158,10 +158,13 @@ class Model:
         self._require_language_model()
         generation.check_length(self.manifest, len(prompt), max_new_tokens)
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
-        check_batch(self.manifest, specs, {"input_ids": [prompt]})
-        shape = (1, len(prompt) + max_new_tokens)
+        decodes = self.manifest.task == "text2text-generation"
+        start = {"decoder_input_ids": [[self.manifest.model.decoder_start_token_id]]} if decodes else {}
+        check_batch(self.manifest, specs, {"input_ids": [prompt], **start})
+        shape = (1, max(len(prompt), max_new_tokens) if decodes else len(prompt) + max_new_tokens)
         session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
-        return generation.greedy(session, self.manifest, prompt, max_new_tokens)
+        run = generation.greedy_decoder if decodes else generation.greedy
+        return run(session, self.manifest, prompt, max_new_tokens)
 
     def predict(
         self,
@@ -176,24 +179,21 @@ class Model:
             source: a JSONL file's path, or mappings such as `{"text": …}`.
             adapter: as for `forward`.
             batch_size: records a run.
-            seq_len: tokens a text is cut to; None for the model's maximum.
+            seq_len: tokens a text is cut to, or samples a recording; None for the model's maximum.
 
         Returns:
-            For each record `{"label", "score", "scores"}`, with `"expected"` if the record has a label, or
-            `{"embedding"}`.
+            For each record `{"label", "score", "scores"}`; `{"labels", "scores"}` where several labels apply
+            or every token has one; `{"values"}` of a regression; each with `"expected"` if the record is
+            labelled; or `{"embedding"}`.
 
         Raises:
             DataError: a record cannot be used.
             UsageError: the task predicts nothing a record.
         """
-        if self.manifest.task == "text-generation":
-            raise UsageError("a text-generation bundle predicts nothing a record: use generate")
+        if self.manifest.task.endswith("-generation"):
+            raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
+        TrainingOptions(seq_len=seq_len, batch_size=batch_size).check(self.manifest)
         length = self.manifest.model.max_length if seq_len is None else seq_len
-        if batch_size < 1 or not 2 <= length <= self.manifest.model.max_length:
-            raise UsageError(
-                f"batch_size is {batch_size} and seq_len {length}, expected at least 1, and 2 to "
-                f"{self.manifest.model.max_length}"
-            )
         examples = self._task.encode_all(records(source), length, training=False)
         results: list[dict[str, Any]] = []
         for start in range(0, len(examples), batch_size):
@@ -202,9 +202,7 @@ class Model:
             for result, example in zip(
                 self._task.results(self.forward(batch, adapter), batch), chunk, strict=True
             ):
-                if example.label is not None:
-                    result["expected"] = self.manifest.model.labels[example.label]
-                results.append(result)
+                results.append(self._task.finish(result, example))
         return results
 
     def adapt(
@@ -261,11 +259,11 @@ class Model:
         self.close()
 
     def _require_language_model(self) -> None:
-        if self.manifest.task != "text-generation":
+        if not self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
 
     def _activated(
-        self, role: str, memory: MemoryFormula, adapter: AdapterSpec, shape: tuple[int, ...]
+        self, role: str, memory: MemoryFormula, adapter: AdapterSpec, shape: tuple[int, int]
     ) -> GraphSession:
         """The session of a graph with this adapter's inputs bound, if the budget holds a batch of this
         shape."""
@@ -283,7 +281,7 @@ class Model:
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         without_bytes = read_memory().resident_bytes if entry is None else entry.process_bytes
         if self._budget_bytes is not None:
-            check_run(memory, self._budget_bytes, without_bytes, shape=(shape[0], shape[1]), rank=rank)
+            check_run(memory, self._budget_bytes, without_bytes, shape=shape, rank=rank)
         session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session
         if inputs is not None:
             session.bind(inputs)

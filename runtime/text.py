@@ -53,6 +53,21 @@ class Text:
         encoding = self._tokenizer.encode(text, add_special_tokens=special_tokens)
         return list(encoding.ids), list(encoding.type_ids)
 
+    def encode_words(self, words: list[str]) -> tuple[list[int], list[int], list[int | None]]:
+        """Token ids, token type ids and the number of each token's word (None: a special token) of a text in
+        words.
+
+        Raises:
+            UsageError: a word is not valid Unicode.
+        """
+        self._tokenizer.no_truncation()
+        try:
+            "".join(words).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not valid Unicode ({error.reason})") from error
+        encoding = self._tokenizer.encode(words, is_pretokenized=True)
+        return list(encoding.ids), list(encoding.type_ids), list(encoding.word_ids)
+
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -190,7 +190,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the tasks need to know of the base model."""
+    """What the tasks need to know of the base model.
+
+    `max_length` and `min_length` bound the axis `sequence`: tokens, or samples of a recording; a model of
+    images has no such axis and 1 for both. `vocab_size` is 0 for a model that takes no tokens.
+    """
 
     name: str
     model_type: str
@@ -200,9 +204,12 @@ class ModelInfo:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
-    labels: tuple[str, ...] = ()  # text-classification: id to label
+    labels: tuple[str, ...] = ()  # of a classifier: id to label
     embedding_size: int | None = None  # feature-extraction: width of `sentence_embedding`
     num_layers: int = 0
+    problem_type: str | None = None  # text- and image-classification: transformers' name, decides the labels
+    decoder_start_token_id: int | None = None  # text2text-generation: what decoder_input_ids begin with
+    min_length: int = 1
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from edgepeft.errors import BundleError
 
 
 def check_partition(manifest: Manifest, partition: Partition) -> None:
-    """Check that every stage's graphs exist and that each of their inputs is bound, to something that is there.
+    """Check that every stage's graphs exist and that each of their inputs is bound to something.
 
     Raises:
         BundleError: names the stage, the input and what is missing.
@@ -63,7 +63,8 @@ def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
 
 def _check_inputs(manifest: Manifest, stage: Stage, role: str, where: str) -> None:
     graph = _graph(manifest, role, where)
-    known = {*stage.weights, *stage.adapter, *stage.context, "hidden", "cotangent", "labels"}
+    of_batch = {spec.name for spec in manifest.graphs["train"].inputs}
+    known = {*stage.weights, *stage.adapter, *stage.context, "hidden", "cotangent", *of_batch}
     unbound = [spec.name for spec in graph.inputs if spec.name not in known]
     _require(not unbound, f"{where}: nothing is bound to the input {unbound[:1]}")
     _check_weights(manifest, stage.weights, graph, where)

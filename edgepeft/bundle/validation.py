@@ -9,7 +9,17 @@ from edgepeft.bundle.partition_validation import check_partition
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError
 
-TASKS = ("text-classification", "feature-extraction", "text-generation")
+TASKS = (
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+    "text-generation",
+    "text2text-generation",
+    "image-classification",
+    "audio-classification",
+)
+#: transformers' problem types.
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ALIGNMENT_BYTES = 4096
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -108,16 +118,29 @@ def _check_weight(name: str, weight: WeightTensor, file_bytes: int) -> None:
 def _check_model(manifest: Manifest) -> None:
     model = manifest.model
     _require(model.max_length >= 1, f"model.max_length is {model.max_length}, expected at least 1")
-    _require(model.vocab_size >= 1, f"model.vocab_size is {model.vocab_size}, expected at least 1")
-    for name, token in (("pad_token_id", model.pad_token_id), ("bos_token_id", model.bos_token_id)):
+    _require(
+        1 <= model.min_length <= model.max_length,
+        f"model.min_length is {model.min_length}, expected 1 to {model.max_length}",
+    )
+    least = 0 if manifest.task in ("image-classification", "audio-classification") else 1
+    _require(model.vocab_size >= least, f"model.vocab_size is {model.vocab_size}, expected at least {least}")
+    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+        token = getattr(model, name)
         _require(
             token is None or 0 <= token < model.vocab_size,
             f"model.{name} is {token}, the vocabulary has {model.vocab_size} tokens",
         )
     _require(all(token >= 0 for token in model.eos_token_ids), "model.eos_token_ids has a negative token")
     _require(len(set(model.labels)) == len(model.labels), "model.labels has a label twice")
-    if manifest.task == "text-classification":
-        _require(len(model.labels) >= 1, "a text-classification bundle has no labels")
+    if manifest.task.endswith("-classification"):
+        _require(len(model.labels) >= 1, f"a {manifest.task} bundle has no labels")
+    if manifest.task in ("text-classification", "image-classification"):
+        _require(
+            model.problem_type in (None, *PROBLEM_TYPES),
+            f"model.problem_type is {model.problem_type!r}, expected one of {', '.join(PROBLEM_TYPES)}",
+        )
+    if manifest.task == "text2text-generation":
+        _require(model.decoder_start_token_id is not None, "model.decoder_start_token_id is missing")
     if manifest.task == "feature-extraction":
         _require((model.embedding_size or 0) >= 1, f"model.embedding_size is {model.embedding_size}")
     bits = manifest.quantization.bits

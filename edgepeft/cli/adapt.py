@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
-@click.option("--seq-len", type=int, help="Tokens a text is cut to; 128 unless given.")
+@click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
 @click.option(
     "--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate."
 )

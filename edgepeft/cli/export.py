@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import UsageError
 from edgepeft.sizes import format_size
 
@@ -32,9 +33,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder of the new bundle."
 )
-@click.option(
-    "--task", help="text-classification, feature-extraction or text-generation. [default: the model's]"
-)
+@click.option("--task", help=f"{', '.join(TASKS)}. [default: the model's]")
 @click.option("--bits", type=click.Choice(["4", "8", "16", "32"]),
               help="Bits of a frozen weight. [default: 4; a quantized ONNX file keeps its own]")  # fmt: skip
 @click.option(

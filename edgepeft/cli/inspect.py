@@ -36,6 +36,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "model": manifest.model.name,
         "architecture": manifest.model.architecture,
         "max_length": manifest.model.max_length,
+        "problem_type": manifest.model.problem_type,
         "labels": list(manifest.model.labels),
         "bits": manifest.quantization.bits,
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
@@ -62,6 +63,14 @@ def _summary(bundle: Any) -> dict[str, Any]:
     }
 
 
+def _longest(summary: dict[str, Any]) -> str:
+    """The longest input; images have one size."""
+    if summary["task"] == "image-classification":
+        return ""
+    unit = "samples" if summary["task"] == "audio-classification" else "tokens"
+    return f", at most {summary['max_length']} {unit}"
+
+
 def _table(summary: dict[str, Any]) -> str:
     labels = summary["labels"]
     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
@@ -73,8 +82,13 @@ def _table(summary: dict[str, Any]) -> str:
             "bundle",
             f"{summary['path']}  {format_size(summary['bundle_bytes'])}, format {summary['format_version']}",
         ],
-        ["model", f"{summary['model']} ({summary['architecture']}), at most {summary['max_length']} tokens"],
-        ["task", summary["task"] + (f", {len(labels)} labels: {shown}" if labels else "")],
+        ["model", f"{summary['model']} ({summary['architecture']})" + _longest(summary)],
+        [
+            "task",
+            summary["task"]
+            + (f", {summary['problem_type']}" if summary["problem_type"] else "")
+            + (f", {len(labels)} labels: {shown}" if labels else ""),
+        ],
         ["weights", f"{format_size(summary['weights_bytes'])} at {summary['bits']} bits"],
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [

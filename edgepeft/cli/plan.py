@@ -15,7 +15,9 @@ from edgepeft.sizes import format_size
 @click.command(short_help="Predict the memory of an update.")
 @bundle_argument()
 @budget_option(required=True)
-@click.option("--seq-len", type=int, help="Tokens of the longest text; 128 unless given.")
+@click.option(
+    "--seq-len", type=int, help="Tokens of the longest text (128 unless given), or samples (160,000)."
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")

@@ -21,7 +21,11 @@ from edgepeft.cli.options import (
 @click.option("--data", required=True, type=click.Path(), help='JSONL file of records such as {"text": …}.')
 @adapters_option()
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a run.")
-@click.option("--seq-len", type=int, help="Tokens a text is cut to; the model's maximum unless given.")
+@click.option(
+    "--seq-len",
+    type=int,
+    help="Tokens a text is cut to, or samples a recording; the model's maximum unless given.",
+)
 @budget_option()
 @json_option()
 def predict(
@@ -33,7 +37,8 @@ def predict(
     budget: int | None,
     as_json: bool,
 ) -> None:
-    """Classify or embed every record of a file; with labels in it, also say how many are right.
+    """Classify or embed every record of a file, or put numbers to it; with labels in it, also say how many
+    are right.
 
     \b
     Example:
@@ -45,10 +50,21 @@ def predict(
     with load(bundle, memory_budget=budget) as model:
         records = model.predict(data, adapter=spec, batch_size=batch_size, seq_len=seq_len)
         task = model.manifest.task
-    graded = [record["label"] == record["expected"] for record in records if "expected" in record]
+    graded = [right for record in records for right in _graded(task, record)]
     accuracy = sum(graded) / len(graded) if graded else None
     result = {"task": task, "adapter": spec, "accuracy": accuracy, "records": records}
     click.echo(json.dumps(result) if as_json else _table(result))
+
+
+def _graded(task: str, record: dict[str, Any]) -> list[bool]:
+    """What of a labelled record is right: its label, or the set of them, or each token's; a regression's
+    values are no question of right or wrong."""
+    if "expected" not in record or "values" in record:
+        return []
+    if task == "token-classification":
+        pairs = zip(record["labels"], record["expected"], strict=True)
+        return [label == expected for label, expected in pairs if expected is not None]
+    return [record.get("label", record.get("labels")) == record["expected"]]
 
 
 def _table(result: dict[str, Any]) -> str:
@@ -64,10 +80,28 @@ def _table(result: dict[str, Any]) -> str:
         ]
         return table(rows, ["record", "width", "norm", "embedding (use --json for all of it)"])
     rows = [
-        [str(number), record["label"], f"{record['score']:.4f}", record.get("expected", "")]
+        [str(number), _shown(record), _score(record), _shown({"label": record.get("expected", "")})]
         for number, record in enumerate(result["records"], start=1)
     ]
     text = table(rows, ["record", "label", "score", "expected"])
     if result["accuracy"] is not None:
         text += f"\naccuracy {result['accuracy']:.4f}"
     return text
+
+
+def _shown(record: dict[str, Any]) -> str:
+    """A label, several, or values by name."""
+    value = next(record[name] for name in ("label", "labels", "values") if name in record)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:.4f}" for name, number in value.items())
+    return value if isinstance(value, str) else " ".join("-" if item is None else item for item in value)
+
+
+def _score(record: dict[str, Any]) -> str:
+    """The probability of the label, of the best of several, or of the least certain token."""
+    if "score" in record:
+        return f"{record['score']:.4f}"
+    scores = record.get("scores", ())
+    if isinstance(scores, dict):
+        return f"{max(scores.values()):.4f}"
+    return f"{min(scores):.4f}" if scores else ""

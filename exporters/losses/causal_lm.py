@@ -7,7 +7,7 @@ from ..graph import INT64, append, initializer
 from .cross_entropy import IGNORE_INDEX, cross_entropy
 
 
-def causal_lm_loss(graph: ir.Graph, logits: ir.Value, labels: ir.Value | None) -> ir.Value:
+def causal_lm_loss(graph: ir.Graph, logits: ir.Value, labels: ir.Value) -> ir.Value:
     """Mean cross-entropy of `logits[:, t]` against `labels[:, t + 1]`, as transformers' `ForCausalLMLoss`.
 
     Args:
@@ -15,7 +15,6 @@ def causal_lm_loss(graph: ir.Graph, logits: ir.Value, labels: ir.Value | None) -
         labels: int64 `[batch, sequence]`, not shifted; -100 does not count. The labels are shifted, not the
             logits, which would copy `[batch, sequence, vocabulary]`.
     """
-    assert labels is not None
     return cross_entropy(graph, logits, shifted_labels(graph, labels))
 
 

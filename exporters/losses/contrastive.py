@@ -9,17 +9,15 @@ from .cross_entropy import cross_entropy
 SCALE = 20.0
 
 
-def contrastive_loss(graph: ir.Graph, embedding: ir.Value, labels: ir.Value | None) -> ir.Value:
+def contrastive_loss(graph: ir.Graph, embedding: ir.Value) -> ir.Value:
     """Cross-entropy of `20 * cos(anchor_i, positive_j)` against `j = i`: the other positives are the
     negatives.
 
     Args:
         embedding: float32 `[2 * pairs, width]`: all anchors, then all positives in the same order.
-        labels: None.
 
     Source: sentence-transformers' `MultipleNegativesRankingLoss` (arXiv 1705.00652).
     """
-    assert labels is None
     assert embedding.shape is not None
     width = embedding.shape[1]
     last = initializer(graph, "axis_last", np.array([-1], np.int64))

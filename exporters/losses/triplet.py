@@ -16,7 +16,8 @@ def triplet_loss(graph: ir.Graph, embedding: ir.Value) -> ir.Value:
     Args:
         embedding: float32 `[3 * triplets, width]`: all anchors, all positives, all negatives in one order.
 
-    Source: sentence-transformers' `TripletLoss` with its defaults, over `torch.nn.functional.pairwise_distance`.
+    Source: sentence-transformers' `TripletLoss` with its defaults, over `torch.nn.functional`'s
+    `pairwise_distance`.
     """
     assert embedding.shape is not None
     width = embedding.shape[1]

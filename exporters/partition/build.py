@@ -11,7 +11,8 @@ from edgepeft.bundle.manifest import Partition, Stage, VocabularyHead
 
 from ..forward import Forward
 from ..graph import tidy
-from ..losses import LOSSES, Loss
+from ..losses import Loss
+from ..losses.causal_lm import causal_lm_loss
 from ..passes.input_shapes import take_sizes_from_inputs
 from ..writer import is_weight
 from .context import ancestors, build_context
@@ -58,7 +59,7 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
     depends = dependences(graph, weight_names, adapter_names)
     segments = cut(graph, output, depends)
     pieces = group(segments, weight_names, adapter_names)
-    layer = find_output_layer(pieces[-1], weight_names) if loss is LOSSES["text-generation"] else None
+    layer = find_output_layer(pieces[-1], weight_names) if loss.function is causal_lm_loss else None
     if layer is not None:
         # What comes before the output layer, a normalization, is a stage of its own.
         pieces[-1:] = [] if layer.x is pieces[-1][0].hidden else [_ending_with(pieces[-1], layer.x)]

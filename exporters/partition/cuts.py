@@ -1,9 +1,9 @@
 """Where a forward graph can be cut: the values through which everything that depends on the data passes.
 
-A value is *hidden* where it depends on the data of a model input and on a parameter. A node whose hidden output
-every path to the result passes (a dominator of the result, in the graph of hidden values) is a cut; between two
-cuts lies a segment. What depends on the inputs alone (masks, rotary angles, sizes) is the *context* that all
-segments share; what depends on parameters alone belongs to every segment that reads it.
+A value is *hidden* where it depends on the data of a model input and on a parameter. A node whose hidden
+output every path to the result passes (a dominator of the result, in the graph of hidden values) is a cut;
+between two cuts lies a segment. What depends on the inputs alone (masks, rotary angles, sizes) is the *context*
+that all segments share; what depends on parameters alone belongs to every segment that reads it.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ def dependences(
 
 
 def cut(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) -> list[Segment]:
-    """The finest chain of segments whose last one makes `output`; its nodes are all that `output` needs but the
-    context."""
+    """The finest chain of segments whose last one makes `output`.
+
+    Together they are all that `output` needs but the context.
+    """
     cuts = [*_dominators(graph, output, depends), output]
     segments: list[Segment] = []
     taken: set[ir.Node] = set()

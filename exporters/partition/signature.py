@@ -14,8 +14,8 @@ from .cuts import Segment
 class Signature:
     """A description that is equal for isomorphic pieces, and the outside values in its order.
 
-    Two pieces with equal `text` compute the same function of `weights`, `adapter` and `context` (values of the
-    whole graph, each in the order in which a walk from the output meets it).
+    Two pieces with equal `text` compute the same function of `weights`, `adapter` and `context` (values of
+    the whole graph, each in the order in which a walk from the output meets it).
     """
 
     text: tuple[object, ...]

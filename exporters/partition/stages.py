@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from ..autodiff import differentiate
-from ..graph import INT64, append, graph_input, new_model, tidy
+from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
 from ..passes.decode_weights import decode_weights
 from .copying import Copier
@@ -51,9 +51,7 @@ def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> St
     for with_gradients in (False, True):
         model, trained = _extract(piece, signature)
         output = model.graph.outputs[0]
-        labels = graph_input(model.graph, "labels", loss.labels, INT64) if loss.labels is not None else None
-        scalar = loss.build(model.graph, output, labels)
-        scalar.name = "loss"
+        scalar = loss.build(model.graph, output)
         output.name = loss.output
         model.graph.outputs[:] = [scalar] if with_gradients else [scalar, output]
         tidy(model)

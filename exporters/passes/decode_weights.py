@@ -1,7 +1,7 @@
 """Decode block-quantized weights that are inputs, and multiply by them with ordinary products.
 
-`MatMulNBits` is fast with weights that a session prepacked; with weights as inputs it is 2 to 4 times as slow as
-decoding (`GatherBlockQuantized` over all rows) and a product.
+`MatMulNBits` is fast with weights that a session prepacked; with weights as inputs it is 2 to 4 times as slow
+as decoding (`GatherBlockQuantized` over all rows) and a product.
 """
 
 import numpy as np

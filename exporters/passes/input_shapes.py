@@ -1,7 +1,7 @@
 """Take sizes from the model's inputs where they are asked of a value computed from them.
 
-`Shape` of a hidden state keeps that state alive and ties what needs the size to where the state is made; an axis
-that the state shares with an input has its size there already.
+`Shape` of a hidden state keeps that state alive and ties what needs the size to where the state is made; an
+axis that the state shares with an input has its size there already.
 """
 
 import numpy as np

@@ -54,6 +54,18 @@ class ModelSource(Protocol):
         """How the weights are stored already; None where they are floats."""
 
     @property
+    def problem_type(self) -> str | None:
+        """transformers' `problem_type` of a classifier of texts or images, which decides its loss; None else."""
+
+    @property
+    def length_unit(self) -> int:
+        """Samples of a waveform that make one frame of features; 1 for tokens."""
+
+    @property
+    def min_length(self) -> int:
+        """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
+
+    @property
     def own_training_graph(self) -> bool:
         """Whether the graph to train differs from the one to infer with."""
 
@@ -62,6 +74,9 @@ class ModelSource(Protocol):
 
     def linear_names(self) -> list[str]:
         """Names of the linear modules but the output head of a language model."""
+
+    def called_linears(self) -> set[str]:
+        """Names of the linear modules that a LoRA has an effect on."""
 
     def has_matrix(self, module: str) -> bool:
         """Whether `module` is there and has a two-dimensional weight."""

@@ -1,6 +1,8 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
+import inspect
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +18,14 @@ from transformers.utils.hub import cached_file
 from edgepeft.errors import ExportError, UsageError
 
 from .base import Pooling, Traced
-from .tasks import infer_task, model_class, resolve_task
+from .samples import sample_inputs
+from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import trace
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
+#: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
+MAX_SAMPLES = 30 * 16_000
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -91,6 +96,55 @@ class Source:
         """See `tracing.trace`."""
         return trace(self, with_past=self.task == "text-generation" and not training)
 
+    def called_linears(self) -> set[str]:
+        """Names of the linear modules that the model calls.
+
+        Some models hand a linear's weight to a function instead (WavLM's attention): PEFT wraps the call, so
+        its LoRA would do nothing there.
+        """
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_hook(lambda *_, name=name: called.add(name))
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        ]
+        try:
+            with torch.no_grad():
+                self.model(**sample_inputs(self, with_past=False).inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return called
+
+    @property
+    def problem_type(self) -> str | None:
+        """transformers' `problem_type` of a classifier of texts or images, which decides its loss; None else.
+
+        Where the configuration names none, one output is a regression and several are classes, as
+        transformers has it.
+        """
+        if self.task not in ("text-classification", "image-classification"):
+            return None
+        declared: str | None = getattr(self.config, "problem_type", None)
+        return declared or ("regression" if self.config.num_labels == 1 else "single_label_classification")
+
+    @property
+    def length_unit(self) -> int:
+        """Samples of a waveform that make one frame of features; 1 for tokens."""
+        return math.prod(self.config.conv_stride) if self.task == "audio-classification" else 1
+
+    @property
+    def min_length(self) -> int:
+        """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
+        if self.task != "audio-classification":
+            return 1
+        samples = 2
+        for kernel, stride in reversed(
+            list(zip(self.config.conv_kernel, self.config.conv_stride, strict=True))
+        ):
+            samples = (samples - 1) * stride + kernel
+        return samples
+
 
 def load_source(
     model: Any, *, task: str | None = None, labels: Sequence[str] | None = None, seed: int = 0
@@ -99,7 +153,7 @@ def load_source(
 
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
-        labels: names of the classes of a new classification head (text-classification only); the weights of
+        labels: names of the classes of a new classification head (of the tasks that have one); the weights of
             a head that the checkpoint does not have are drawn with `seed`.
 
     Raises:
@@ -107,8 +161,8 @@ def load_source(
         ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
     """
     resolved = resolve_task(task) if task else infer_task(model)
-    if labels is not None and resolved != "text-classification":
-        raise UsageError(f"--labels goes with text-classification, not with {resolved}")
+    if labels is not None and resolved not in CLASSIFICATION:
+        raise UsageError(f"--labels goes with {', '.join(CLASSIFICATION)}, not with {resolved}")
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
@@ -117,6 +171,11 @@ def load_source(
     else:
         module = _load_pretrained(str(model), resolved, labels)
         folder, name = Path(model), _name(Path(model))
+    if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
+        raise ExportError(
+            f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
+            f"compared: edgepeft exports models that do, for {resolved}"
+        )
     module = module.float().cpu().eval().requires_grad_(False)
     is_folder = folder is not None and folder.is_dir()
     return Source(
@@ -125,7 +184,7 @@ def load_source(
         name=name,
         pooling=_read_pooling(folder if is_folder else None) if resolved == "feature-extraction" else None,
         tokenizer_files=read_tokenizer_files(str(model)) if folder is not None else {},
-        max_length=read_max_length(module.config, folder if is_folder else None),
+        max_length=read_max_length(resolved, module.config, folder if is_folder else None),
     )
 
 
@@ -202,8 +261,10 @@ def read_tokenizer_files(model: str) -> dict[str, bytes]:
     return found
 
 
-def read_max_length(config: Any, folder: Path | None) -> int:
-    """Longest input: the model's positions, or fewer where the tokenizer says so."""
+def read_max_length(task: str, config: Any, folder: Path | None) -> int:
+    """Longest input: the model's positions, or fewer where the tokenizer says so; 1 for images."""
+    if task in ("image-classification", "audio-classification"):
+        return 1 if task == "image-classification" else MAX_SAMPLES
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
     settings = folder / "tokenizer_config.json" if folder is not None else None
     if settings is not None and settings.is_file():

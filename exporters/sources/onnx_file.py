@@ -62,6 +62,24 @@ class OnnxFile:
     max_length: int = 0
 
     @property
+    def problem_type(self) -> str | None:
+        """What the configuration beside the file says of a classifier; classes where it says nothing."""
+        if self.task not in ("text-classification", "image-classification"):
+            return None
+        declared: str | None = getattr(self.config, "problem_type", None)
+        return declared or "single_label_classification"
+
+    @property
+    def length_unit(self) -> int:
+        """Tokens."""
+        return 1
+
+    @property
+    def min_length(self) -> int:
+        """One token."""
+        return 1
+
+    @property
     def own_training_graph(self) -> bool:
         """The graph to infer with keeps what the file fuses and rounds."""
         return True
@@ -75,6 +93,10 @@ class OnnxFile:
         """Names of the linears but the one whose output is a language model's logits, and tied tables."""
         head = self._head() if self.task == "text-generation" else None
         return [name for name in self.linears() if name != head]
+
+    def called_linears(self) -> set[str]:
+        """All: a slot is put where a product is."""
+        return set(self.linears())
 
     def has_matrix(self, module: str) -> bool:
         """Whether there is a linear of that name."""
@@ -176,7 +198,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         quantization=quantization,
         pooling=Pooling() if output.name == "last_hidden_state" else None,
         tokenizer_files=read_tokenizer_files(str(path.parent)),
-        max_length=read_max_length(config, path.parent),
+        max_length=read_max_length(resolved, config, path.parent),
     )
 
 

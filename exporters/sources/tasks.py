@@ -5,11 +5,27 @@ from pathlib import Path
 
 import transformers
 from optimum.exporters.tasks import TasksManager
+from transformers.models.auto import modeling_auto
 
 from edgepeft.errors import ExportError, UsageError
 
 #: The tasks a bundle can have; each has a loss below `exporters/losses` and a task below `runtime/tasks`.
-TASKS = ("text-classification", "feature-extraction", "text-generation")
+TASKS = (
+    "text-classification",
+    "token-classification",
+    "feature-extraction",
+    "text-generation",
+    "text2text-generation",
+    "image-classification",
+    "audio-classification",
+)
+#: Tasks whose head is a classifier, with names for its classes.
+CLASSIFICATION = (
+    "text-classification",
+    "token-classification",
+    "image-classification",
+    "audio-classification",
+)
 
 
 def resolve_task(task: str) -> str:
@@ -67,9 +83,18 @@ def _task_of_folder(folder: Path) -> str:
 
 
 def _task_of_class(cls: type) -> str:
+    # optimum does not know DeiT, and takes BART for a model that fills masks.
+    for task, mapping in (
+        ("image-classification", modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES),
+        ("text2text-generation", modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES),
+    ):
+        if any(
+            cls.__name__ in (names if isinstance(names, tuple) else (names,)) for names in mapping.values()
+        ):
+            return task
     try:
-        task: str = TasksManager.infer_task_from_model(cls)
+        inferred: str = TasksManager.infer_task_from_model(cls)
     except ValueError:
         # A base model without a head (`BertModel`) is in no table of heads.
         return "feature-extraction"
-    return task
+    return inferred

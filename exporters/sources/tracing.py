@@ -7,12 +7,10 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
-from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
-from transformers import DynamicCache
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.pytorch_utils import Conv1D
 
@@ -20,12 +18,10 @@ from edgepeft.errors import ExportError
 
 from ..graph import rename_axes, transposed_input
 from .base import Traced
+from .samples import Samples, sample_inputs
 
 if TYPE_CHECKING:
     from .loading import Source
-
-#: Sample sizes of the trace; 0 and 1 would be specialized by torch.export.
-SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST = 2, 7, 5
 
 
 def trace(source: Source, *, with_past: bool = False) -> Traced:
@@ -39,89 +35,36 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
         ExportError: the model cannot be traced.
     """
     module = source.model
-    inputs, shapes = _sample_inputs(source, with_past)
+    samples = sample_inputs(source, with_past)
     module.config.use_cache = with_past
-    config = OnnxConfig(dynamic=True, dynamic_shapes=shapes, opset_version=23, optimize=False)
+    config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
         with _quiet(), torch.no_grad():
-            program = OnnxExporter().export(module, inputs, config=config).program
+            program = OnnxExporter().export(module, samples.inputs, config=config).program
     except Exception as error:  # torch.export raises whatever the model's own code raised
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
-    layers = len(inputs["past_key_values"].layers) if with_past else 0
-    _name_inputs_and_outputs(program.graph, layers)
+    layers = len(samples.inputs["past_key_values"].layers) if with_past else 0
+    _name_inputs_and_outputs(program.graph, samples, layers)
+    if source.task == "text2text-generation":  # the encoder's states are for a cache
+        program.graph.outputs[:] = program.graph.outputs[:1]
     return Traced(program, _lift_weights(program.graph, module))
 
 
-def _sample_inputs(source: Source, with_past: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Sample keyword arguments of the model and the axes of each that vary."""
-    config = source.config
-    generator = DummyTextInputGenerator(
-        source.task,
-        _normalized(config),
-        batch_size=SAMPLE_BATCH,
-        sequence_length=SAMPLE_SEQUENCE,
-    )
-    names = ["input_ids", "attention_mask"]
-    if getattr(config, "type_vocab_size", 0) > 1:
-        names.append("token_type_ids")
-    inputs: dict[str, Any] = {name: generator.generate(name, framework="pt") for name in names}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    # torch.export wants to be told of a table of positions, which bounds the sequence.
-    batch, sequence = torch.export.Dim("batch"), torch.export.Dim("sequence", max=source.max_positions)
-    shapes: dict[str, Any] = {name: {0: batch, 1: sequence} for name in names}
-    if with_past:
-        cache = _sample_cache(source, inputs)
-        inputs["attention_mask"] = torch.ones(SAMPLE_BATCH, SAMPLE_PAST + SAMPLE_SEQUENCE, dtype=torch.long)
-        inputs["past_key_values"] = cache
-        past = torch.export.Dim("past_sequence")
-        shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-        shapes["past_key_values"] = [{0: batch, 2: past} for _ in range(2 * len(cache.layers))]
-    return inputs, shapes
-
-
-def _normalized(config: Any) -> Any:
-    """optimum's view of the configuration; one for any text model where it has none for this type."""
-    try:
-        return NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    except KeyError:
-        return NormalizedTextConfig(config)
-
-
-def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
-    """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
-
-    Every layer keeps all positions, sliding windows too: the mask is what narrows them.
-    """
-    source.model.config.use_cache = True
-    with torch.no_grad():
-        filled = source.model(**inputs).past_key_values
-    cache = DynamicCache()
-    for index, layer in enumerate(filled.layers):
-        keys, values = (
-            torch.zeros(SAMPLE_BATCH, kept.shape[1], SAMPLE_PAST, kept.shape[3])
-            for kept in (layer.keys, layer.values)
-        )
-        cache.update(keys, values, index)
-    return cache
-
-
-def _name_inputs_and_outputs(graph: ir.Graph, layers: int) -> None:
+def _name_inputs_and_outputs(graph: ir.Graph, samples: Samples, layers: int) -> None:
     """Name caches as optimum does, and the symbolic axes by what they are."""
     renamed: dict[str, str] = {}
     for value in graph.inputs:
         assert value.name is not None
         assert value.shape is not None
         past = value.name.startswith("input.past_key_values")
-        axes = ("batch", None, "past_sequence", None) if past else ("batch", "sequence")
-        if layers and value.name == "attention_mask":
-            axes = ("batch", "total_sequence")
+        axes = ("batch", None, "past_sequence", None) if past else samples.axes[value.name]
         for dim, axis in zip(value.shape, axes, strict=True):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and axis is not None:
                 renamed[dim.value] = axis
-        if value.name == "attention_mask":
-            mask, mask_axes = value, axes
     rename_axes(graph, renamed)
-    mask.shape = ir.Shape(mask_axes)  # its length with a cache may have come out as a sum
+    for value in graph.inputs:
+        if value.name == "attention_mask":  # its length with a cache may have come out as a sum
+            value.shape = ir.Shape(samples.axes["attention_mask"])
     if layers:
         caches = [value for value in graph.inputs if (value.name or "").startswith("input.past_key_values")]
         presents = list(graph.outputs)[1:]

@@ -14,22 +14,23 @@ from edgepeft.runtime.training.chain import Chain
 from edgepeft.runtime.training.heads import slice_rows
 
 from .feeds import axis_sizes, sample_adapter, sample_batch
-from .memory import BATCHES, RANKS, SEQUENCES, Peaks, fit_peaks, read_profile
+from .memory import Peaks, fit_peaks, grid_of, read_profile
 
 _POWERS = {"batch": (1, 0), "sequence": (0, 1)}
 
 
-def measure_chain_peaks(folder: Path) -> Peaks:
-    """The sums of live tensors of the bundle in `folder` that are the largest for some batch, sequence and rank.
+def measure_chain_peaks(folder: Path, length_unit: int = 1) -> Peaks:
+    """The sums of live tensors of a bundle's chain that are the largest for some batch, sequence and rank.
 
-    One stage of each kind runs; what the others hand on is added.
+    One stage of each kind runs; what the others hand on is added. Sequences are multiples of `length_unit`.
     """
     bundle = open_bundle(folder)
     partition = bundle.manifest.partition
     assert partition is not None
     short = _shortened(bundle, partition)
     in_use = []
-    for rank in RANKS:
+    grid = grid_of(bundle.manifest.graphs["train"])
+    for rank in grid.ranks:
         inputs = sample_adapter(bundle.manifest, rank)
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
         with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
@@ -39,18 +40,18 @@ def measure_chain_peaks(folder: Path) -> Peaks:
                 partition=short,
                 profile=str(Path(scratch) / "profile"),
             )
-            for batch, sequence in itertools.product(BATCHES, SEQUENCES):
-                feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence))
+            for batch, sequence in itertools.product(grid.batches, grid.sequences):
+                feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence * length_unit))
                 # Twice: a session keeps what was bound to it in its last run.
                 chain.gradients(feeds, state)
                 chain.gradients(feeds, state)
-            runs = 2 * len(BATCHES) * len(SEQUENCES)
+            runs = 2 * len(grid.batches) * len(grid.sequences)
             profiles = chain.end_profiles()
             in_use.append(np.hstack([read_profile(path, runs)[1::2] for path in profiles.values()]))
             chain.close()
-    by_size = np.stack(in_use, axis=1).reshape(len(BATCHES) * len(SEQUENCES) * len(RANKS), -1)
+    by_size = np.stack(in_use, axis=1).reshape(len(grid.sizes), -1)
     kept = _kept_terms(bundle, partition, short)
-    return tuple((*terms, *kept) for terms in fit_peaks(by_size))
+    return tuple((*terms, *kept) for terms in fit_peaks(by_size, grid, length_unit))
 
 
 def mapped_bytes(bundle: Bundle) -> int:

@@ -31,6 +31,17 @@ def sample_batch(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, np.n
     }
 
 
+def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
+    """The symbolic axes of any graph, with an empty cache and a decoder's input as long as the encoder's."""
+    return {
+        "batch": batch,
+        "sequence": sequence,
+        "decoder_sequence": sequence,
+        "total_sequence": sequence,
+        "past_sequence": 0,
+    }
+
+
 def sample_feeds(spec: GraphSpec, sizes: Mapping[str, int], rank: int) -> dict[str, np.ndarray]:
     """Ones for every input: a token, an attended position, a counted label and an adapter's value at once.
 

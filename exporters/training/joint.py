@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from ..autodiff import differentiate
 from ..forward import Forward
-from ..graph import INT64, append, graph_input, new_model, tidy
+from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
 
 GRADIENT_PREFIX = "grad."
@@ -32,9 +32,7 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
     model = forward.model.clone()
     graph = model.graph
     output = next(value for value in graph.outputs if value.name == loss.output)
-    labels = graph_input(graph, "labels", loss.labels, INT64) if loss.labels is not None else None
-    scalar = loss.build(graph, output, labels)
-    scalar.name = "loss"
+    scalar = loss.build(graph, output)
     graph.outputs[:] = [scalar]
     tidy(model)
     names = [name for slot in forward.slots for name in (slot.a_input, slot.b_input)]
@@ -53,14 +51,12 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
 
 
 def build_loss(loss: Loss, output: ir.Value) -> ir.Model:
-    """The loss alone, as a graph of `output` and `labels`: evaluates what the inference graph computed."""
+    """The loss alone, as a graph of `output` and the loss's own inputs: it evaluates what the inference graph
+    computed."""
     graph = ir.Graph([], [], nodes=[], name="loss")
     model = new_model(graph)
     assert output.shape is not None
     value = graph_input(graph, loss.output, list(output.shape))
-    labels = graph_input(graph, "labels", loss.labels, INT64) if loss.labels is not None else None
-    scalar = loss.build(graph, value, labels)
-    scalar.name = "loss"
-    graph.outputs.append(scalar)
+    graph.outputs.append(loss.build(graph, value))
     tidy(model)
     return model

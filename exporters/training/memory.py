@@ -8,6 +8,7 @@ size; the nodes that are the worst for some size make the formula.
 import itertools
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,57 +20,56 @@ from edgepeft.bundle.manifest import GraphSpec, MemoryTerm
 from .feeds import axis_sizes, sample_feeds
 
 #: Grid of sizes; an axis needs one size more than its highest power. Batches are even: some losses split
-#: them in two.
+#: them in two. A graph without an axis `sequence` (images) is measured at one.
 BATCHES, SEQUENCES, RANKS = (2, 4, 6), (4, 7, 10), (1, 3)
-POWERS = tuple(itertools.product(range(len(BATCHES)), range(len(SEQUENCES)), range(len(RANKS))))
 #: Sizes among which the worst nodes are looked for.
-CANDIDATES = tuple(itertools.product((1, 4, 16, 64), (16, 64, 256, 1024, 4096), (1, 8, 64)))
+BATCHES_SOUGHT, SEQUENCES_SOUGHT, RANKS_SOUGHT = (1, 4, 16, 64), (16, 64, 256, 1024, 4096), (1, 8, 64)
 SHAPE_ERROR_BYTES = 1.0
 
 
 Peaks = tuple[tuple[MemoryTerm, ...], ...]
 
 
-def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path) -> Peaks:
+def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path, length_unit: int = 1) -> Peaks:
     """The sums of live tensors that are the largest for some batch, sequence and rank.
 
     Args:
         graph: the ONNX file.
         spec: its signature.
         folder: where its external data is.
+        length_unit: sequences are multiples of it: the frames of a waveform are a quotient that rounds down,
+            and polynomials of its length only there.
     """
+    grid = grid_of(spec)
     with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
         session = _profiled_session(graph, folder, scratch)
-        sizes = list(itertools.product(BATCHES, SEQUENCES, RANKS))
-        for batch, sequence, rank in sizes:
-            session.run(None, sample_feeds(spec, axis_sizes(batch, sequence), rank))
-        in_use = read_profile(Path(session.end_profiling()), len(sizes))
-    return fit_peaks(in_use)
+        for batch, sequence, rank in grid.sizes:
+            session.run(None, sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank))
+        in_use = read_profile(Path(session.end_profiling()), len(grid.sizes))
+    return fit_peaks(in_use, grid, length_unit)
 
 
-def fit_peaks(in_use: np.ndarray) -> Peaks:
+def fit_peaks(in_use: np.ndarray, grid: "Grid", length_unit: int = 1) -> Peaks:
     """Formulas of the nodes that hold the most for some size.
 
     Args:
-        in_use: bytes after each node, float64 `[sizes, nodes]`, sizes as `product(BATCHES, SEQUENCES, RANKS)`.
+        in_use: bytes after each node, float64 `[sizes, nodes]`, in the order of the grid's sizes.
+        grid: the sizes.
+        length_unit: of the grid's sequences.
     """
-    design = np.array(
-        [
-            [float(b**i * s**j * r**k) for i, j, k in POWERS]
-            for b, s, r in itertools.product(BATCHES, SEQUENCES, RANKS)
-        ]
-    )
-    coefficients = np.linalg.solve(design, in_use).T  # [nodes, powers]
+    coefficients = np.linalg.solve(grid.design(grid.sizes), in_use).T  # [nodes, powers]
     coefficients[np.abs(coefficients) < SHAPE_ERROR_BYTES] = 0.0
     # What is in use at every size are initializers and prepacked weights, which the session itself accounts
     # for.
     coefficients[:, 0] -= coefficients[:, 0].min()
-    candidates = np.array([[float(b**i * s**j * r**k) for i, j, k in POWERS] for b, s, r in CANDIDATES])
-    worst = sorted(set(np.argmax(coefficients @ candidates.T, axis=0).tolist()))
+    sought = itertools.product(
+        BATCHES_SOUGHT, SEQUENCES_SOUGHT if len(grid.sequences) > 1 else (1,), RANKS_SOUGHT
+    )
+    worst = sorted(set(np.argmax(coefficients @ grid.design(list(sought)).T, axis=0).tolist()))
     return tuple(
         tuple(
-            MemoryTerm(bytes=float(round(value, 3)), batch_power=i, seq_power=j, rank_power=k)
-            for value, (i, j, k) in zip(coefficients[node], POWERS, strict=True)
+            MemoryTerm(bytes=float(f"{value / length_unit**j:.9g}"), batch_power=i, seq_power=j, rank_power=k)
+            for value, (i, j, k) in zip(coefficients[node], grid.powers, strict=True)
             if value > 0  # a slice that is shorter by a constant counts in full
         )
         for node in worst
@@ -77,13 +77,44 @@ def fit_peaks(in_use: np.ndarray) -> Peaks:
 
 
 def read_profile(path: Path, runs: int) -> np.ndarray:
-    """Bytes in use after each node, float64 `[runs, nodes]` in order of execution, from a session's profile."""
+    """Bytes in use after each node, float64 `[runs, nodes]` in order of execution, from a profile."""
     used = [
         int(event["args"]["mem_bytes_requested_in_use"]) + _scratch_bytes(event["args"])
         for event in sorted(json.loads(path.read_text()), key=lambda event: event["ts"])
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
     ]
     return np.array(used, np.float64).reshape(runs, -1)
+
+
+def grid_of(spec: GraphSpec) -> "Grid":
+    """Sizes that determine the polynomials of a graph; one sequence where it has no such axis."""
+    has_sequence = any("sequence" in item.shape for item in spec.inputs)
+    return Grid(BATCHES, SEQUENCES if has_sequence else (1,), RANKS)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Sizes that determine a polynomial of batch, sequence and rank."""
+
+    batches: tuple[int, ...]
+    sequences: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    @property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """Every combination."""
+        return list(itertools.product(self.batches, self.sequences, self.ranks))
+
+    @property
+    def powers(self) -> list[tuple[int, int, int]]:
+        """Exponents of every monomial."""
+        return list(
+            itertools.product(range(len(self.batches)), range(len(self.sequences)), range(len(self.ranks)))
+        )
+
+    def design(self, sizes: list[tuple[int, int, int]]) -> np.ndarray:
+        """Every monomial at every size, float64 `[sizes, powers]`."""
+        return np.array([[float(b**i * s**j * r**k) for i, j, k in self.powers] for b, s, r in sizes])
 
 
 def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.InferenceSession:

@@ -1,9 +1,9 @@
 """Measure what loading a graph costs: run in a process of its own, by `measure_session_bytes`.
 
-    python -m edgepeft.exporters.training.probe BUNDLE ROLE
+    python -m edgepeft.exporters.training.probe BUNDLE ROLE UNIT
 
-opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on the
-smallest input and prints how much resident memory that added, in bytes.
+opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on a small
+input, whose length is a multiple of UNIT, and prints how much resident memory that added, in bytes.
 """
 
 import json
@@ -16,13 +16,13 @@ from edgepeft.errors import ExportError
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
-#: Sizes of the run that is measured.
-BATCH, SEQUENCE, RANK = 2, 2, 1
+#: Sizes of the run that is measured, the sequence in units.
+BATCH, SEQUENCE, RANK = 2, 4, 1
 #: Stands for the chain of stages where a graph's role is asked for.
 STAGES = "stages"
 
 
-def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> int:
+def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1) -> int:
     """Resident bytes that graph `role` of the bundle at `bundle` adds to a process, tensors of a run left
     out.
 
@@ -30,15 +30,16 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula) -> in
         bundle: its folder.
         role: the graph's key in the manifest, or `STAGES`.
         tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
+        length_unit: the sequence of the run is a multiple of it.
 
     Raises:
         ExportError: the process failed.
     """
-    command = [sys.executable, "-m", "edgepeft.exporters.training.probe", str(bundle), role]
+    command = [sys.executable, "-m", "edgepeft.exporters.training.probe", str(bundle), role, str(length_unit)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
-    run_bytes = tensors.activation_bytes(BATCH, SEQUENCE, RANK)
+    run_bytes = tensors.activation_bytes(BATCH, SEQUENCE * length_unit, RANK)
     return max(int(json.loads(done.stdout)["resident_bytes"]) - run_bytes, 0)
 
 
@@ -50,6 +51,7 @@ def main() -> None:
 
     bundle = open_bundle(sys.argv[1])
     role = sys.argv[2]
+    sizes = axis_sizes(BATCH, SEQUENCE * int(sys.argv[3]))
     before = read_memory().resident_bytes
     mapped = 0
     if role == STAGES:
@@ -60,13 +62,13 @@ def main() -> None:
 
         inputs = sample_adapter(bundle.manifest, RANK)
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
-        batch = sample_batch(bundle.manifest, axis_sizes(BATCH, SEQUENCE))
+        batch = sample_batch(bundle.manifest, sizes)
         mapped = mapped_bytes(bundle)
         before = read_memory().resident_bytes
         chain = Chain(bundle, {**inputs, **state.parameters})
         chain.gradients(batch, state)
     else:
-        feeds = sample_feeds(bundle.manifest.graphs[role], axis_sizes(BATCH, SEQUENCE), rank=RANK)
+        feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
         session = GraphSession(bundle, role)
         session.bind(feeds)
         session.run_for(list(session.outputs))

@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
+from edgepeft.runtime.inputs import model_inputs
 from edgepeft.sizes import format_size
 
 CHUNK_VALUES = 2**16
@@ -31,7 +34,7 @@ class Workload:
 
     Attributes:
         rows: rows of a batch (a pair of sentences is two).
-        seq_len: tokens of the longest row.
+        seq_len: tokens (or samples) of the longest row; 1 for images.
         rank: the largest rank of the adapter.
         adapter_values: values in the adapter.
         trained_values: those of them that train.
@@ -93,10 +96,7 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
         + _loss_bytes(manifest, workload)
     )
     untrained = workload.adapter_values - workload.trained_values
-    batch_bytes = 4 * 8 * workload.rows * workload.seq_len
-    state_bytes = (
-        _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + batch_bytes + _OPTIMIZER_BYTES
-    )
+    state_bytes = _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
     return [
         Plan(
             strategy=strategy.name,
@@ -104,7 +104,7 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
             process_bytes=process_bytes,
             session_bytes=strategy.memory.session_bytes,
             activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)),
-            state_bytes=state_bytes,
+            state_bytes=state_bytes + _batch_bytes(manifest, strategy.graph or "train", workload),
             # In stages, judging is a part of what training does.
             evaluation_bytes=evaluation_bytes if strategy.graph else 0,
         )
@@ -183,10 +183,19 @@ def _run_bytes(tensor_bytes: int) -> int:
 
 def _loss_bytes(manifest: Manifest, workload: Workload) -> int:
     """What evaluating the loss of one batch of outputs holds beside the outputs themselves."""
-    model = manifest.model
-    width = {
-        "text-classification": len(model.labels),
-        "feature-extraction": (model.embedding_size or 0) + workload.rows,
-        "text-generation": model.vocab_size * workload.seq_len,
-    }[manifest.task]
+    _, *shape = manifest.graphs["inference"].outputs[0].shape
+    width = math.prod(dim if isinstance(dim, int) else workload.seq_len for dim in shape)
+    if manifest.task == "feature-extraction":
+        width += workload.rows  # each row's cosines with the others
     return _LOSS_COPIES * 4 * workload.rows * width
+
+
+def _batch_bytes(manifest: Manifest, role: str, workload: Workload) -> int:
+    """What a batch of the caller's inputs holds."""
+    values = model_inputs(manifest, manifest.graphs[role].inputs).values()
+    sizes = {"batch": workload.rows}
+    return sum(
+        np.dtype(spec.dtype).itemsize
+        * math.prod(dim if isinstance(dim, int) else sizes.get(dim, workload.seq_len) for dim in spec.shape)
+        for spec in values
+    )

@@ -38,6 +38,6 @@ class MappedWeights:
         return flat.reshape([last - first, *columns])
 
     def release(self) -> None:
-        """Take every page out of this process; a later read brings it back from the page cache or the disk."""
+        """Take every page out of this process; a later read brings it back from the cache or the disk."""
         if hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)

@@ -13,10 +13,11 @@ import numpy as np
 from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, Task
+from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row
+from edgepeft.runtime.tasks.tokens import TokenTask
 
 
-class CausalLM(Task):
+class CausalLM(TokenTask):
     """Tokens to next tokens."""
 
     output = "logits"

@@ -1,70 +1,73 @@
-"""Sequence classification: `{"text", "label"}`, with the label by name or by number."""
+"""Classification: a record's input, whatever it is, to classes or numbers; and that of texts."""
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from edgepeft.errors import DataError
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
+from edgepeft.runtime.tasks.targets import Targets
+from edgepeft.runtime.tasks.tokens import TokenTask
 
 
-class Classification(Task):
-    """Records to classes."""
+class Classifier(Task):
+    """One label a record; what it is labelled is the subclasses' business."""
 
     output = "logits"
 
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.targets = Targets(self.manifest)
+
+    @abstractmethod
+    def read(self, record: Record, max_length: int) -> Example:
+        """The input of a record, without its label.
+
+        Raises:
+            DataError: the record lacks it, or it cannot be used.
+        """
+
     def encode(self, record: Record, max_length: int, *, training: bool) -> Example:
         """See `Task.encode`; a label is kept where there is one, and required for training."""
+        example = self.read(record, max_length)
+        label = self.targets.parse(record)
+        if training and label is None:
+            raise self.missing(record, 'a "label" to learn')
+        return Example(example.rows, label, example.truncated, example.values)
+
+    def items(self, batch: Mapping[str, Array]) -> int:
+        """Rows."""
+        return len(next(iter(batch.values())))
+
+    def results(self, outputs: Outputs, batch: Mapping[str, Array]) -> list[dict[str, Any]]:
+        """`{"label", "score", "scores"}`, `{"labels", "scores"}` where several may apply, or `{"values"}`."""
+        del batch
+        return self.targets.results(outputs[self.output])
+
+    def finish(self, result: dict[str, Any], example: Example) -> dict[str, Any]:
+        """With `expected`, where the record has a label."""
+        if example.label is not None:
+            result["expected"] = self.targets.expected(example.label)
+        return result
+
+    def correct(self, outputs: Outputs, batch: Mapping[str, Array]) -> int | None:
+        """Rows that got their label."""
+        return self.targets.correct(outputs[self.output], batch["labels"])
+
+
+class TextClassification(Classifier, TokenTask):
+    """`{"text", "label"}`, or `input_ids` instead of a text."""
+
+    def read(self, record: Record, max_length: int) -> Example:
+        """See `Classifier.read`."""
         field = "text" if "text" in record.fields else "input_ids"
         if field not in record.fields:
             raise self.missing(record, '{"text", "label"} (or "input_ids" instead of "text")')
         row, truncated = self.tokens(record, field, max_length)
-        label = self._label(record)
-        if training and label is None:
-            raise self.missing(record, 'a "label" to learn')
-        return Example((row,), label, truncated)
+        return Example((row,), truncated=truncated)
 
-    def items(self, batch: Mapping[str, Array]) -> int:
-        """Rows."""
-        return int(batch["input_ids"].shape[0])
-
-    def results(self, outputs: Outputs, batch: Mapping[str, Array]) -> list[dict[str, Any]]:
-        """The best label of each row, its probability and all probabilities by label."""
-        del batch
-        logits = outputs[self.output].astype(np.float64)
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(axis=1, keepdims=True)
-        labels = self.manifest.model.labels
-        return [
-            {
-                "label": labels[int(row.argmax())],
-                "score": float(row.max()),
-                "scores": dict(zip(labels, row.tolist(), strict=True)),
-            }
-            for row in probabilities
-        ]
-
-    def correct(self, outputs: Outputs, batch: Mapping[str, Array]) -> int | None:
-        """Rows whose best class is their label."""
-        return int((outputs[self.output].argmax(axis=1) == batch["labels"]).sum())
-
-    def _label(self, record: Record) -> int | None:
-        value = record.fields.get("label", record.fields.get("labels"))
-        known = self.manifest.model.labels
-        if value is None:
-            return None
-        if isinstance(value, str):
-            if value in known:
-                return known.index(value)
-        elif isinstance(value, int | np.integer) and not isinstance(value, bool):
-            if 0 <= value < len(known):
-                return int(value)
-        else:
-            raise DataError(f"{record.where}: label is {value!r}, expected a label's name or number")
-        listed = ", ".join(known[:10]) + (", …" if len(known) > 10 else "")
-        raise DataError(
-            f"{record.where}: label {value!r} was not known when the bundle was exported; it knows "
-            f"{len(known)}: {listed}"
-        )
+    def labels(self, examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, Array]:
+        """See `TokenTask.labels`."""
+        del shape
+        return {"labels": self.targets.array(examples)}

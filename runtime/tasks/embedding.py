@@ -1,13 +1,14 @@
 """Sentence embedding: `{"text"}` to embed, `{"anchor", "positive"}` pairs to learn from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepeft.runtime.data import Record
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
+from edgepeft.runtime.tasks.base import Array, Example, Outputs
+from edgepeft.runtime.tasks.tokens import TokenTask
 
 
-class Embedding(Task):
+class Embedding(TokenTask):
     """Sentences to vectors. The loss sees a batch as anchors and then positives; a pair's negatives are the
     others'."""
 
@@ -38,6 +39,7 @@ class Embedding(Task):
         del batch
         return [{"embedding": row.tolist()} for row in outputs[self.output]]
 
-    def _labels(self, examples: object, shape: tuple[int, int]) -> dict[str, Array]:
+    def labels(self, examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, Array]:
+        """None: the other pairs of a batch are the negatives."""
         del examples, shape
         return {}

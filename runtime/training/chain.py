@@ -161,8 +161,8 @@ class Chain:
             {name: self._inputs[key] for name, key in stage.adapter.items() if name in session.inputs}
         )
         shared = {name: context[key] for name, key in stage.context.items() if name in session.inputs}
-        if "labels" in session.inputs:
-            shared["labels"] = context["labels"]
+        # The head takes labels, or whatever else its loss is made of, under their own names.
+        shared |= {name: context[name] for name in session.inputs if name in context}
         if hidden is not None and "hidden" in session.inputs:
             shared["hidden"] = hidden
         for name, value in shared.items():

@@ -40,9 +40,8 @@ def fingerprint(
 def _of_examples(examples: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
-        for row in example.rows:
-            for array in (row.input_ids, row.type_ids, row.labels):
-                digest.update(b"-" if array is None else array.tobytes() + b"/")
+        for array in example.arrays:
+            digest.update(b"-" if array is None else array.tobytes() + b"/")
         digest.update(str(example.label).encode())
     return digest.hexdigest()
 

@@ -83,7 +83,7 @@ class _ResidentJudge:
         """The loss of a batch and the task's output."""
         inference, loss = self._inference, self._loss
         inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
-        inference.bind(empty_cache(inference, batch["input_ids"].shape[0]))
+        inference.bind(empty_cache(inference, len(next(iter(batch.values())))))
         outputs = inference.run_for([self._output])
         loss.bind_values(outputs)
         loss.bind({name: value for name, value in batch.items() if name in loss.inputs})

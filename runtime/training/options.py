@@ -7,6 +7,8 @@ from edgepeft.errors import UsageError
 from edgepeft.runtime.training.schedule import SCHEDULES
 
 DEFAULT_SEQ_LEN = 128
+DEFAULT_SAMPLES = 10 * 16_000
+"""Ten seconds at 16 kHz."""
 TRAINABLE = ("all", "lora", "modules_to_save")
 
 
@@ -21,7 +23,8 @@ class TrainingOptions:
         steps: optimizer steps; None derives them from `epochs`.
         epochs: passes over the training records.
         batch_size: records (or pairs) a step.
-        seq_len: tokens a text is cut to; None is 128, or the model's maximum if that is less.
+        seq_len: tokens a text is cut to, or samples a recording; None is 128 tokens or 160,000 samples, or
+            the model's maximum if that is less. Images have none.
         learning_rate: peak rate.
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
@@ -86,6 +89,8 @@ class TrainingOptions:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
             )
+        if self.seq_len is not None and manifest.task == "image-classification":
+            raise UsageError(f"seq_len is {self.seq_len}, but images have no length to cut: leave it out")
         if self.tokens(manifest) > manifest.model.max_length:
             raise UsageError(
                 f"seq_len is {self.seq_len}, the model takes at most {manifest.model.max_length} tokens"
@@ -95,5 +100,8 @@ class TrainingOptions:
             raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")
 
     def tokens(self, manifest: Manifest) -> int:
-        """Tokens a text is cut to."""
-        return min(DEFAULT_SEQ_LEN, manifest.model.max_length) if self.seq_len is None else self.seq_len
+        """Tokens a text is cut to, or samples a recording; 1 for images."""
+        if self.seq_len is not None:
+            return self.seq_len
+        default = DEFAULT_SAMPLES if manifest.task == "audio-classification" else DEFAULT_SEQ_LEN
+        return min(default, manifest.model.max_length)

@@ -12,10 +12,13 @@ from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import find_adapter
 from edgepeft.runtime.training.options import TrainingOptions
 
+# PEFT has none for images and recordings.
 _PEFT_TASKS = {
     "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
     "feature-extraction": "FEATURE_EXTRACTION",
     "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
 }
 
 
@@ -67,7 +70,7 @@ def _fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "target_modules": [slot.module for slot in manifest.lora_slots],
-        "task_type": _PEFT_TASKS[manifest.task],
+        "task_type": _PEFT_TASKS.get(manifest.task),
         "use_dora": False,
         "use_rslora": False,
     }

@@ -12,7 +12,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 
-from . import foreign, models
+from . import foreign, models, task_models
 
 # Tiny models: a second thread only waits for the first.
 torch.set_num_threads(1)
@@ -40,11 +40,12 @@ class Exported:
         return model
 
 
-BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], str, str | None]] = {
-    "bert-classifier": (models.bert_classifier, "bert", "SEQ_CLS"),
-    "bert-encoder": (models.bert_encoder, "bert", "FEATURE_EXTRACTION"),
-    "llama-tied": (lambda: models.llama(tied=True), "llama", "CAUSAL_LM"),
-    "llama-untied": (lambda: models.llama(tied=False), "llama", "CAUSAL_LM"),
+BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str], str | None]] = {
+    "bert-classifier": (models.bert_classifier, LORA_TARGETS["bert"], "SEQ_CLS"),
+    "bert-encoder": (models.bert_encoder, LORA_TARGETS["bert"], "FEATURE_EXTRACTION"),
+    "llama-tied": (lambda: models.llama(tied=True), LORA_TARGETS["llama"], "CAUSAL_LM"),
+    "llama-untied": (lambda: models.llama(tied=False), LORA_TARGETS["llama"], "CAUSAL_LM"),
+    **task_models.BUILDERS,
 }
 
 
@@ -55,10 +56,11 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
 
     def make(name: str, bits: int) -> Exported:
         if (name, bits) not in made:
-            build, family, task_type = BUILDERS[name]
+            build, targets, task_type = BUILDERS[name]
             root = tmp_path_factory.mktemp(f"{name}-{bits}")
-            targets = LORA_TARGETS[family]
             common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
+            if task_type is None:  # PEFT has no type for it, so it is told of the head
+                common["modules_to_save"] = ["classifier"]
             adapters = {
                 "plain": models.save_adapter(build(), root / "plain", 1, r=4, lora_alpha=8, **common),
                 "patterned": models.save_adapter(

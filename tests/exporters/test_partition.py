@@ -52,7 +52,7 @@ def test_what_is_found_repeats_and_covers_at_least_what_was_put_in(
 
 
 def test_cuts_lie_where_every_path_passes_and_masks_are_shared() -> None:
-    """x → (a, b) → join → (c, residual) → out: the join is a cut, c is none, the mask belongs to no segment."""
+    """x → (a, b) → join → (c, residual) → out: join is a cut, c is none, the mask is in no segment."""
     graph = ir.from_onnx_text(
         """
         <ir_version: 10, opset_import: ["": 21]>

@@ -66,11 +66,8 @@ def test_a_model_that_is_not_there(output: Path, tmp_path: Path) -> None:
 
 
 def test_a_model_for_another_task_is_named(output: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    model = transformers.ViTForImageClassification(
-        transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
-    )
-    refuse("is a model for 'image-classification': unknown task", edgepeft.ExportError, output, model)
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**models.SIZES))
+    refuse("is a model for 'fill-mask': unknown task", edgepeft.ExportError, output, model)
 
 
 def test_an_adapter_for_another_base_names_its_first_module(output: Path, tmp_path: Path) -> None:

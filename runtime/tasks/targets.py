@@ -1,0 +1,147 @@
+"""Labels of classifiers and regressions: from records, to batches, and back into results.
+
+transformers' `problem_type` decides: one class of several (`label` by name or number), classes that do not
+exclude each other (a list of names or numbers, or a 0 or 1 for each as floats), or a number for each output.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.errors import DataError
+from edgepeft.runtime.data import Record
+from edgepeft.runtime.tasks.base import Array, Example, Label, shown
+
+THRESHOLD = 0.5
+"""Probability from which a class counts as predicted, where several may apply."""
+
+
+class Targets:
+    """What a bundle's labels are.
+
+    Args:
+        manifest: the bundle's manifest.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.names = manifest.model.labels
+        self.problem_type = manifest.model.problem_type or "single_label_classification"
+
+    def parse(self, record: Record) -> Label:
+        """The label of a record, or None where it has none.
+
+        Raises:
+            DataError: the label is of another kind, or was not known when the bundle was exported.
+        """
+        value = record.fields.get("label", record.fields.get("labels"))
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if value is None:
+            return None
+        if self.problem_type == "regression":
+            return self._numbers(record, value if isinstance(value, list | tuple) else [value])
+        if self.problem_type == "multi_label_classification":
+            return self._several(record, value)
+        return self.number(record, value)
+
+    def number(self, record: Record, value: object) -> int:
+        """A label's number, given its name or number.
+
+        Raises:
+            DataError: it was not known when the bundle was exported.
+        """
+        if isinstance(value, str):
+            if value in self.names:
+                return self.names.index(value)
+        elif isinstance(value, int | np.integer) and not isinstance(value, bool):
+            if 0 <= value < len(self.names):
+                return int(value)
+        else:
+            raise DataError(f"{record.where}: label is {shown(value)}, expected a label's name or number")
+        listed = ", ".join(self.names[:10]) + (", …" if len(self.names) > 10 else "")
+        raise DataError(
+            f"{record.where}: label {shown(value)} was not known when the bundle was exported; it knows "
+            f"{len(self.names)}: {listed}"
+        )
+
+    def array(self, examples: Sequence[Example]) -> Array:
+        """`labels` of a batch: int64 `[batch]`, or float32 `[batch, outputs]`."""
+        single = self.problem_type == "single_label_classification"
+        return np.array([example.label for example in examples], np.int64 if single else np.float32)
+
+    def results(self, logits: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
+        """What `predict` says of each row of logits `[batch, outputs]`."""
+        wide = logits.astype(np.float64)
+        if self.problem_type == "regression":
+            return [{"values": dict(zip(self.names, row.tolist(), strict=True))} for row in wide]
+        if self.problem_type == "multi_label_classification":
+            return [self._applying(row) for row in _sigmoid(wide)]
+        return [
+            {
+                "label": self.names[int(row.argmax())],
+                "score": float(row.max()),
+                "scores": dict(zip(self.names, row.tolist(), strict=True)),
+            }
+            for row in softmax(wide)
+        ]
+
+    def expected(self, label: Label) -> Any:
+        """A record's label in the form of the results'."""
+        if isinstance(label, int):
+            return self.names[label]
+        assert label is not None
+        if self.problem_type == "regression":
+            return dict(zip(self.names, label, strict=True))
+        return [name for name, value in zip(self.names, label, strict=True) if value >= THRESHOLD]
+
+    def correct(self, logits: npt.NDArray[np.float32], labels: Array) -> int | None:
+        """Rows that are right, in every class where several may apply; None for a regression."""
+        if self.problem_type == "regression":
+            return None
+        if self.problem_type == "multi_label_classification":
+            applying = labels.astype(np.float32) >= THRESHOLD
+            return int(((logits >= 0) == applying).all(axis=1).sum())
+        return int((logits.argmax(axis=1) == labels).sum())
+
+    def _applying(self, probabilities: npt.NDArray[np.float64]) -> dict[str, Any]:
+        scores = dict(zip(self.names, probabilities.tolist(), strict=True))
+        return {"labels": [name for name, score in scores.items() if score >= THRESHOLD], "scores": scores}
+
+    def _several(self, record: Record, value: object) -> tuple[float, ...]:
+        if not isinstance(value, list | tuple):
+            raise DataError(
+                f"{record.where}: label is {shown(value)}, expected a list of the labels that apply, by name "
+                f"or number, or {len(self.names)} numbers such as 0.0 and 1.0"
+            )
+        if value and all(isinstance(item, float) for item in value):
+            return self._numbers(record, value)
+        applying = {self.number(record, item) for item in value}
+        return tuple(float(index in applying) for index in range(len(self.names)))
+
+    def _numbers(self, record: Record, value: Sequence[object]) -> tuple[float, ...]:
+        numbers = [
+            float(item)
+            for item in value
+            if isinstance(item, int | float | np.number) and not isinstance(item, bool) and np.isfinite(item)
+        ]
+        if len(numbers) != len(value) or len(numbers) != len(self.names):
+            raise DataError(
+                f"{record.where}: label is {shown(value)}, expected {len(self.names)} finite numbers "
+                f"({', '.join(self.names[:10])})"
+            )
+        return tuple(numbers)
+
+
+def softmax(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Probabilities along the last axis."""
+    exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    total: npt.NDArray[np.float64] = exponentials / exponentials.sum(axis=-1, keepdims=True)
+    return total
+
+
+def _sigmoid(logits: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    result: npt.NDArray[np.float64] = np.exp(-np.logaddexp(0, -logits))
+    return result

@@ -1,0 +1,118 @@
+"""Token classification: `{"tokens", "labels"}` word by word, or `{"input_ids", "labels"}` token by token.
+
+A word is labelled at its first token; its other tokens do not count (-100), as the field does it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import DataError
+from edgepeft.runtime.data import Record
+from edgepeft.runtime.inputs import IGNORED_LABEL
+from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, shown
+from edgepeft.runtime.tasks.targets import Targets, softmax
+from edgepeft.runtime.tasks.tokens import TokenTask
+
+NAMES = ("labels", "ner_tags", "tags")
+"""Fields that the labels may be in."""
+
+
+class TokenClassification(TokenTask):
+    """Tokens to classes."""
+
+    output = "logits"
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        self.targets = Targets(self.manifest)
+
+    def encode(self, record: Record, max_length: int, *, training: bool) -> Example:
+        """See `Task.encode`; labels are kept where there are any, and required for training."""
+        if "tokens" in record.fields:
+            row, truncated = self._words(record, max_length)
+        elif "input_ids" in record.fields:
+            row, truncated = self.tokens(record, "input_ids", max_length)
+            given = self._given(record, len(record.fields["input_ids"]))
+            row = Row(row.input_ids, row.type_ids, None if given is None else given[:max_length])
+        else:
+            raise self.missing(record, '{"tokens", "labels"} (or "input_ids" instead of "tokens")')
+        if training and (row.labels is None or not (row.labels != IGNORED_LABEL).any()):
+            raise self.missing(record, '"labels" to learn, one a token, at least one of them not -100')
+        return Example((row,), truncated=truncated)
+
+    def items(self, batch: Mapping[str, Array]) -> int:
+        """Labels that count."""
+        return int((batch["labels"] != IGNORED_LABEL).sum())
+
+    def results(self, outputs: Outputs, batch: Mapping[str, Array]) -> list[dict[str, Any]]:
+        """`{"labels", "scores"}`: the best label of each token that is no padding, and its probability."""
+        mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
+        lengths = mask.sum(axis=1).astype(int).tolist()
+        probabilities = softmax(outputs[self.output].astype(np.float64))
+        return [
+            {
+                "labels": [self.targets.names[index] for index in row.argmax(axis=1)],
+                "scores": row.max(axis=1).tolist(),
+            }
+            for row in (row[:length] for row, length in zip(probabilities, lengths, strict=True))
+        ]
+
+    def finish(self, result: dict[str, Any], example: Example) -> dict[str, Any]:
+        """Word by word, where the record came in words; with `expected` (None where -100), where it has
+        labels."""
+        (row,) = example.rows
+        kept = range(len(row.input_ids)) if row.words is None else row.words.tolist()
+        result = {name: [values[index] for index in kept] for name, values in result.items()}
+        if row.labels is not None:
+            labels = row.labels[list(kept)].tolist()
+            result["expected"] = [None if one == IGNORED_LABEL else self.targets.names[one] for one in labels]
+        return result
+
+    def correct(self, outputs: Outputs, batch: Mapping[str, Array]) -> int | None:
+        """Labels that count and are the best class of their token."""
+        labels = batch["labels"]
+        return int(((outputs[self.output].argmax(axis=2) == labels) & (labels != IGNORED_LABEL)).sum())
+
+    def _words(self, record: Record, max_length: int) -> tuple[Row, bool]:
+        words = record.fields["tokens"]
+        if (
+            not isinstance(words, list | tuple)
+            or not words
+            or not all(isinstance(item, str) for item in words)
+        ):
+            raise DataError(f"{record.where}: tokens is {shown(words)}, expected a list of words")
+        ids, types, owners = self.text.encode_words(list(words))
+        first = {owner: index for index, owner in reversed(list(enumerate(owners))) if owner is not None}
+        positions = sorted(index for index in first.values() if index < max_length)
+        given = self._given(record, len(words))
+        labels = None
+        if given is not None:
+            labels = np.full(len(ids), IGNORED_LABEL, np.int32)
+            for owner, index in first.items():
+                labels[index] = given[owner]
+            labels = labels[:max_length]
+        row = Row(
+            np.array(ids[:max_length], np.int32),
+            np.array(types[:max_length], np.int32),
+            labels,
+            np.array(positions, np.int32),
+        )
+        return row, len(ids) > max_length
+
+    def _given(self, record: Record, count: int) -> np.ndarray | None:
+        field = next((name for name in NAMES if name in record.fields), None)
+        if field is None:
+            return None
+        value = record.fields[field]
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
+        if not isinstance(value, list | tuple) or len(value) != count:
+            raise DataError(
+                f"{record.where}: {field} is {shown(value)}, expected a list of {count} labels, by name or "
+                "number"
+            )
+        numbers = [item if item == IGNORED_LABEL else self.targets.number(record, item) for item in value]
+        return np.array(numbers, np.int32)

@@ -1,0 +1,58 @@
+"""Reading pixels and samples: nested lists, arrays, or the path of a .npy file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.errors import DataError
+from edgepeft.runtime.data import Record
+from edgepeft.runtime.tasks.base import shown
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def read_values(record: Record, field: str, shape: Sequence[int | None]) -> FloatArray:
+    """A field's numbers as float32.
+
+    An array in a .npy file is mapped, not read: only the batches that need it load it.
+
+    Args:
+        record: the record.
+        field: its field.
+        shape: sizes of the axes; None for any.
+
+    Raises:
+        DataError: the field is missing, cannot be read, holds something else than finite numbers, or has
+            another shape.
+    """
+    value = record.fields.get(field)
+    if value is None:
+        raise DataError(f"{record.where}: lacks the field {field!r}")
+    if isinstance(value, str | Path):
+        array = _mapped(record, field, Path(value))
+    else:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise DataError(f"{record.where}: {field} has rows of different lengths") from error
+    wanted = ["any" if size is None else size for size in shape]
+    if array.dtype.kind not in "iuf":
+        raise DataError(f"{record.where}: {field} is {shown(value)}, expected numbers of shape {wanted}")
+    fits = array.ndim == len(shape) and all(
+        size in (None, got) for size, got in zip(shape, array.shape, strict=True)
+    )
+    if not fits or not array.size:
+        raise DataError(f"{record.where}: {field} has shape {list(array.shape)}, expected {wanted}")
+    if not np.isfinite(array).all():
+        raise DataError(f"{record.where}: {field} holds a value that is no finite number")
+    return array.astype(np.float32, copy=False)
+
+
+def _mapped(record: Record, field: str, path: Path) -> npt.NDArray[np.generic]:
+    try:
+        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{record.where}: {field}: {path} is no .npy file of numbers ({error})") from error
+    return array
