@@ -55,7 +55,8 @@ class LoraOptions:
         if self.rank < 1:
             raise UsageError(f"--rank must be at least 1, got {self.rank}")
         return peft.LoraConfig(
-            task_type=TASK_TYPES[source.task],
+            task_type=TASK_TYPES.get(source.task),
+            modules_to_save=None if source.task in TASK_TYPES else list(saved_module_names(source, ())),
             r=self.rank,
             lora_alpha=self.lora_alpha if self.lora_alpha is not None else 2 * self.rank,
             target_modules=list(self.targets) if self.targets is not None else default_targets(source),

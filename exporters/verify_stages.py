@@ -44,7 +44,7 @@ def verify_stages(
     worst = max(differences, key=lambda name: differences[name])
     if not differences[worst] <= STAGE_TOLERANCE:
         raise VerificationError(
-            f"{worst} differs by {differences[worst]:.2e} between the training graph and its stages, tolerance "
-            f"{STAGE_TOLERANCE:.0e}: nothing was written"
+            f"{worst} differs by {differences[worst]:.2e} between the training graph and its stages, "
+            f"tolerance {STAGE_TOLERANCE:.0e}: nothing was written"
         )
     return differences[worst]

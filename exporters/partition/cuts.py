@@ -2,8 +2,8 @@
 
 A value is *hidden* where it depends on the data of a model input and on a parameter. A node whose hidden
 output every path to the result passes (a dominator of the result, in the graph of hidden values) is a cut;
-between two cuts lies a segment. What depends on the inputs alone (masks, rotary angles, sizes) is the *context*
-that all segments share; what depends on parameters alone belongs to every segment that reads it.
+between two cuts lies a segment. What depends on the inputs alone (masks, rotary angles, sizes) is the
+*context* that all segments share; what depends on parameters alone belongs to every segment that reads it.
 """
 
 from __future__ import annotations

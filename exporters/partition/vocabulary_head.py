@@ -5,9 +5,9 @@
     backward   hidden, weight.*, labels, first, log_z, share, cotangent → cotangent.out
 
 `weight.*` are rows `first`, `first + 1`, … of the layer; neither `[positions, vocabulary]` nor the decoded
-layer exists whole. With z the logits of a slice, log_z gathers logΣexp z over the slices and picked the logit of
-the label; the loss is Σ share·(log_z − picked) with share = 1/count where a label counts, and its cotangent of z
-is share·(exp(z − log_z) − [label]). Source: online softmax, arXiv 1805.02867.
+layer exists whole. With z the logits of a slice, log_z gathers logΣexp z over the slices and picked the logit
+of the label; the loss is Σ share·(log_z − picked) with share = 1/count where a label counts, and its
+cotangent of z is share·(exp(z − log_z) − [label]). Source: online softmax, arXiv 1805.02867.
 """
 
 from __future__ import annotations

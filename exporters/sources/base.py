@@ -55,7 +55,7 @@ class ModelSource(Protocol):
 
     @property
     def problem_type(self) -> str | None:
-        """transformers' `problem_type` of a classifier of texts or images, which decides its loss; None else."""
+        """transformers' `problem_type` of a classifier of texts or images, which decides its loss."""
 
     @property
     def length_unit(self) -> int:

@@ -28,6 +28,7 @@ def measure_chain_peaks(folder: Path, length_unit: int = 1) -> Peaks:
     partition = bundle.manifest.partition
     assert partition is not None
     short = _shortened(bundle, partition)
+    kept = _kept_terms(bundle, partition, short)
     in_use = []
     grid = grid_of(bundle.manifest.graphs["train"])
     for rank in grid.ranks:
@@ -50,7 +51,6 @@ def measure_chain_peaks(folder: Path, length_unit: int = 1) -> Peaks:
             in_use.append(np.hstack([read_profile(path, runs)[1::2] for path in profiles.values()]))
             chain.close()
     by_size = np.stack(in_use, axis=1).reshape(len(grid.sizes), -1)
-    kept = _kept_terms(bundle, partition, short)
     return tuple((*terms, *kept) for terms in fit_peaks(by_size, grid, length_unit))
 
 
@@ -63,7 +63,11 @@ def mapped_bytes(bundle: Bundle) -> int:
 
 
 def _shortened(bundle: Bundle, partition: Partition) -> Partition:
-    """One stage of each kind, and a head of two slices."""
+    """One stage of each kind, and a head of two slices; all stages where what they hand on has a size of its
+    own (a recording's frames)."""
+    shapes = [_handed_on(bundle, stage) for stage in partition.stages]
+    if any(isinstance(dim, str) and dim not in _POWERS for shape in shapes for dim in shape):
+        return partition
     kinds: dict[str, Stage] = {}
     for stage in partition.stages:
         kinds.setdefault(stage.forward, stage)
@@ -90,6 +94,12 @@ def _shortened(bundle: Bundle, partition: Partition) -> Partition:
     return dataclasses.replace(partition, stages=stages, vocabulary_head=head)
 
 
+def _handed_on(bundle: Bundle, stage: Stage) -> tuple[int | str, ...]:
+    """The shape of what a stage gives to the next."""
+    outputs = bundle.manifest.graphs[stage.forward].outputs
+    return next(item.shape for item in outputs if item.name == "hidden.out")
+
+
 def _width(spec: GraphSpec) -> int:
     hidden = next(item for item in spec.inputs if item.name == "hidden")
     return int(hidden.shape[-1])
@@ -102,11 +112,8 @@ def _kept_terms(bundle: Bundle, partition: Partition, short: Partition) -> tuple
         left.remove(next(other for other in left if other.forward == stage.forward))
     total: dict[tuple[int, int], float] = {}
     for stage in left:
-        spec = next(
-            item for item in bundle.manifest.graphs[stage.forward].outputs if item.name == "hidden.out"
-        )
         powers, values = (0, 0), 1
-        for dim in spec.shape:
+        for dim in _handed_on(bundle, stage):
             if isinstance(dim, int):
                 values *= dim
             else:

@@ -7,11 +7,6 @@ import numpy as np
 from edgepeft.bundle.manifest import GraphSpec, Manifest
 
 
-def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
-    """Sizes of the symbolic axes of a run without a cache."""
-    return {"batch": batch, "sequence": sequence, "total_sequence": sequence, "past_sequence": 0}
-
-
 def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:
     """Ones for every adapter input, each slot of this rank."""
     specs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}

@@ -8,6 +8,7 @@ size; the nodes that are the worst for some size make the formula.
 import itertools
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +42,20 @@ def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path, length_unit: int 
             and polynomials of its length only there.
     """
     grid = grid_of(spec)
+    runs = [
+        sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
+        for batch, sequence, rank in grid.sizes
+    ]
+    return fit_peaks(bytes_in_use(graph, folder, runs), grid, length_unit)
+
+
+def bytes_in_use(graph: bytes, folder: Path, runs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Run a graph and read what it holds after each node: bytes, float64 `[runs, nodes]`."""
     with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
         session = _profiled_session(graph, folder, scratch)
-        for batch, sequence, rank in grid.sizes:
-            session.run(None, sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank))
-        in_use = read_profile(Path(session.end_profiling()), len(grid.sizes))
-    return fit_peaks(in_use, grid, length_unit)
+        for feeds in runs:
+            session.run(None, dict(feeds))
+        return read_profile(Path(session.end_profiling()), len(runs))
 
 
 def fit_peaks(in_use: np.ndarray, grid: "Grid", length_unit: int = 1) -> Peaks:

@@ -2,8 +2,8 @@
 
     python -m edgepeft.exporters.training.probe BUNDLE ROLE UNIT
 
-opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on a small
-input, whose length is a multiple of UNIT, and prints how much resident memory that added, in bytes.
+opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on a
+small input, whose length is a multiple of UNIT, and prints how much resident memory that added, in bytes.
 """
 
 import json
