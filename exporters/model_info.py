@@ -14,7 +14,7 @@ from .sources.tasks import CLASSIFICATION
 HEADS = ("classifier", "score")
 
 
-def model_info(source: ModelSource) -> ModelInfo:
+def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
     """Sizes, special tokens and labels, from the transformers configuration."""
     config = source.config
     eos = getattr(config, "eos_token_id", None)
@@ -34,6 +34,7 @@ def model_info(source: ModelSource) -> ModelInfo:
         labels=labels,
         embedding_size=config.hidden_size if source.task == "feature-extraction" else None,
         num_layers=_num_layers(config),
+        loss=loss,
         problem_type=source.problem_type,
         decoder_start_token_id=_decoder_start(source),
         min_length=source.min_length,

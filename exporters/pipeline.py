@@ -7,6 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 import edgepeft
 from edgepeft.adapters import Adapter, fit, load_adapter, write_adapter
 from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest, MemoryFormula, Policy, Quantization, Strategy
@@ -15,7 +17,7 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
 
 from .forward import Forward, build_forward
-from .losses import loss_for
+from .losses import Loss, loss_for, with_drift
 from .model_info import model_info, saved_module_names
 from .partition import build_partition
 from .passes.quantize import Freezer
@@ -51,6 +53,8 @@ def export(
     rank: int | None = None,
     targets: Sequence[str] | None = None,
     lora_alpha: int | None = None,
+    loss: str | None = None,
+    drift_penalty: bool = False,
     train: bool = True,
     verify: bool = True,
     seed: int = 0,
@@ -73,6 +77,8 @@ def export(
             `adapters`, or every linear but the output head where there are none. Of an ONNX file also names
             of nodes and of initializers.
         lora_alpha: of the fresh adapter; twice the rank where None.
+        loss: a loss other than the task's own: `triplet`, for feature-extraction.
+        drift_penalty: let the loss also count how far the logits drift from the base model's.
         train: also write the training graphs.
         verify: compare logits, losses and gradients with PyTorch (of an ONNX file: outputs with the file's,
             gradients with finite differences), and refuse a bundle that differs.
@@ -102,6 +108,7 @@ def export(
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
         freezer = _freezer(source, bits, block_size)
+        losses = _Losses(source, loss, drift_penalty)
         targets = None if targets is None else source.resolve_targets(targets)
         if rank is not None:
             folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
@@ -124,7 +131,7 @@ def export(
             forward = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)
         folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
         report("differentiating and writing" if train else "writing")
-        manifest = _write(folder, source, freezer, inference, forward if train else None, loaded)
+        manifest = _write(folder, source, freezer, inference, forward if train else None, loaded, losses)
         report("measuring memory")
         manifest = _with_memory(manifest, folder, source.length_unit)
         write_manifest(manifest, folder)
@@ -187,6 +194,28 @@ def _slot_modules(adapters: Mapping[str, Adapter], targets: Sequence[str] | None
     return list(dict.fromkeys([*named, *(targets or [])])) or None
 
 
+@dataclasses.dataclass(frozen=True)
+class _Losses:
+    """What an adapter is judged by on the device, and what it is trained with."""
+
+    source: ModelSource
+    name: str | None
+    drift_penalty: bool
+
+    @property
+    def judged(self) -> Loss:
+        """The task's loss, or the one that was named."""
+        return loss_for(self.source.task, self.source.problem_type, self.name)
+
+    def trained(self, output: ir.Value) -> Loss:
+        """The same, with the drift penalty if there is to be one."""
+        judged = self.judged
+        if not self.drift_penalty:
+            return judged
+        assert output.shape is not None
+        return with_drift(judged, tuple(str(dim) for dim in list(output.shape)[:-1]))
+
+
 def _write(
     folder: Path,
     source: ModelSource,
@@ -194,19 +223,22 @@ def _write(
     inference: Forward,
     training: Forward | None,
     adapters: Mapping[str, Adapter],
+    losses: "_Losses",
 ) -> Manifest:
     """Write everything but the manifest, whose memory figures are still empty."""
-    loss = loss_for(source.task, source.problem_type)
+    loss = losses.judged
     models = {"inference": inference.model}
     trainable: tuple[str, ...] = ()
     partition = None
     if training is not None:
         output = next(value for value in training.model.graph.outputs if value.name == loss.output)
-        joint = build_joint(training, loss)
+        trained = losses.trained(output)
+        joint = build_joint(training, trained)
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
         models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
-        partition = build_partition(training, loss)
+        # In stages there is no room for the base model's logits.
+        partition = build_partition(training, loss) if trained is loss else None
         models |= {} if partition is None else partition.graphs
     (folder / "graphs").mkdir()
     graphs = {}
@@ -228,7 +260,7 @@ def _write(
         format_version=FORMAT_VERSION,
         edgepeft_version=edgepeft.__version__,
         task=source.task,
-        model=model_info(source),
+        model=model_info(source, losses.name),
         quantization=source.quantization
         or Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
         graphs=graphs,
@@ -257,13 +289,14 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
     bundle. Sequences that are measured are multiples of `length_unit`."""
     write_manifest(manifest, folder)
+    batch_unit = 3 if manifest.model.loss == "triplet" else 1
 
     def formula(role: str | None) -> MemoryFormula:
         if role is None:
-            peaks = measure_chain_peaks(folder, length_unit)
+            peaks = measure_chain_peaks(folder, length_unit, batch_unit)
         else:
             spec = manifest.graphs[role]
-            peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit)
+            peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit, batch_unit)
         tensors = MemoryFormula(session_bytes=0, peaks=peaks)
         session_bytes = measure_session_bytes(folder, role or STAGES, tensors, length_unit)
         return dataclasses.replace(tensors, session_bytes=session_bytes)

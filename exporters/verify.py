@@ -19,10 +19,17 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
+from edgepeft.runtime.inputs import (
+    BASE_LOGITS,
+    DRIFT_WEIGHT,
+    IGNORED_LABEL,
+    has_drift_penalty,
+    shifted_right,
+)
 from edgepeft.runtime.session import GraphSession
 
 from .losses.contrastive import SCALE
+from .losses.triplet import MARGIN
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
@@ -35,7 +42,9 @@ GRADIENT_COSINE = 0.9999
 GRADIENT_NORM_TOLERANCE = 1e-3
 #: A change of the output below this is no change.
 EFFECT = 1e-6
-BATCH, SEQUENCE, TARGET = 4, 12, 9
+BATCH, SEQUENCE, TARGET = 6, 12, 9  # pairs and triplets
+#: Of the drift penalty, where there is one.
+DRIFT = 0.7
 
 Arrays = dict[str, np.ndarray]
 
@@ -102,7 +111,7 @@ class _Check:
 
     def outputs(self, what: str, adapter: Adapter | None, model: Any) -> None:
         with torch.no_grad():
-            expected, _ = _torch_output(self.source, model, self.batch)
+            expected, _ = self._torch_output(model)
         feeds = {**self._model_feeds("inference"), **self._adapter_feeds(adapter)}
         self._session.bind(feeds)
         got = self._session.run_for([self.output_name])[self.output_name].numpy()
@@ -121,6 +130,8 @@ class _Check:
             )
         if adapter is None:
             self._plain = counted[0]
+            if has_drift_penalty(self.bundle.manifest):
+                self.batch |= {BASE_LOGITS: got, DRIFT_WEIGHT: np.array(DRIFT, np.float32)}
         self._latest = counted[0]
 
     def effect(self, name: str) -> None:
@@ -139,7 +150,9 @@ class _Check:
         outputs = {key: value.numpy() for key, value in session.run_for(list(session.outputs)).items()}
         session.close()
         model.zero_grad()
-        _, loss = _torch_output(self.source, model, self.batch)
+        output, loss = self._torch_output(model)
+        if BASE_LOGITS in self.batch:
+            loss = loss + DRIFT * _torch_drift(output, self.batch)
         loss.backward()
         difference = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
         if not difference <= LOSS_TOLERANCE:
@@ -174,6 +187,9 @@ class _Check:
             self.figures["gradients"][name]["stage_difference"] = verify_stages(
                 self.bundle, self._model_feeds("train"), inputs, outputs
             )
+
+    def _torch_output(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return _torch_output(self.source, model, self.batch, self.bundle.manifest.model.loss)
 
     def _model_feeds(self, role: str) -> Arrays:
         return model_feeds(self.bundle, role, self.batch)
@@ -242,7 +258,19 @@ def _sample_labels(manifest: Manifest, batch: Arrays, rng: np.random.Generator) 
     return {"labels": rng.integers(0, classes, BATCH)}
 
 
-def _torch_output(source: Source, model: Any, batch: Arrays) -> tuple[torch.Tensor, torch.Tensor]:
+def _torch_drift(logits: torch.Tensor, batch: Arrays) -> torch.Tensor:
+    """KL divergence from the base model's distribution, averaged over the positions that count."""
+    base, adapted = (torch.log_softmax(z, -1) for z in (torch.from_numpy(batch[BASE_LOGITS]), logits))
+    each = torch.nn.functional.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
+    if each.ndim == 1:
+        return each.mean()
+    counted = batch["labels"] != IGNORED_LABEL if "decoder_input_ids" in batch else batch["attention_mask"]
+    return each[torch.from_numpy(counted).bool()].mean()
+
+
+def _torch_output(
+    source: Source, model: Any, batch: Arrays, named_loss: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The task's output and loss as PyTorch computes them."""
     taken = ("input_ids", "attention_mask", "pixel_values", "input_values")
     inputs = {name: torch.from_numpy(batch[name]) for name in taken if name in batch}
@@ -256,6 +284,9 @@ def _torch_output(source: Source, model: Any, batch: Arrays) -> tuple[torch.Tens
     else:
         pooled = hidden[:, 0]
     embedding = torch.nn.functional.normalize(pooled, dim=-1) if source.pooling.normalize else pooled
+    if named_loss == "triplet":
+        thirds = embedding.chunk(3)
+        return embedding, torch.nn.functional.triplet_margin_loss(*thirds, margin=MARGIN)
     anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
     scores = SCALE * anchors @ positives.T
     return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))

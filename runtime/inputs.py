@@ -10,6 +10,13 @@ from edgepeft.errors import UsageError
 
 Array = npt.NDArray[np.generic]
 IGNORED_LABEL = -100
+BASE_LOGITS, DRIFT_WEIGHT = "base_logits", "drift_weight"
+
+
+def has_drift_penalty(manifest: Manifest) -> bool:
+    """Whether the training graph takes the base model's logits, to penalize drifting from them."""
+    graph = manifest.graphs.get("train")
+    return graph is not None and any(spec.name == BASE_LOGITS for spec in graph.inputs)
 
 
 def adapter_input_names(manifest: Manifest) -> set[str]:

@@ -207,6 +207,7 @@ class ModelInfo:
     labels: tuple[str, ...] = ()  # of a classifier: id to label
     embedding_size: int | None = None  # feature-extraction: width of `sentence_embedding`
     num_layers: int = 0
+    loss: str | None = None  # a loss other than the task's own
     problem_type: str | None = None  # text- and image-classification: transformers' name, decides the labels
     decoder_start_token_id: int | None = None  # text2text-generation: what decoder_input_ids begin with
     min_length: int = 1

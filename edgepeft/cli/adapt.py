@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     "--max-grad-norm", type=float, default=1.0, show_default=True, help="Clip to this norm; 0: never."
 )
 @click.option(
+    "--drift-weight", type=float, help="Of the drift penalty, where the bundle has one. [default: 0.1]"
+)
+@click.option(
     "--eval-fraction", type=float, default=0.1, show_default=True, help="Share of records held out."
 )
 @click.option(

@@ -48,6 +48,10 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
                    "file also names of nodes or initializers. "
                    "[default: the adapters', or every linear but the output head]")  # fmt: skip
 @click.option("--labels", callback=_names, metavar="A,B,…", help="Classes of a new classification head.")
+@click.option("--loss", help="triplet (feature-extraction: anchors, positives and negatives). "
+                             "[default: the task's own]")  # fmt: skip
+@click.option("--drift-penalty", is_flag=True,
+              help="Let training also count how far the logits drift from the base model's.")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
@@ -63,6 +67,8 @@ def export(
     alpha: int | None,
     targets: list[str] | None,
     labels: list[str] | None,
+    loss: str | None,
+    drift_penalty: bool,
     no_train: bool,
     no_verify: bool,
     seed: int,
@@ -93,6 +99,8 @@ def export(
         rank=rank,
         targets=targets,
         lora_alpha=alpha,
+        loss=loss,
+        drift_penalty=drift_penalty,
         train=not no_train,
         verify=not no_verify,
         seed=seed,

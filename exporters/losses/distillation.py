@@ -3,7 +3,8 @@
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import FLOAT, append, initializer
+from ..graph import FLOAT, INT64, append, initializer
+from .cross_entropy import IGNORE_INDEX
 
 
 def drift(graph: ir.Graph, logits: ir.Value, base_logits: ir.Value, mask: ir.Value | None) -> ir.Value:
@@ -37,3 +38,12 @@ def drift(graph: ir.Graph, logits: ir.Value, base_logits: ir.Value, mask: ir.Val
     total = append(graph, "ReduceSum", [masked, every], {"keepdims": 0}, shape=[])
     count = append(graph, "ReduceSum", [counted, every], {"keepdims": 0}, shape=[])
     return append(graph, "Div", [total, append(graph, "Max", [count, one], shape=[])], shape=[])
+
+
+def labelled(graph: ir.Graph, labels: ir.Value) -> ir.Value:
+    """1 where a label counts and 0 elsewhere, int64 of the labels' shape."""
+    ignore = initializer(graph, "ignore_index", np.array(IGNORE_INDEX, np.int64))
+    shape = labels.shape
+    ignored = append(graph, "Equal", [labels, ignore], shape=shape, dtype=ir.DataType.BOOL)
+    counted = append(graph, "Not", [ignored], shape=shape, dtype=ir.DataType.BOOL)
+    return append(graph, "Cast", [counted], {"to": INT64}, shape=shape, dtype=INT64)

@@ -19,10 +19,11 @@ from .memory import Peaks, fit_peaks, grid_of, read_profile
 _POWERS = {"batch": (1, 0), "sequence": (0, 1)}
 
 
-def measure_chain_peaks(folder: Path, length_unit: int = 1) -> Peaks:
+def measure_chain_peaks(folder: Path, length_unit: int = 1, batch_unit: int = 1) -> Peaks:
     """The sums of live tensors of a bundle's chain that are the largest for some batch, sequence and rank.
 
-    One stage of each kind runs; what the others hand on is added. Sequences are multiples of `length_unit`.
+    One stage of each kind runs; what the others hand on is added. Sequences are multiples of `length_unit`,
+    batches of `batch_unit`.
     """
     bundle = open_bundle(folder)
     partition = bundle.manifest.partition
@@ -30,7 +31,7 @@ def measure_chain_peaks(folder: Path, length_unit: int = 1) -> Peaks:
     short = _shortened(bundle, partition)
     kept = _kept_terms(bundle, partition, short)
     in_use = []
-    grid = grid_of(bundle.manifest.graphs["train"])
+    grid = grid_of(bundle.manifest.graphs["train"], batch_unit)
     for rank in grid.ranks:
         inputs = sample_adapter(bundle.manifest, rank)
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})

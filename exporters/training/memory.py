@@ -31,7 +31,9 @@ SHAPE_ERROR_BYTES = 1.0
 Peaks = tuple[tuple[MemoryTerm, ...], ...]
 
 
-def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path, length_unit: int = 1) -> Peaks:
+def measure_peaks(
+    graph: bytes, spec: GraphSpec, folder: Path, length_unit: int = 1, batch_unit: int = 1
+) -> Peaks:
     """The sums of live tensors that are the largest for some batch, sequence and rank.
 
     Args:
@@ -40,8 +42,9 @@ def measure_peaks(graph: bytes, spec: GraphSpec, folder: Path, length_unit: int 
         folder: where its external data is.
         length_unit: sequences are multiples of it: the frames of a waveform are a quotient that rounds down,
             and polynomials of its length only there.
+        batch_unit: batches are multiples of it: some losses split them.
     """
-    grid = grid_of(spec)
+    grid = grid_of(spec, batch_unit)
     runs = [
         sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
         for batch, sequence, rank in grid.sizes
@@ -95,10 +98,11 @@ def read_profile(path: Path, runs: int) -> np.ndarray:
     return np.array(used, np.float64).reshape(runs, -1)
 
 
-def grid_of(spec: GraphSpec) -> "Grid":
+def grid_of(spec: GraphSpec, batch_unit: int = 1) -> "Grid":
     """Sizes that determine the polynomials of a graph; one sequence where it has no such axis."""
     has_sequence = any("sequence" in item.shape for item in spec.inputs)
-    return Grid(BATCHES, SEQUENCES if has_sequence else (1,), RANKS)
+    batches = tuple(batch_unit * batch for batch in BATCHES)
+    return Grid(batches, SEQUENCES if has_sequence else (1,), RANKS)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from edgepeft.errors import ExportError
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Sizes of the run that is measured, the sequence in units.
-BATCH, SEQUENCE, RANK = 2, 4, 1
+BATCH, SEQUENCE, RANK = 6, 4, 1
 #: Stands for the chain of stages where a graph's role is asked for.
 STAGES = "stages"
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
-from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
 from edgepeft.sizes import format_size
 
 CHUNK_VALUES = 2**16
@@ -97,13 +97,16 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
     )
     untrained = workload.adapter_values - workload.trained_values
     state_bytes = _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
+    base_bytes = (0, 0)
+    if has_drift_penalty(manifest):  # the base model runs beside the training graph
+        base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
     return [
         Plan(
             strategy=strategy.name,
             exact=strategy.exact,
             process_bytes=process_bytes,
-            session_bytes=strategy.memory.session_bytes,
-            activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)),
+            session_bytes=strategy.memory.session_bytes + base_bytes[0],
+            activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
             state_bytes=state_bytes + _batch_bytes(manifest, strategy.graph or "train", workload),
             # In stages, judging is a part of what training does.
             evaluation_bytes=evaluation_bytes if strategy.graph else 0,

@@ -1,8 +1,10 @@
-"""Sentence embedding: `{"text"}` to embed, `{"anchor", "positive"}` pairs to learn from."""
+"""Sentence embedding: `{"text"}` to embed, `{"anchor", "positive"}` pairs to learn from; with the triplet
+loss `{"anchor", "positive", "negative"}`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.tasks.base import Array, Example, Outputs
 from edgepeft.runtime.tasks.tokens import TokenTask
@@ -10,20 +12,25 @@ from edgepeft.runtime.tasks.tokens import TokenTask
 
 class Embedding(TokenTask):
     """Sentences to vectors. The loss sees a batch as anchors and then positives; a pair's negatives are the
-    others'."""
+    others', unless records bring their own."""
 
     output = "sentence_embedding"
-    rows_per_record = 2
-    minimum_batch = 2
+
+    def __init__(self, bundle: Bundle) -> None:
+        super().__init__(bundle)
+        triplets = self.manifest.model.loss == "triplet"
+        self.fields = ("anchor", "positive", "negative") if triplets else ("anchor", "positive")
+        self.rows_per_record = len(self.fields)
+        self.minimum_batch = 1 if triplets else 2
 
     def encode(self, record: Record, max_length: int, *, training: bool) -> Example:
         """See `Task.encode`."""
         if training:
-            if not {"anchor", "positive"} <= record.fields.keys():
-                raise self.missing(record, '{"anchor", "positive"} to learn from')
-            anchor, cut_anchor = self.tokens(record, "anchor", max_length)
-            positive, cut_positive = self.tokens(record, "positive", max_length)
-            return Example((anchor, positive), truncated=cut_anchor or cut_positive)
+            if not set(self.fields) <= record.fields.keys():
+                listed = ", ".join(f'"{field}"' for field in self.fields)
+                raise self.missing(record, f"{{{listed}}} to learn from")
+            rows = [self.tokens(record, field, max_length) for field in self.fields]
+            return Example(tuple(row for row, _ in rows), truncated=any(cut for _, cut in rows))
         for field in ("text", "input_ids", "anchor"):
             if field in record.fields:
                 row, truncated = self.tokens(record, field, max_length)
@@ -31,8 +38,8 @@ class Embedding(TokenTask):
         raise self.missing(record, '{"text"} (or "input_ids")')
 
     def items(self, batch: Mapping[str, Array]) -> int:
-        """Pairs."""
-        return int(batch["input_ids"].shape[0]) // 2
+        """Pairs or triplets."""
+        return int(batch["input_ids"].shape[0]) // self.rows_per_record
 
     def results(self, outputs: Outputs, batch: Mapping[str, Array]) -> list[dict[str, Any]]:
         """The embedding of each row."""
@@ -40,6 +47,6 @@ class Embedding(TokenTask):
         return [{"embedding": row.tolist()} for row in outputs[self.output]]
 
     def labels(self, examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, Array]:
-        """None: the other pairs of a batch are the negatives."""
+        """None: what is near and what is far lies in the order of the rows."""
         del examples, shape
         return {}

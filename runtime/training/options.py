@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import UsageError
+from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.training.schedule import SCHEDULES
 
 DEFAULT_SEQ_LEN = 128
@@ -30,6 +31,7 @@ class TrainingOptions:
         schedule: `linear`, `cosine` or `constant` after the warm-up.
         weight_decay: of AdamW.
         max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
+        drift_weight: of the drift penalty, in a bundle that was exported with one.
         eval_fraction: share of the records that is held out to judge the update.
         seed: of the split, the batches and a fresh adapter.
         resume: continue from the checkpoint beside the output, if there is one.
@@ -47,6 +49,7 @@ class TrainingOptions:
     schedule: str = "linear"
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    drift_weight: float | None = None
     eval_fraction: float = 0.1
     seed: int = 0
     resume: bool = False
@@ -71,6 +74,7 @@ class TrainingOptions:
         for name, number in (
             ("learning_rate", self.learning_rate),
             ("weight_decay", self.weight_decay),
+            ("drift_weight", self.drift_weight or 0.0),
             ("max_grad_norm", self.max_grad_norm),
         ):
             if not isinstance(number, int | float) or not 0 <= number <= 1e9:
@@ -88,6 +92,11 @@ class TrainingOptions:
         if self.rank is not None and self.adapter is not None:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
+            )
+        if self.drift_weight is not None and not has_drift_penalty(manifest):
+            raise UsageError(
+                f"drift_weight is {self.drift_weight}, but the bundle has no drift penalty: export it with "
+                "--drift-penalty"
             )
         if self.seq_len is not None and manifest.task == "image-classification":
             raise UsageError(f"seq_len is {self.seq_len}, but images have no length to cut: leave it out")

@@ -10,9 +10,11 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UpdateRejectedError
+from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress
+from edgepeft.runtime.training.drift import Drift
 from edgepeft.runtime.training.gradients import open_gradients
 from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
@@ -20,6 +22,8 @@ from edgepeft.runtime.training.sampling import batch_indices
 from edgepeft.runtime.training.schedule import learning_rate
 
 FloatArray = npt.NDArray[np.float32]
+
+DEFAULT_DRIFT_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,19 @@ def train(
         state,
         AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm),
     )
+    drift = None
     try:
+        if has_drift_penalty(bundle.manifest):
+            weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
+            drift = Drift(bundle, weight, threads)
         gradients = open_gradients(bundle, strategy, constants, state, threads)
         try:
             while progress.step < schedule.total_steps:
                 indices = batch_indices(
                     len(examples), options.batch_size, options.seed, progress.step, task.minimum_batch
                 )
-                loss = gradients.run(task.batch([examples[index] for index in indices], training=True))
+                batch = task.batch([examples[index] for index in indices], training=True)
+                loss = gradients.run(batch if drift is None else drift.added_to(batch))
                 rate = learning_rate(
                     options.schedule,
                     options.learning_rate,
@@ -110,3 +119,5 @@ def train(
             gradients.close()
     finally:
         optimizer.close()
+        if drift is not None:
+            drift.close()

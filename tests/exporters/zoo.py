@@ -18,8 +18,9 @@ import transformers
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.exporters import forward
+from edgepeft.exporters.sources import loading
+from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.loading import Source
-from edgepeft.exporters.sources.tracing import Traced
 
 BITS = (32, 4)
 BLOCK_SIZE = 16
@@ -202,21 +203,20 @@ def traced_once() -> Iterator[None]:
     """Let exports of one model share its optimized traces, which take most of the time, and leave memory
     unmeasured, which takes most of the rest."""
     traces: dict[bool, Traced] = {}
-    trace, optimize = forward.trace, forward.optimize_forward
+    trace, optimize = loading.trace, forward.optimize_forward
 
     def trace_once(source: Source, *, with_past: bool = False) -> Traced:
         if with_past not in traces:
             traces[with_past] = trace(source, with_past=with_past)
             optimize(traces[with_past].model)
         kept = traces[with_past]
-        return Traced(
-            kept.model.clone(), {name: weight.clone() for name, weight in kept.weights.items()}, kept.layers
-        )
+        return Traced(kept.model.clone(), {name: weight.clone() for name, weight in kept.weights.items()})
 
     with (
-        patch.object(forward, "trace", trace_once),
+        patch.object(loading, "trace", trace_once),
         patch.object(forward, "optimize_forward", lambda _: None),
         patch("edgepeft.exporters.pipeline.measure_peaks", lambda *_: ()),
+        patch("edgepeft.exporters.pipeline.measure_chain_peaks", lambda *_: ()),
         patch("edgepeft.exporters.pipeline.measure_session_bytes", lambda *_: 0),
     ):
         yield
