@@ -285,8 +285,8 @@ def _torch_output(
         pooled = hidden[:, 0]
     embedding = torch.nn.functional.normalize(pooled, dim=-1) if source.pooling.normalize else pooled
     if named_loss == "triplet":
-        thirds = embedding.chunk(3)
-        return embedding, torch.nn.functional.triplet_margin_loss(*thirds, margin=MARGIN)
+        anchor, positive, negative = embedding.chunk(3)
+        return embedding, torch.nn.functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN)
     anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
     scores = SCALE * anchors @ positives.T
     return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))

@@ -240,7 +240,7 @@ def _file_feeds(batch: Arrays, bundle: Bundle) -> Arrays:
 
 def _forward_session(bundle: Bundle, outputs: list[str]) -> ort.InferenceSession:
     """The training graph without its backward pass."""
-    path = bundle.path / bundle.manifest.graphs[bundle.manifest.strategies[0].graph].file
+    path = bundle.path / bundle.manifest.graphs["train"].file
     model = ir.load(path)
     values = {output.name: output for node in model.graph for output in node.outputs}
     model.graph.outputs[:] = [values[name] for name in outputs]

@@ -117,9 +117,10 @@ class Model:
         if isinstance(adapter, Mapping):
             raise UsageError("gradients are of one adapter, not of a mixture: name one")
         strategy = self.manifest.strategies[0]
-        specs = model_inputs(self.manifest, self.manifest.graphs[strategy.graph].inputs)
+        role = strategy.graph or "train"
+        specs = model_inputs(self.manifest, self.manifest.graphs[role].inputs)
         arrays = check_batch(self.manifest, specs, batch)
-        session = self._activated(strategy.graph, strategy.memory, adapter, batch_shape(specs, arrays))
+        session = self._activated(role, strategy.memory, adapter, batch_shape(specs, arrays))
         session.bind(arrays)
         names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
         outputs = session.run_for(["loss", *names])

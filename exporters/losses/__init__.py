@@ -107,8 +107,8 @@ def loss_for(task: str, problem_type: str | None = None, name: str | None = None
     if name is not None:
         chosen = LOSSES.get((task, name)) if name in NAMED else None
         if chosen is None:
-            known = ", ".join(f"{loss} ({of})" for loss, of in NAMED.items())
-            raise UsageError(f"{task} has no loss {name!r}; there are, beside each task's own: {known}")
+            named = ", ".join(f"{loss} ({of})" for loss, of in NAMED.items())
+            raise UsageError(f"{task} has no loss {name!r}; there are, beside each task's own: {named}")
         return chosen
     found = LOSSES.get((task, problem_type))
     if found is None:
@@ -135,7 +135,7 @@ def with_drift(loss: Loss, lead: tuple[str, ...]) -> Loss:
     if loss.output != "logits":
         raise UsageError(f"a drift penalty compares logits, this loss is one of {loss.output}")
     base = (LossInput("base_logits", LIKE_OUTPUT, FLOAT), LossInput("drift_weight", (), FLOAT))
-    mask = ()
+    mask: tuple[LossInput, ...] = ()
     if lead == ("batch", "sequence"):
         mask = (LossInput("attention_mask", lead),)
 

@@ -76,9 +76,9 @@ def dependences(
         found[value] = Dependence(parameters=name in weights)
     for node in graph:
         total = Dependence()
-        for value in node.inputs:
-            if value is not None:
-                total |= found.get(value, Dependence())
+        for operand in node.inputs:
+            if operand is not None:
+                total |= found.get(operand, Dependence())
         if node.op_type in _SHAPE_ONLY and not node.domain:
             total = Dependence(inputs=total.inputs)
         for output in node.outputs:
@@ -136,12 +136,12 @@ def _dominators(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Depen
     chain: list[ir.Value] = []
     last = output.producer()
     assert last is not None
-    node = parent[last]
-    while node is not None:
-        used = [value for value in node.outputs if value.uses()]
+    above = parent[last]
+    while above is not None:
+        used = [value for value in above.outputs if value.uses()]
         if len(used) == 1 and used[0].dtype is not None and used[0].dtype.is_floating_point():
             chain.append(used[0])
-        node = parent[node]
+        above = parent[above]
     return reversed(chain)
 
 

@@ -26,7 +26,7 @@ from .copying import Copier
 from .cuts import Segment
 
 ROWS = "vocabulary"
-POSITIONS = ["batch", "sequence", 1]
+POSITIONS: list[int | str] = ["batch", "sequence", 1]
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,13 @@ class _Slice:
             graph, "Unsqueeze", [shifted_labels(graph, self.labels), last], shape=POSITIONS, dtype=INT64
         )
         inside = append(graph, "Sub", [target, self.first], shape=POSITIONS, dtype=INT64)
-        bools = {"shape": POSITIONS, "dtype": ir.DataType.BOOL}
-        high = append(graph, "Less", [inside, self.size], **bools)  # type: ignore[arg-type]
-        low = append(graph, "GreaterOrEqual", [inside, self.zero], **bools)  # type: ignore[arg-type]
-        self.found = append(graph, "And", [low, high], **bools)  # type: ignore[arg-type]
+
+        def condition(op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
+            return append(graph, op_type, [a, b], shape=POSITIONS, dtype=ir.DataType.BOOL)
+
+        high = condition("Less", inside, self.size)
+        low = condition("GreaterOrEqual", inside, self.zero)
+        self.found = condition("And", low, high)
         self.index = append(graph, "Where", [self.found, inside, self.zero], shape=POSITIONS, dtype=INT64)
         self.nothing = initializer(graph, "zero_float32", np.array(0, np.float32))
 

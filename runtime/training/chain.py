@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,9 @@ from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.heads import SlicedHead
 
 Array = npt.NDArray[np.generic]
-Value = Array | ort.OrtValue
+FloatArray = npt.NDArray[np.float32]
+# onnxruntime has no types: an array, or an OrtValue of another run.
+Value: TypeAlias = Any
 
 
 class Chain:
@@ -100,7 +103,8 @@ class Chain:
             session = self._bound(stage.backward, stage, context, hidden.pop())
             if cotangent is not None:
                 session.bind_values({"cotangent": cotangent})
-            into, added = {}, {}
+            into: dict[str, FloatArray] = {}
+            added: dict[str, FloatArray] = {}
             for name, key in trained[index].items():
                 (added if key in self._shared else into)[f"grad.{name}"] = state.gradients[key]
             wanted = [name for name in ("loss", "hidden.cotangent") if name in session.outputs]
