@@ -22,6 +22,8 @@ from benchmarks.shapes import SHAPES
 from benchmarks.side import RANK
 
 RESULTS = Path(__file__).parent / "results"
+#: Too little for the resident graph, so the planner takes the stages.
+SMALL_BUDGET = "256MiB"
 
 
 def bundle_of(shape: str, folder: Path) -> Path:
@@ -83,6 +85,10 @@ def main(
                 {
                     "PyTorch + PEFT, float32": [*side, "torch", shape, *common],
                     "edgepeft, int4, resident": [*side, "edgepeft", str(bundle), *common],
+                    f"edgepeft, int4, in {SMALL_BUDGET}": [
+                        *(*side, "edgepeft", str(bundle), *common),
+                        *("--budget", SMALL_BUDGET),
+                    ],
                 },
                 rounds,
                 _say,
