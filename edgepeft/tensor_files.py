@@ -4,9 +4,11 @@ The safetensors package checks the header before it hands anything out; what is 
 it does not give as numpy arrays, and errors that name the file.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,9 @@ import safetensors
 import safetensors.numpy
 
 from edgepeft.errors import AdapterError
-from edgepeft.files import atomic_write
+from edgepeft.files import atomic_file
 
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -27,29 +29,49 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             bits.
     """
     path = Path(path)
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    halves = []
+    with _opened(path) as file:
+        # One at a time: a device has no room for the file beside its tensors.
+        for name in sorted(file.keys()):
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise AdapterError(
+                    f"{path}: tensor {name!r} has dtype {dtype!r}, expected one of {', '.join(_FLOATS)}"
+                )
+            if dtype == "BF16":
+                halves.append(name)
+            else:
+                with np.errstate(over="ignore"):  # a float64 out of range becomes inf, refused by the caller
+                    tensors[name] = file.get_tensor(name).astype(np.float32, copy=False)
+    return _with_bfloat16(path, tensors, halves) if halves else tensors
+
+
+def _with_bfloat16(
+    path: Path, tensors: dict[str, npt.NDArray[np.float32]], names: list[str]
+) -> dict[str, npt.NDArray[np.float32]]:
+    """`tensors` with those that numpy has no dtype for: bfloat16 is the upper half of a float32."""
+    entries = dict(safetensors.deserialize(path.read_bytes()))
+    for name in names:
+        stored = np.frombuffer(entries[name]["data"], "<u2").astype(np.uint32) << 16
+        tensors[name] = stored.view(np.float32).reshape(entries[name]["shape"])
+    return dict(sorted(tensors.items()))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file, its header checked.
+
+    Raises:
+        AdapterError: it is missing or damaged.
+    """
     try:
-        entries = safetensors.deserialize(path.read_bytes())
+        with safetensors.safe_open(path, framework="np") as file:
+            yield file
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
     except safetensors.SafetensorError as error:
         raise AdapterError(f"{path}: is damaged or not safetensors ({error}): copy it again") from error
-    tensors = {}
-    for name, entry in sorted(entries):
-        if entry["dtype"] not in _FLOATS:
-            raise AdapterError(
-                f"{path}: tensor {name!r} has dtype {entry['dtype']!r}, expected one of {', '.join(_FLOATS)}"
-            )
-        tensors[name] = _to_float32(entry["data"], entry["dtype"]).reshape(entry["shape"])
-    return tensors
-
-
-def _to_float32(raw: bytes | bytearray, dtype: str) -> npt.NDArray[np.float32]:
-    stored = np.frombuffer(raw, _FLOATS[dtype])
-    if dtype == "BF16":
-        # bfloat16 is the upper half of a float32.
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    with np.errstate(over="ignore"):  # a float64 out of range becomes inf, which the caller refuses by name
-        return stored.astype(np.float32)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -58,13 +80,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         AdapterError: the file is missing or damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return dict(file.metadata() or {})
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except safetensors.SafetensorError as error:
-        raise AdapterError(f"{path}: is damaged or not safetensors ({error}): copy it again") from error
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def write_tensors(
@@ -78,4 +95,9 @@ def write_tensors(
         EdgePeftError: the file cannot be written.
     """
     contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
-    atomic_write(path, safetensors.numpy.save(contiguous, dict(metadata)))
+    with atomic_file(path) as file:
+        try:
+            # By name: the package writes from the tensors' own memory; bytes would be a copy of them all.
+            safetensors.numpy.save_file(contiguous, file.name, dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
