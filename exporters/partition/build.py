@@ -75,13 +75,13 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
     stages: list[Stage] = []
     for index, (piece, signature) in enumerate(zip(pieces, signatures, strict=True)):
         is_head = layer is None and index == len(pieces) - 1
-        if signature.text not in roles:
-            role = "head" if is_head else f"stage{len(roles)}"
+        kind: object = "head" if is_head else signature.text
+        if kind not in roles:
+            role = roles[kind] = "head" if is_head else f"stage{len(roles)}"
             made = build_head(piece, signature, loss) if is_head else build_stage(piece, signature)
-            roles[signature.text] = role
             graphs[f"{role}.forward"] = made.forward
             graphs[f"{role}.backward"] = made.backward
-        role = roles[signature.text]
+        role = roles[kind]
         stages.append(
             Stage(
                 forward=f"{role}.forward",
