@@ -61,7 +61,7 @@ def plan(
     fits: str | None = None
     failure: BudgetError | None = None
     try:
-        fits = choose(candidates, budget).strategy
+        fits = choose(candidates, budget).label
     except BudgetError as error:
         failure = error
     result = {
@@ -70,7 +70,10 @@ def plan(
         "seq_len": sizes.seq_len,
         "chosen": fits,
         "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates),
-        "strategies": [{**dataclasses.asdict(item), "peak_bytes": item.peak_bytes} for item in candidates],
+        "strategies": [
+            {**dataclasses.asdict(item), "strategy": item.label, "peak_bytes": item.peak_bytes}
+            for item in candidates
+        ],
     }
     click.echo(json.dumps(result, indent=1) if as_json else _table(result))
     if failure is not None:

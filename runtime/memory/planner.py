@@ -18,6 +18,7 @@ _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
 # Parameters, gradients and two moments, float32 each; the values that training starts from take the place of
 # the adapter's own, which the process holds already.
 _BYTES_PER_TRAINED_VALUE = 4 * 4
+_BYTES_PER_MAPPED_MOMENTS = 2 * 4
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
@@ -58,6 +59,12 @@ class Plan:
     activation_bytes: int
     state_bytes: int
     evaluation_bytes: int
+    mapped_moments: bool = False
+
+    @property
+    def label(self) -> str:
+        """The strategy, and where the optimizer's moments are if not in memory."""
+        return f"{self.strategy}, moments in a file" if self.mapped_moments else self.strategy
 
     @property
     def training_bytes(self) -> int:
@@ -100,6 +107,7 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
     base_bytes = (0, 0)
     if has_drift_penalty(manifest):  # the base model runs beside the training graph
         base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
+    mapped_bytes = _BYTES_PER_MAPPED_MOMENTS * workload.trained_values
     return [
         Plan(
             strategy=strategy.name,
@@ -107,11 +115,15 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
             process_bytes=process_bytes,
             session_bytes=strategy.memory.session_bytes + base_bytes[0],
             activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
-            state_bytes=state_bytes + _batch_bytes(manifest, strategy.graph or "train", workload),
+            state_bytes=state_bytes
+            + _batch_bytes(manifest, strategy.graph or "train", workload)
+            - (mapped_bytes if mapped_moments else 0),
             # In stages, judging is a part of what training does.
             evaluation_bytes=evaluation_bytes if strategy.graph else 0,
+            mapped_moments=mapped_moments,
         )
         for strategy in manifest.strategies
+        for mapped_moments in ((False,) if strategy.graph else (False, True))
     ]
 
 
@@ -129,7 +141,7 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     best = min(candidates, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
     raise BudgetError(
-        f"training needs {format_size(best.peak_bytes)} with strategy {best.strategy} (process "
+        f"training needs {format_size(best.peak_bytes)} with strategy {best.label} (process "
         f"{format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, activations "
         f"{format_size(best.activation_bytes)}, adapter and optimizer {format_size(best.state_bytes)}, "
         f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "

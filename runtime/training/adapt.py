@@ -115,6 +115,7 @@ class Update:
             began_s = time.perf_counter()
             self._recorder.mark("read records")
             prepared = self._prepare()
+            release_freed_memory()  # the adapter as it was read
             progress = prepared.progress
             resumed_from_step = progress.step
             if progress.held_out_before is None:
@@ -131,7 +132,7 @@ class Update:
                 started_from=prepared.adapter.origin,
                 output=str(self._output),
                 decision="kept" if kept else "rejected",
-                strategy=prepared.plan.strategy,
+                strategy=prepared.plan.label,
                 options=dataclasses.asdict(self._options),
                 trained_tensors=len(prepared.state.parameters),
                 trained_values=prepared.state.count,
@@ -185,7 +186,8 @@ class Update:
             self._budget_bytes,
         )
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
-        state = TrainingState({name: inputs[name] for name in names})
+        moments_in = self._output.parent if plan.mapped_moments else None
+        state = TrainingState({name: inputs[name] for name in names}, moments_in)
         known_by = fingerprint(bundle, options, adapter, examples, total_steps)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
@@ -274,6 +276,7 @@ class Update:
 
     def _save(self, prepared: _Prepared) -> None:
         save_checkpoint(self._checkpoint, prepared.fingerprint, prepared.state, prepared.progress)
+        prepared.state.release_moments()
 
     def _enforce(self, prepared: _Prepared) -> None:
         """Stop when the process has gone over the budget, with the work so far in the checkpoint."""

@@ -1,10 +1,15 @@
 """One flat float32 buffer each for parameters, gradients and moments, with the tensors as views into them."""
 
 import math
+import mmap
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from edgepeft.errors import EdgePeftError
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -20,21 +25,38 @@ class TrainingState:
     Args:
         tensors: starting values by graph input name, in the graphs' layout. They are kept, to measure the
             update against, and must not change.
+        moments_in: folder of a nameless file that AdamW's moments are mapped from; None keeps them in memory.
+
+    Raises:
+        EdgePeftError: the file cannot be made.
     """
 
-    def __init__(self, tensors: Mapping[str, FloatArray]) -> None:
+    def __init__(self, tensors: Mapping[str, FloatArray], moments_in: Path | None = None) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
         size = 0
         for name, tensor in tensors.items():
             self._places[name] = (size, tensor.shape)
             size += -(-tensor.size // _ALIGNMENT_VALUES) * _ALIGNMENT_VALUES
-        self.param, self.grad, self.exp_avg, self.exp_avg_sq = (np.zeros(size, np.float32) for _ in range(4))
+        self._moments = None if moments_in is None else _mapped_file(moments_in, 2 * 4 * max(size, 1))
+        self.param, self.grad = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self.exp_avg, self.exp_avg_sq = self._zero_moments(size)
         self.parameters = self._views(self.param)
         self.gradients = self._views(self.grad)
         for name, tensor in tensors.items():
             self.parameters[name][...] = tensor
         self.start = dict(tensors)
         self.count = sum(tensor.size for tensor in tensors.values())
+
+    def _zero_moments(self, size: int) -> tuple[FloatArray, FloatArray]:
+        if self._moments is None:
+            return np.zeros(size, np.float32), np.zeros(size, np.float32)
+        both = np.frombuffer(self._moments, np.float32, 2 * size)
+        return both[:size], both[size:]
+
+    def release_moments(self) -> None:
+        """Take mapped moments out of the process; the system writes them back when it wants their memory."""
+        if self._moments is not None and hasattr(self._moments, "madvise"):
+            self._moments.madvise(mmap.MADV_DONTNEED)
 
     def _views(self, flat: FloatArray) -> dict[str, FloatArray]:
         return {
@@ -62,3 +84,17 @@ class TrainingState:
             parameter *= scale
             parameter += before
         return True
+
+
+def _mapped_file(folder: Path, nbytes: int) -> mmap.mmap:
+    """A writable map of zeros in a file without a name, which goes when the map does."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.truncate(nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
+    except OSError as error:
+        raise EdgePeftError(
+            f"{folder}: no file of {nbytes:,} B for the optimizer's moments can be made there "
+            f"({error.strerror or error}): free the disk, or give a larger --budget"
+        ) from error

@@ -70,6 +70,7 @@ class AdamW:
             self._adamw.run()
             for output, name in _OUTPUTS.items():
                 getattr(state, name)[chunk] = self._scratch[output][:size]
+        state.release_moments()
         return norm
 
     def close(self) -> None:

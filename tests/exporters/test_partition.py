@@ -155,3 +155,25 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
         assert np.linalg.norm(sliced_state.gradients[name] - expected) <= 1e-5 * np.linalg.norm(expected), (
             name
         )
+
+
+def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident, in stages, and in stages with the moments in a file: the same losses, step by step."""
+    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
+    rng = np.random.default_rng(0)
+    records = [{"input_ids": rng.integers(3, 300, 12).tolist()} for _ in range(12)]
+    reports = {}
+    for label in ("resident", "streamed", "streamed, moments in a file"):
+        monkeypatch.setattr(
+            "edgepeft.runtime.training.adapt.choose",
+            lambda plans, _, label=label: next(plan for plan in plans if plan.label == label),
+        )
+        with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
+            folder = tmp_path / label.replace(" ", "-")
+            reports[label] = device.adapt(records, folder, steps=12, batch_size=4, learning_rate=5e-3)
+        assert reports[label].strategy == label
+    resident, streamed, mapped = reports.values()
+    np.testing.assert_allclose(streamed.losses, resident.losses, rtol=1e-4)
+    assert streamed.held_out_after.loss == pytest.approx(resident.held_out_after.loss, rel=1e-3)
+    assert mapped.losses == streamed.losses
+    assert not list(tmp_path.glob("*.checkpoint"))

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import DataError
+from edgepeft.errors import DataError, EdgePeftError
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
@@ -113,3 +113,27 @@ def test_the_split_is_fixed_and_complete() -> None:
         split(1, 0.5, seed=0)
     with pytest.raises(DataError, match="at least 4"):
         split(3, 0.1, seed=0, minimum=2)
+
+
+def test_moments_in_a_file_are_the_same_moments(classifier: Path, tmp_path: Path) -> None:
+    """Bit for bit, though their pages leave the process after every step; the file has no name."""
+    rng = np.random.default_rng(0)
+    start = {"a": rng.standard_normal((70, 9), np.float32), "b": rng.standard_normal(5, np.float32)}
+    states = TrainingState(start), TrainingState(start, moments_in=tmp_path / "new")
+    optimizers = [AdamW(open_bundle(classifier), state, AdamWOptions(weight_decay=0.1)) for state in states]
+    for step in range(1, 6):
+        gradient = rng.standard_normal(len(states[0].grad), np.float32)
+        for state, optimizer in zip(states, optimizers, strict=True):
+            state.grad[...] = gradient
+            optimizer.step(step, 1e-2)
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        np.testing.assert_array_equal(getattr(states[0], name), getattr(states[1], name))
+    assert not list((tmp_path / "new").iterdir())
+    for optimizer in optimizers:
+        optimizer.close()
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(EdgePeftError, match="taken: no file of 128 B for the optimizer's moments"):
+        TrainingState({"a": np.ones(3, np.float32)}, moments_in=tmp_path / "taken")
