@@ -1,5 +1,8 @@
 """Shapes of every value of a graph, com.microsoft's operators included, by onnxruntime's tool or onnx's."""
 
+import contextlib
+import tempfile
+
 import onnx
 import onnx_ir as ir
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
@@ -20,8 +23,9 @@ def infer_shapes(model: ir.Model) -> None:
     """
     skeleton = ir.to_proto(_without_weights(model))
     try:
-        # It merges two symbols that must be equal into one.
-        inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=True)
+        # It merges two symbols that must be equal into one. Where it gives up it leaves a file behind.
+        with tempfile.TemporaryDirectory(prefix="edgepeft-shapes-") as scratch, contextlib.chdir(scratch):
+            inferred = SymbolicShapeInference.infer_shapes(skeleton, auto_merge=True)
     except Exception as tool_error:  # asserts, and bare exceptions of several kinds
         # It knows com.microsoft's operators, but trips over some of the standard's younger ones.
         try:

@@ -1,5 +1,6 @@
 """onnxruntime's fused operators and what they are lowered to compute the same."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -345,3 +346,18 @@ def test_shapes_go_through_quantized_lookups_and_products() -> None:
     assert str(y.shape) == "[batch,sequence,16]"
     assert y.dtype == ir.DataType.FLOAT
     assert lookup in list(graph), "the graph itself is left as it was"
+
+
+def test_a_tool_that_gives_up_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime's tool saves what it has of a graph with an unknown operator; onnx's takes over."""
+    graph = ir.Graph([], [], nodes=[], name="g")
+    model = new_model(graph)
+    x = graph_input(graph, "x", ["batch", 4])
+    unknown = append(graph, "Unknown", [x], shape=None, dtype=None, domain="elsewhere")
+    graph.opset_imports["elsewhere"] = 1
+    graph.outputs.append(append(graph, "Relu", [unknown], shape=None, dtype=None))
+    graph.outputs.append(append(graph, "Relu", [x], shape=None, dtype=None))
+    monkeypatch.chdir(tmp_path)
+    infer_shapes(model)
+    assert str(graph.outputs[1].shape) == "[batch,4]"
+    assert not list(tmp_path.iterdir())
