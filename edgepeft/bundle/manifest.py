@@ -160,6 +160,11 @@ class Partition:
     head: Stage | None = None
     vocabulary_head: VocabularyHead | None = None
 
+    @property
+    def stages_and_head(self) -> tuple[Stage, ...]:
+        """The stages, and the head where it is one."""
+        return self.stages if self.head is None else (*self.stages, self.head)
+
 
 @dataclass(frozen=True)
 class Strategy:

@@ -9,6 +9,7 @@ from edgepeft.bundle.partition_validation import check_partition
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError
 
+#: The tasks a bundle can have; each has a loss below `exporters/losses` and a task below `runtime/tasks`.
 TASKS = (
     "text-classification",
     "token-classification",

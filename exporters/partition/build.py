@@ -15,8 +15,8 @@ from ..losses import Loss
 from ..losses.causal_lm import causal_lm_loss
 from ..passes.input_shapes import take_sizes_from_inputs
 from ..writer import is_weight
-from .context import ancestors, build_context
-from .cuts import Segment, cut, dependences
+from .context import build_context
+from .cuts import Segment, ancestors, cut, dependences
 from .signature import Signature, describe, find_period
 from .stages import build_head, build_stage
 from .vocabulary_head import build_vocabulary_head, find_output_layer
@@ -110,18 +110,11 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
 
 def _ending_with(piece: Sequence[Segment], output: ir.Value) -> list[Segment]:
     """A piece up to one of its values, as one segment."""
-    needed: set[ir.Node] = set()
-    waiting = [output]
+    hidden = piece[0].hidden
     own = {node for segment in piece for node in segment.nodes}
-    while waiting:
-        value = waiting.pop()
-        node = value.producer()
-        if node is None or node not in own or node in needed or value is piece[0].hidden:
-            continue
-        needed.add(node)
-        waiting.extend(operand for operand in node.inputs if operand is not None)
+    needed = ancestors([output], lambda value: value is not hidden and value.producer() in own)
     nodes = tuple(node for segment in piece for node in segment.nodes if node in needed)
-    return [Segment(nodes, piece[0].hidden, output)]
+    return [Segment(nodes, hidden, output)]
 
 
 def group(

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from ..graph import new_model, tidy
 from .copying import Copier
+from .cuts import ancestors
 
 
 def build_context(
@@ -43,15 +44,3 @@ def build_context(
     model = new_model(copier.graph)
     tidy(model)
     return model, weights
-
-
-def ancestors(values: Collection[ir.Value]) -> set[ir.Node]:
-    """All nodes that `values` need."""
-    found: set[ir.Node] = set()
-    waiting = list(values)
-    while waiting:
-        node = waiting.pop().producer()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting.extend(value for value in node.inputs if value is not None)
-    return found

@@ -8,8 +8,9 @@ between two cuts lies a segment. What depends on the inputs alone (masks, rotary
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 
@@ -96,13 +97,19 @@ def cut(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) 
     taken: set[ir.Node] = set()
     hidden: ir.Value | None = None
     for value in cuts:
-        own = _ancestors(value, hidden, depends)
+        own = ancestors([value], partial(_belongs, hidden, depends))
         shared = {node for node in own if not depends[node.outputs[0]].hidden}
         nodes = tuple(node for node in graph if node in own and (node in shared or node not in taken))
         taken |= own - shared
         segments.append(Segment(nodes, hidden, value))
         hidden = value
     return segments
+
+
+def _belongs(hidden: ir.Value | None, depends: dict[ir.Value, Dependence], value: ir.Value) -> bool:
+    """Whether a segment that begins at the cut `hidden` makes `value` itself: the context does not."""
+    dependence = depends.get(value)
+    return value is not hidden and dependence is not None and (dependence.hidden or dependence.local)
 
 
 def _dominators(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) -> Iterable[ir.Value]:
@@ -145,17 +152,16 @@ def _dominators(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Depen
     return reversed(chain)
 
 
-def _ancestors(value: ir.Value, hidden: ir.Value | None, depends: dict[ir.Value, Dependence]) -> set[ir.Node]:
-    """Nodes that `value` needs, back to the cut `hidden`, without the context."""
+def ancestors(
+    values: Iterable[ir.Value], follows: Callable[[ir.Value], bool] = lambda _: True
+) -> set[ir.Node]:
+    """Nodes that `values` need, back to where `follows` says no."""
     found: set[ir.Node] = set()
-    waiting = [value]
+    waiting = list(values)
     while waiting:
-        current = waiting.pop()
-        node = current.producer()
-        dependence = depends.get(current)
-        if current is hidden or node is None or node in found or dependence is None:
-            continue
-        if dependence.hidden or dependence.local:
+        value = waiting.pop()
+        node = value.producer()
+        if node is not None and node not in found and follows(value):
             found.add(node)
             waiting.extend(operand for operand in node.inputs if operand is not None)
     return found

@@ -7,18 +7,9 @@ import transformers
 from optimum.exporters.tasks import TasksManager
 from transformers.models.auto import modeling_auto
 
+from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import ExportError, UsageError
 
-#: The tasks a bundle can have; each has a loss below `exporters/losses` and a task below `runtime/tasks`.
-TASKS = (
-    "text-classification",
-    "token-classification",
-    "feature-extraction",
-    "text-generation",
-    "text2text-generation",
-    "image-classification",
-    "audio-classification",
-)
 #: Tasks whose head is a classifier, with names for its classes.
 CLASSIFICATION = (
     "text-classification",

@@ -59,8 +59,9 @@ def mapped_bytes(bundle: Bundle) -> int:
     """Bytes of the weights that are mapped at once: those of the largest stage, or a slice of the head."""
     partition, weights = bundle.manifest.partition, bundle.manifest.weights
     assert partition is not None
-    stages = (*partition.stages, *(() if partition.head is None else (partition.head,)))
-    return max(sum(weights[key].nbytes for key in stage.weights.values()) for stage in stages)
+    return max(
+        sum(weights[key].nbytes for key in stage.weights.values()) for stage in partition.stages_and_head
+    )
 
 
 def _shortened(bundle: Bundle, partition: Partition) -> Partition:
@@ -73,19 +74,9 @@ def _shortened(bundle: Bundle, partition: Partition) -> Partition:
     for stage in partition.stages:
         kinds.setdefault(stage.forward, stage)
     # The first stage of a kind may lie below all that trains and its backward graph still be another's.
+    backward = {stage.forward: stage.backward for stage in partition.stages if stage.backward}
     stages = tuple(
-        dataclasses.replace(
-            stage,
-            backward=next(
-                (
-                    other.backward
-                    for other in partition.stages
-                    if other.forward == stage.forward and other.backward
-                ),
-                None,
-            ),
-        )
-        for stage in kinds.values()
+        dataclasses.replace(stage, backward=backward.get(stage.forward)) for stage in kinds.values()
     )
     head = partition.vocabulary_head
     if head is not None:

@@ -57,7 +57,7 @@ class Chain:
         self._inputs = inputs
         self._weights = MappedWeights(bundle)
         self._sessions: dict[str, GraphSession] = {}
-        self._stages = (*partition.stages, *(() if partition.head is None else (partition.head,)))
+        self._stages = partition.stages_and_head
         uses = Counter(name for stage in self._stages for name in stage.adapter.values())
         self._shared = {name for name, count in uses.items() if count > 1}
         sliced = partition.vocabulary_head
