@@ -4,7 +4,8 @@ The safetensors package checks the header before it hands anything out; what is 
 it does not give as numpy arrays, and errors that name the file.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -18,11 +19,12 @@ import safetensors.numpy
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_file
 
+_PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
-    """All tensors of a safetensors file as float32, by name.
+def read_tensors(path: Path, only: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
+    """All tensors of a safetensors file as float32, by name, or `only` one if it is there.
 
     Raises:
         AdapterError: the file is missing or damaged, or holds a dtype other than a float of 16, 32 or 64
@@ -34,6 +36,8 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     with _opened(path) as file:
         # One at a time: a device has no room for the file beside its tensors.
         for name in sorted(file.keys()):
+            if only not in (None, name):
+                continue
             dtype = file.get_slice(name).get_dtype()
             if dtype not in _FLOATS:
                 raise AdapterError(
@@ -82,6 +86,35 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+def write_in_pieces(
+    path: Path,
+    tensors: Mapping[str, npt.NDArray[np.float32]],
+    metadata: Mapping[str, str],
+    after_piece: Callable[[], None],
+) -> None:
+    """Write flat float32 tensors as a safetensors file, `after_piece` being called after every mebibyte: for
+    mapped tensors that must not all be in the process at once, as `safetensors` itself would have them.
+
+    Raises:
+        EdgePeftError: the file cannot be written.
+
+    Source: the format of safetensors (https://github.com/huggingface/safetensors#format).
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            for start in range(0, len(tensor), _PIECE_VALUES):
+                file.write(tensor[start : start + _PIECE_VALUES].data)
+                after_piece()
 
 
 def write_tensors(

@@ -1,6 +1,7 @@
 """`edgepeft.export`: from a model and its adapters to a verified bundle."""
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,17 @@ import onnx_ir as ir
 
 import edgepeft
 from edgepeft.adapters import Adapter, fit, load_adapter, write_adapter
-from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest, MemoryFormula, Policy, Quantization, Strategy
+from edgepeft.bundle.manifest import (
+    CHECKPOINTED,
+    FORMAT_VERSION,
+    RESIDENT,
+    STREAMED,
+    Manifest,
+    MemoryFormula,
+    Policy,
+    Quantization,
+    Strategy,
+)
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_folder, write_manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
@@ -281,8 +292,9 @@ def _write(
 def _strategies(staged: bool) -> tuple[Strategy, ...]:
     """Ways to train, the fastest first; their memory is still to be measured."""
     unknown = MemoryFormula(session_bytes=0, peaks=())
-    resident = Strategy("resident", "train", exact=True, memory=unknown)
-    return (resident, Strategy("streamed", None, exact=True, memory=unknown)) if staged else (resident,)
+    resident = Strategy(RESIDENT, "train", exact=True, memory=unknown)
+    chain = tuple(Strategy(name, None, exact=True, memory=unknown) for name in (CHECKPOINTED, STREAMED))
+    return (resident, *chain) if staged else (resident,)
 
 
 def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
@@ -291,6 +303,7 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     write_manifest(manifest, folder)
     batch_unit = 3 if manifest.model.loss == "triplet" else 1
 
+    @functools.cache
     def formula(role: str | None) -> MemoryFormula:
         if role is None:
             peaks = measure_chain_peaks(folder, length_unit, batch_unit)

@@ -37,6 +37,9 @@ def _options(threads: int, shared_arena: bool) -> ort.SessionOptions:
     if shared_arena:
         register_shared_arena()
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # Each session's threads would spin while the next one computes: on 2 cores a step of
+        # SmolLM2-135M's shape at 128 tokens takes 1.9 s with that and 0.9 s without.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return options
 
 
@@ -117,6 +120,10 @@ class GraphSession:
         with self._translated():
             for name, value in values.items():
                 self._binding.bind_ortvalue_input(name, value)
+
+    def unbind_inputs(self) -> None:
+        """Let go of every input."""
+        self._binding.clear_binding_inputs()
 
     def bind_outputs(self, values: Mapping[str, Array]) -> None:
         """Have these outputs written straight into arrays of the right dtype and shape from now on."""

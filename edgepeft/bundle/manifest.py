@@ -118,11 +118,14 @@ class MemoryFormula:
 class Stage:
     """One stage of the chain: the roles of its graphs, and what their inputs are bound to, by input name.
 
-    `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context` outputs of the context graph
-    or inputs of the model. `backward` is null before the first stage that trains.
+    `forward` makes what `backward` needs, `kept.*`, and `output` the next stage's `hidden` of that; where
+    `output` is null, `forward` makes `hidden.out` itself. `backward` is null before the first stage that
+    trains. `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context` outputs of the
+    context graph or inputs of the model.
     """
 
     forward: str
+    output: str | None
     backward: str | None
     weights: dict[str, str]
     adapter: dict[str, str]
@@ -133,14 +136,16 @@ class Stage:
 class VocabularyHead:
     """The output layer of a language model and its loss, a slice of the vocabulary at a time.
 
-    Roles of three graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss`
-    makes the loss of them, `backward` adds a slice's share to the cotangent of the hidden state. `weights`
-    are bound by rows `[first, last)` of `rows` rows.
+    Roles of graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss` makes
+    the loss of them, `backward` adds a slice's share to the cotangent of the hidden state, and so does
+    `backward_of_logits` where the logits of `scan` are at hand. `weights` are bound by rows `[first, last)`
+    of `rows` rows.
     """
 
     scan: str
     loss: str
     backward: str
+    backward_of_logits: str
     weights: dict[str, str]
     rows: int
 
@@ -166,9 +171,15 @@ class Partition:
         return self.stages if self.head is None else (*self.stages, self.head)
 
 
+RESIDENT, CHECKPOINTED, STREAMED = "resident", "checkpointed", "streamed"
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A way to train: the graph it runs (null: the stages of the partition) and what it needs.
+
+    `resident` runs one graph that keeps all its activations. Of the two that run the stages, pages of the
+    weights stay in the process with `checkpointed` and go after each stage with `streamed`.
 
     `exact` is false for zeroth-order methods.
     """

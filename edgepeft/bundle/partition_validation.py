@@ -31,7 +31,7 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
             _require(key in adapters, f"{where}: {key!r} is no input of a slot or saved module")
         for name in stage.context.values():
             _require(name in shared, f"{where}: {name!r} is neither a model input nor shared")
-        for role in (stage.forward, stage.backward):
+        for role in (stage.forward, stage.output, stage.backward):
             if role is not None:
                 _check_inputs(manifest, stage, role, f"{where}, graph {role!r}")
     if partition.vocabulary_head is not None:
@@ -42,9 +42,9 @@ def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
     """Rows `[0, rows)` of every weight lie inside its tensor."""
     where = "the vocabulary head"
     _require(head.rows >= 1, f"{where} has {head.rows} rows")
-    for role in (head.scan, head.loss, head.backward):
+    for role in (head.scan, head.loss, head.backward, head.backward_of_logits):
         _graph(manifest, role, where)
-    for role in (head.scan, head.backward):
+    for role in (head.scan, head.backward, head.backward_of_logits):
         specs = {spec.name: spec for spec in _graph(manifest, role, where).inputs}
         for name, key in head.weights.items():
             weight, spec = manifest.weights.get(key), specs.get(name)
@@ -64,7 +64,8 @@ def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
 def _check_inputs(manifest: Manifest, stage: Stage, role: str, where: str) -> None:
     graph = _graph(manifest, role, where)
     of_batch = {spec.name for spec in manifest.graphs["train"].inputs}
-    known = {*stage.weights, *stage.adapter, *stage.context, "hidden", "cotangent", *of_batch}
+    kept = {spec.name for spec in _graph(manifest, stage.forward, where).outputs} if stage.output else set()
+    known = {*stage.weights, *stage.adapter, *stage.context, "hidden", "cotangent", *kept, *of_batch}
     unbound = [spec.name for spec in graph.inputs if spec.name not in known]
     _require(not unbound, f"{where}: nothing is bound to the input {unbound[:1]}")
     _check_weights(manifest, stage.weights, graph, where)

@@ -18,7 +18,7 @@ from ..writer import is_weight
 from .context import build_context
 from .cuts import Segment, ancestors, cut, dependences
 from .signature import Signature, describe, find_period
-from .stages import build_head, build_stage
+from .stages import StageGraphs, build_head, build_stage
 from .vocabulary_head import build_vocabulary_head, find_output_layer
 
 CONTEXT_ROLE = "context"
@@ -72,27 +72,38 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
         return None  # a size that only a hidden state has
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
+    built: dict[str, StageGraphs] = {}
     stages: list[Stage] = []
     for index, (piece, signature) in enumerate(zip(pieces, signatures, strict=True)):
         is_head = layer is None and index == len(pieces) - 1
         kind: object = "head" if is_head else signature.text
         if kind not in roles:
             role = roles[kind] = "head" if is_head else f"stage{len(roles)}"
-            made = build_head(piece, signature, loss) if is_head else build_stage(piece, signature)
-            graphs[f"{role}.forward"] = made.forward
-            graphs[f"{role}.backward"] = made.backward
+            trains = any(signatures[i].text == signature.text for i in range(trained[0], len(pieces)))
+            made = (
+                build_head(piece, signature, loss)
+                if is_head
+                else build_stage(piece, signature, trains=trains)
+            )
+            built[role] = made
+            for name, model in (
+                ("forward", made.forward),
+                ("output", made.output),
+                ("backward", made.backward),
+            ):
+                if model is not None:
+                    graphs[f"{role}.{name}"] = model
         role = roles[kind]
         stages.append(
             Stage(
                 forward=f"{role}.forward",
+                output=None if built[role].output is None else f"{role}.output",
                 backward=f"{role}.backward" if index >= trained[0] else None,
                 weights={f"weight.{i}": _name(value) for i, value in enumerate(signature.weights)},
                 adapter={f"adapter.{i}": _name(value) for i, value in enumerate(signature.adapter)},
                 context={f"context.{i}": names[value] for i, value in enumerate(signature.context)},
             )
         )
-    used = {role for stage in stages for role in (stage.forward, stage.backward)}
-    graphs = {role: model for role, model in graphs.items() if role in used}
     context, context_weights = build_context(graph, names, weight_names)
     if context is not None:
         graphs[CONTEXT_ROLE] = context
@@ -101,7 +112,14 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
     if layer is not None:
         graphs |= {f"head.{role}": model for role, model in build_vocabulary_head(layer).items()}
         weights_by_input = {f"weight.{i}": _name(value) for i, value in enumerate(layer.weights)}
-        sliced = VocabularyHead("head.scan", "head.loss", "head.backward", weights_by_input, layer.rows)
+        sliced = VocabularyHead(
+            "head.scan",
+            "head.loss",
+            "head.backward",
+            "head.backward_of_logits",
+            weights_by_input,
+            layer.rows,
+        )
     wiring = Partition(
         None if context is None else CONTEXT_ROLE, context_weights, tuple(stages), head, sliced
     )

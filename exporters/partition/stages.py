@@ -1,15 +1,19 @@
-"""One stage's graphs: forward, and backward with the forward computed anew.
+"""One stage's graphs.
 
-    forward    hidden, context.*, weight.*, adapter.*              → hidden.out
-    backward   the same and cotangent (of hidden.out)              → hidden.cotangent, grad.adapter.*
-    head       in the place of the last stage: hidden, …, labels   → loss (backward: the cotangents too)
+    forward    hidden, context.*, weight.*, adapter.*                → kept.*
+    output     the same and kept.*                                   → hidden.out
+    backward   the same, kept.* and cotangent (of hidden.out)        → hidden.cotangent, grad.adapter.*
+    head       in the place of the last stage: hidden, …, labels     → loss (backward: the cotangents too)
 
-Weights are inputs, so that one graph serves every equal stage and reads them from wherever they lie.
+`kept.*` is what the backward pass needs of the forward pass: it is held until then, or computed anew by
+`forward` alone. A stage that nothing below trains, and one that keeps nothing, has no `output`: its
+`forward` makes `hidden.out`. Weights are inputs, so that one graph serves every equal stage and reads them
+from wherever they lie; each graph takes of the inputs above what it reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -19,30 +23,34 @@ from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
 from ..passes.decode_weights import decode_weights
 from .copying import Copier
-from .cuts import Segment
+from .cuts import Segment, ancestors
+from .saved import choose_saved
 from .signature import Signature
 
 HIDDEN, HIDDEN_OUT, COTANGENT, HIDDEN_COTANGENT = "hidden", "hidden.out", "cotangent", "hidden.cotangent"
-GRADIENT_PREFIX = "grad."
+GRADIENT_PREFIX, KEPT_PREFIX = "grad.", "kept."
 
 
 @dataclass(frozen=True)
 class StageGraphs:
-    """A stage's two graphs."""
+    """A stage's graphs; None where it has no such graph."""
 
     forward: ir.Model
-    backward: ir.Model
+    output: ir.Model | None = None
+    backward: ir.Model | None = None
 
 
-def build_stage(piece: Sequence[Segment], signature: Signature) -> StageGraphs:
-    """The graphs of a stage between two cuts."""
-    forward, _ = _extract(piece, signature)
-    backward, trained = _extract(piece, signature)
-    output = backward.graph.outputs[0]
+def build_stage(piece: Sequence[Segment], signature: Signature, *, trains: bool) -> StageGraphs:
+    """The graphs of a stage between two cuts; `trains`: a gradient passes it."""
+    model, trained = _extract(piece, signature)
+    if not trains:
+        return StageGraphs(model)
+    graph = model.graph
+    output = graph.outputs[0]
     assert output.shape is not None
-    cotangent = graph_input(backward.graph, COTANGENT, list(output.shape))
-    _add_gradients(backward, output, cotangent, trained)
-    return StageGraphs(forward, backward)
+    cotangent = graph_input(graph, COTANGENT, list(output.shape))
+    _add_gradients(model, output, cotangent, trained, keep=[output])
+    return _split(graph, output)
 
 
 def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> StageGraphs:
@@ -58,7 +66,55 @@ def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> St
         if with_gradients:
             _add_gradients(model, scalar, None, trained, keep=[scalar])
         models.append(model)
-    return StageGraphs(*models)
+    return StageGraphs(models[0], backward=models[1])
+
+
+def _split(graph: ir.Graph, output: ir.Value) -> StageGraphs:
+    """A graph with forward and backward pass as one of each, and what lies between them."""
+    forward = ancestors([output])
+    saved = choose_saved(graph, forward)
+    names = {value: f"{KEPT_PREFIX}{index}" for index, value in enumerate(saved.kept)}
+    gradients = {value: value.name for value in graph.outputs if value is not output}
+    behind = [node for node in graph if node not in forward]
+    backward = _part(graph, [*saved.again, *behind], names, gradients)
+    if not saved.kept:
+        return StageGraphs(_part(graph, list(forward), {}, {output: HIDDEN_OUT}), backward=backward)
+    before = ancestors(saved.kept)
+    rest = ancestors([output], lambda value: value not in names)
+    return StageGraphs(
+        _part(graph, list(before), {}, names), _part(graph, list(rest), names, {output: HIDDEN_OUT}), backward
+    )
+
+
+def _part(
+    graph: ir.Graph,
+    nodes: Sequence[ir.Node],
+    given: Mapping[ir.Value, str],
+    outputs: Mapping[ir.Value, str | None],
+) -> ir.Model:
+    """Some nodes of a graph as a model; its inputs are those they read, of the graph's and of `given`."""
+    copier = Copier("stage")
+    chosen = set(nodes)
+    read = {value for node in chosen for value in node.inputs} | set(outputs)
+    for value in graph.inputs:
+        if value in read:
+            assert value.name is not None
+            copier.add_input(value, value.name)
+    for value, name in given.items():
+        if value in read:
+            copier.add_input(value, name)
+    for node in graph:
+        if node in chosen:
+            copier.copy(node)
+    for value, name in outputs.items():
+        copied = copier.values[value]
+        if copied.is_graph_input():
+            copied = append(copier.graph, "Identity", [copied], shape=value.shape, dtype=value.dtype)
+        copied.name = name
+        copier.graph.outputs.append(copied)
+    model = new_model(copier.graph)
+    tidy(model)
+    return model
 
 
 def _extract(piece: Sequence[Segment], signature: Signature) -> tuple[ir.Model, list[ir.Value]]:

@@ -1,13 +1,15 @@
 """The output layer of a language model and its loss, a slice of the vocabulary at a time.
 
-    scan       hidden, weight.*, labels, first, log_z, picked           → log_z.out, picked.out
+    scan       hidden, weight.*, labels, first, log_z, picked           → log_z.out, picked.out, logits
     loss       log_z, picked, labels                                    → loss, share
     backward   hidden, weight.*, labels, first, log_z, share, cotangent → cotangent.out
+    backward_of_logits   the same with logits in the place of hidden
 
-`weight.*` are rows `first`, `first + 1`, … of the layer; neither `[positions, vocabulary]` nor the decoded
-layer exists whole. With z the logits of a slice, log_z gathers logΣexp z over the slices and picked the logit
-of the label; the loss is Σ share·(log_z − picked) with share = 1/count where a label counts, and its
-cotangent of z is share·(exp(z − log_z) − [label]). Source: online softmax, arXiv 1805.02867.
+`weight.*` are rows `first`, `first + 1`, … of the layer and `logits` its product with them; neither
+`[positions, vocabulary]` nor the decoded layer exists whole. With z the logits of a slice, log_z gathers
+logΣexp z over the slices and picked the logit of the label; the loss is Σ share·(log_z − picked) with share =
+1/count where a label counts, and its cotangent of z is share·(exp(z − log_z) − [label]). Source: online
+softmax, arXiv 1805.02867.
 """
 
 from __future__ import annotations
@@ -70,8 +72,13 @@ def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> Outpu
 
 
 def build_vocabulary_head(layer: OutputLayer) -> dict[str, ir.Model]:
-    """The graphs `scan`, `loss` and `backward`."""
-    return {"scan": _scan(layer), "loss": _loss(), "backward": _backward(layer)}
+    """The graphs `scan`, `loss`, `backward` and `backward_of_logits`."""
+    return {
+        "scan": _scan(layer),
+        "loss": _loss(),
+        "backward": _backward(layer),
+        "backward_of_logits": _backward(layer, given_logits=True),
+    }
 
 
 def _elementwise_operand(node: ir.Node) -> ir.Value | None:
@@ -85,13 +92,15 @@ def _elementwise_operand(node: ir.Node) -> ir.Value | None:
 
 
 class _Slice:
-    """A graph with the logits of a slice, and where each label lies in it."""
+    """A graph with the logits of a slice, and where each label lies in it.
 
-    def __init__(self, layer: OutputLayer) -> None:
+    `product` is what the layer's matrix makes, computed or given, and `logits` what becomes of it.
+    """
+
+    def __init__(self, layer: OutputLayer, *, given_product: bool = False) -> None:
         copier = Copier("head")
         self.graph = graph = copier.graph
         self.model = new_model(graph)
-        self.hidden = copier.add_input(layer.x, "hidden")
         attributes = {name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")}
         columns = layer.product.attributes["K"].as_int()
         self.packed = graph_input(
@@ -105,7 +114,7 @@ class _Slice:
         size = append(graph, "Shape", [self.packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
         self.size = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
         indices = append(graph, "Range", [self.zero, self.size, self.one], shape=[ROWS], dtype=INT64)
-        weight = append(
+        self.weight = append(
             graph,
             "GatherBlockQuantized",
             [self.packed, indices, self.scales],
@@ -113,18 +122,23 @@ class _Slice:
             shape=[ROWS, columns],
             domain=MICROSOFT,
         )
-        product = append(
-            graph,
-            "FusedMatMul",
-            [self.hidden, weight],
-            {"transB": 1},
-            shape=["batch", "sequence", ROWS],
-            domain=MICROSOFT,
-        )
-        copier.values[layer.product.outputs[0]] = product
+        shape: list[int | str] = ["batch", "sequence", ROWS]
+        if given_product:
+            self.product = graph_input(graph, "logits", shape)
+        else:
+            hidden = copier.add_input(layer.x, "hidden")
+            self.product = append(
+                graph,
+                "FusedMatMul",
+                [hidden, self.weight],
+                {"transB": 1},
+                shape=shape,
+                domain=MICROSOFT,
+            )
+        copier.values[layer.product.outputs[0]] = self.product
         for node in layer.after:
             copier.copy(node)
-            copier.values[node.outputs[0]].shape = product.shape
+            copier.values[node.outputs[0]].shape = self.product.shape
         self.logits = copier.values[layer.logits]
         self._find_labels()
 
@@ -162,6 +176,7 @@ def _scan(layer: OutputLayer) -> ir.Model:
     outputs = {
         "log_z.out": op("Add", highest, op("Log", total)),
         "picked.out": op("Add", picked, op("Where", piece.found, label, piece.nothing)),
+        "logits": piece.product,
     }
     return _finished(piece.model, outputs)
 
@@ -187,11 +202,11 @@ def _loss() -> ir.Model:
     return _finished(model, {"loss": loss, "share": share})
 
 
-def _backward(layer: OutputLayer) -> ir.Model:
-    piece = _Slice(layer)
+def _backward(layer: OutputLayer, *, given_logits: bool = False) -> ir.Model:
+    piece = _Slice(layer, given_product=given_logits)
     graph = piece.graph
     log_z, share = (graph_input(graph, name, POSITIONS) for name in ("log_z", "share"))
-    before = graph_input(graph, "cotangent", list(piece.hidden.shape or ()))
+    before = graph_input(graph, "cotangent", list(layer.x.shape or ()))
     logits = piece.logits
     shape = logits.shape
     shifted = append(graph, "Sub", [logits, log_z], shape=shape)
@@ -206,8 +221,10 @@ def _backward(layer: OutputLayer) -> ir.Model:
         {"axis": -1, "reduction": "add"},
         shape=shape,
     )
-    gradients = differentiate(graph, logits, [piece.hidden], cotangent=cotangent)
-    after = append(graph, "Add", [before, gradients[piece.hidden]], shape=before.shape)
+    if logits is not piece.product:
+        cotangent = differentiate(graph, logits, [piece.product], cotangent=cotangent)[piece.product]
+    own = append(graph, "MatMul", [cotangent, piece.weight], shape=before.shape)
+    after = append(graph, "Add", [before, own], shape=before.shape)
     return _finished(piece.model, {"cotangent.out": after})
 
 

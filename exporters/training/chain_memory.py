@@ -55,15 +55,6 @@ def measure_chain_peaks(folder: Path, length_unit: int = 1, batch_unit: int = 1)
     return tuple((*terms, *kept) for terms in fit_peaks(by_size, grid, length_unit))
 
 
-def mapped_bytes(bundle: Bundle) -> int:
-    """Bytes of the weights that are mapped at once: those of the largest stage, or a slice of the head."""
-    partition, weights = bundle.manifest.partition, bundle.manifest.weights
-    assert partition is not None
-    return max(
-        sum(weights[key].nbytes for key in stage.weights.values()) for stage in partition.stages_and_head
-    )
-
-
 def _shortened(bundle: Bundle, partition: Partition) -> Partition:
     """One stage of each kind, and a head of two slices; all stages where what they hand on has a size of its
     own (a recording's frames)."""
@@ -88,7 +79,7 @@ def _shortened(bundle: Bundle, partition: Partition) -> Partition:
 
 def _handed_on(bundle: Bundle, stage: Stage) -> tuple[int | str, ...]:
     """The shape of what a stage gives to the next."""
-    outputs = bundle.manifest.graphs[stage.forward].outputs
+    outputs = bundle.manifest.graphs[stage.output or stage.forward].outputs
     return next(item.shape for item in outputs if item.name == "hidden.out")
 
 

@@ -55,15 +55,15 @@ def main() -> None:
     before = read_memory().resident_bytes
     mapped = 0
     if role == STAGES:
+        from edgepeft.runtime.memory.chain_cost import largest_stage_bytes
         from edgepeft.runtime.training.buffers import TrainingState
         from edgepeft.runtime.training.chain import Chain
-
-        from .chain_memory import mapped_bytes
 
         inputs = sample_adapter(bundle.manifest, RANK)
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
         batch = sample_batch(bundle.manifest, sizes)
-        mapped = mapped_bytes(bundle)
+        assert bundle.manifest.partition is not None
+        mapped = largest_stage_bytes(bundle.manifest, bundle.manifest.partition)
         before = read_memory().resident_bytes
         chain = Chain(bundle, {**inputs, **state.parameters})
         chain.gradients(batch, state)

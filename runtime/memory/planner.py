@@ -1,13 +1,15 @@
 """Predicting the peak of a run from the manifest's formulas, and refusing what the budget cannot hold."""
 
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, MemoryFormula, Strategy
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
+from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload, suggested_budget
 from edgepeft.sizes import format_size
 
 CHUNK_VALUES = 2**16
@@ -15,116 +17,114 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# Parameters, gradients and two moments, float32 each; the values that training starts from take the place of
-# the adapter's own, which the process holds already.
-_BYTES_PER_TRAINED_VALUE = 4 * 4
-_BYTES_PER_MAPPED_MOMENTS = 2 * 4
+# Parameters, gradients, two moments and the values that training started from, float32 each. The adapter's
+# own tensors, which the process holds when the plan is made, are gone by then.
+_STATE_BYTES_PER_VALUE = 5 * 4 - 4
+# Where the state is mapped, a stage's share of it or a chunk of the optimizer's is in the process at a time.
+_MAPPED_STATE_BYTES = 2**21
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
 # MiniLM, six sizes of batches from 2 x 32 to 32 x 16 measured 0.07 to 0.12 and 3 to 4 MiB.
 _ARENA_GAPS = 0.12
 _FIRST_RUN_BYTES = 4 * 2**20
-# A later process is never of exactly this one's size, so a suggested budget leaves this much.
-_MARGIN = 1.02
 
 
-@dataclass(frozen=True)
-class Workload:
-    """The sizes a plan depends on.
-
-    Attributes:
-        rows: rows of a batch (a pair of sentences is two).
-        seq_len: tokens (or samples) of the longest row; 1 for images.
-        rank: the largest rank of the adapter.
-        adapter_values: values in the adapter.
-        trained_values: those of them that train.
-    """
-
-    rows: int
-    seq_len: int
-    rank: int
-    adapter_values: int
-    trained_values: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The predicted peak of one strategy, in bytes, by what it is made of."""
-
-    strategy: str
-    exact: bool
-    process_bytes: int
-    session_bytes: int
-    activation_bytes: int
-    state_bytes: int
-    evaluation_bytes: int
-    mapped_moments: bool = False
-
-    @property
-    def label(self) -> str:
-        """The strategy, and where the optimizer's moments are if not in memory."""
-        return f"{self.strategy}, moments in a file" if self.mapped_moments else self.strategy
-
-    @property
-    def training_bytes(self) -> int:
-        """Peak while training."""
-        return self.process_bytes + self.session_bytes + self.activation_bytes + self.state_bytes
-
-    @property
-    def peak_bytes(self) -> int:
-        """Peak of the whole update: training, or the evaluation before and after it."""
-        return max(self.training_bytes, self.process_bytes + self.state_bytes + self.evaluation_bytes)
-
-    @property
-    def smallest_budget_bytes(self) -> int:
-        """The budget to suggest: the peak and a small margin, in whole mebibytes."""
-        return suggested_budget(self.peak_bytes)
-
-
-def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Plan]:
+def plans(
+    manifest: Manifest, workload: Workload, process_bytes: int, budget_bytes: int | None = None
+) -> list[Plan]:
     """What every strategy of the bundle would need, cheapest in time first.
 
     Args:
         manifest: the bundle's manifest.
         workload: the sizes.
-        process_bytes: what the process holds before any session is opened.
+        process_bytes: what the process holds before any session is opened, the adapter's tensors included.
+        budget_bytes: what there is; what a strategy leaves of it, it uses to save time. None: no limit.
 
     Raises:
         UsageError: the bundle cannot be trained.
     """
     if not manifest.strategies:
         raise UsageError("the bundle was exported with --no-train: export it again without, to adapt it")
+    found = []
+    for strategy in manifest.strategies:
+        if strategy.graph is not None:
+            found.append(_resident(manifest, strategy, strategy.graph, workload, process_bytes))
+        else:
+            found += _staged(manifest, strategy, workload, process_bytes, budget_bytes)
+    return found
+
+
+def _resident(
+    manifest: Manifest, strategy: Strategy, graph: str, workload: Workload, process_bytes: int
+) -> Plan:
     inference = manifest.inference_memory
     sizes = (workload.rows, workload.seq_len, workload.rank)
-    evaluation_bytes = (
-        inference.session_bytes
-        + _run_bytes(inference.activation_bytes(*sizes))
-        + _loss_bytes(manifest, workload)
+    inference_bytes = inference.session_bytes + _run_bytes(inference.activation_bytes(*sizes))
+    # A drift penalty has the base model run beside the training graph.
+    base_bytes = inference_bytes if has_drift_penalty(manifest) else 0
+    return Plan(
+        strategy=strategy.name,
+        exact=strategy.exact,
+        process_bytes=process_bytes,
+        session_bytes=strategy.memory.session_bytes,
+        activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes,
+        state_bytes=_state_bytes(workload) + _batch_bytes(manifest, graph, workload),
+        evaluation_bytes=inference_bytes + _loss_bytes(manifest, workload),
     )
-    untrained = workload.adapter_values - workload.trained_values
-    state_bytes = _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
-    base_bytes = (0, 0)
-    if has_drift_penalty(manifest):  # the base model runs beside the training graph
-        base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
-    mapped_bytes = _BYTES_PER_MAPPED_MOMENTS * workload.trained_values
-    return [
-        Plan(
-            strategy=strategy.name,
-            exact=strategy.exact,
-            process_bytes=process_bytes,
-            session_bytes=strategy.memory.session_bytes + base_bytes[0],
-            activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
-            state_bytes=state_bytes
-            + _batch_bytes(manifest, strategy.graph or "train", workload)
-            - (mapped_bytes if mapped_moments else 0),
-            # In stages, judging is a part of what training does.
-            evaluation_bytes=evaluation_bytes if strategy.graph else 0,
-            mapped_moments=mapped_moments,
+
+
+def _staged(
+    manifest: Manifest,
+    strategy: Strategy,
+    workload: Workload,
+    process_bytes: int,
+    budget_bytes: int | None,
+) -> list[Plan]:
+    """Plans of a chain: in memory and, where pages of weights need not stay, with the state in a file too."""
+    partition = manifest.partition
+    assert partition is not None
+    cost = ChainCost(manifest, partition, workload)
+    bare = Plan(
+        strategy=strategy.name,
+        exact=strategy.exact,
+        process_bytes=process_bytes,
+        session_bytes=strategy.memory.session_bytes,
+        activation_bytes=_run_bytes(
+            strategy.memory.activation_bytes(workload.rows, workload.seq_len, workload.rank)
+        ),
+        state_bytes=_state_bytes(workload) + _batch_bytes(manifest, "train", workload),
+        evaluation_bytes=0,  # in stages, judging is a part of what training does
+        stages=len(partition.stages),
+        relative_step=cost.relative_step(NOTHING_HELD),
+    )
+    if strategy.name == CHECKPOINTED:
+        more_bytes = cost.weight_bytes - largest_stage_bytes(manifest, partition)
+        bare = dataclasses.replace(
+            bare, held=Held(weights=True), session_bytes=bare.session_bytes + more_bytes
         )
-        for strategy in manifest.strategies
-        for mapped_moments in ((False,) if strategy.graph else (False, True))
-    ]
+        return [cost.filled(bare, budget_bytes)]
+    mapped = dataclasses.replace(
+        bare,
+        state_in_file=True,
+        state_bytes=_MAPPED_STATE_BYTES
+        + _untrained_bytes(workload)
+        + _OPTIMIZER_BYTES
+        - 4 * workload.trained_values
+        + _batch_bytes(manifest, "train", workload),
+    )
+    # Half of what is left is the system's, for pages of weights that it need not read again.
+    half = None if budget_bytes is None else (budget_bytes + bare.peak_bytes) // 2
+    return [cost.filled(bare, half), mapped]
+
+
+def _state_bytes(workload: Workload) -> int:
+    return _STATE_BYTES_PER_VALUE * workload.trained_values + _untrained_bytes(workload) + _OPTIMIZER_BYTES
+
+
+def _untrained_bytes(workload: Workload) -> int:
+    """Graph inputs of what does not train, beside the adapter's own tensors."""
+    return 4 * (workload.adapter_values - workload.trained_values)
 
 
 def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
@@ -149,11 +149,6 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )
-
-
-def suggested_budget(peak_bytes: int) -> int:
-    """A peak and a small margin, in whole mebibytes."""
-    return math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
 
 
 def check_run(

@@ -11,9 +11,15 @@ from edgepeft.bundle.reader import Bundle
 
 
 class MappedWeights:
-    """Tensors of `weights.bin`, mapped: they cost memory only while they are read."""
+    """Tensors of `weights.bin`, mapped: they cost memory only while they are read.
 
-    def __init__(self, bundle: Bundle) -> None:
+    Args:
+        bundle: the bundle.
+        stays: `release` leaves the pages in the process.
+    """
+
+    def __init__(self, bundle: Bundle, *, stays: bool = False) -> None:
+        self._stays = stays
         self._weights = bundle.manifest.weights
         with bundle.file(bundle.manifest.weights_file).open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -39,5 +45,5 @@ class MappedWeights:
 
     def release(self) -> None:
         """Take every page out of this process; a later read brings it back from the cache or the disk."""
-        if hasattr(self._map, "madvise"):
+        if not self._stays and hasattr(self._map, "madvise"):
             self._map.madvise(mmap.MADV_DONTNEED)

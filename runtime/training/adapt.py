@@ -19,7 +19,8 @@ from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import graph_inputs, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.memory.planner import Plan, Workload, choose, plans, suggested_budget
+from edgepeft.runtime.memory.plan import Plan, Workload, suggested_budget
+from edgepeft.runtime.memory.planner import choose, plans
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
@@ -182,12 +183,12 @@ class Update:
         rows = min(options.batch_size, len(examples)) * task.rows_per_record
         sizes = workload(adapter, names, rows, max(example.length for example in examples))
         plan = choose(
-            plans(bundle.manifest, sizes, read_memory().resident_bytes),
+            plans(bundle.manifest, sizes, read_memory().resident_bytes, self._budget_bytes),
             self._budget_bytes,
         )
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
-        moments_in = self._output.parent if plan.mapped_moments else None
-        state = TrainingState({name: inputs[name] for name in names}, moments_in)
+        file_in = self._output.parent if plan.state_in_file else None
+        state = TrainingState({name: inputs.pop(name) for name in names}, file_in)
         known_by = fingerprint(bundle, options, adapter, examples, total_steps)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
@@ -267,6 +268,7 @@ class Update:
                 Schedule(self._options, prepared.total_steps, manifest.policy.max_relative_change),
                 after_step,
                 self._threads,
+                prepared.plan.held,
             )
         except UpdateRejectedError:
             self._checkpoint.unlink(missing_ok=True)
@@ -276,7 +278,7 @@ class Update:
 
     def _save(self, prepared: _Prepared) -> None:
         save_checkpoint(self._checkpoint, prepared.fingerprint, prepared.state, prepared.progress)
-        prepared.state.release_moments()
+        prepared.state.release()
 
     def _enforce(self, prepared: _Prepared) -> None:
         """Stop when the process has gone over the budget, with the work so far in the checkpoint."""

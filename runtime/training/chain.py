@@ -1,7 +1,7 @@
 """The training graph as a chain of stages that run one at a time, their weights mapped from the bundle."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ import onnxruntime as ort
 from edgepeft.bundle.manifest import Partition, Stage
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
 from edgepeft.runtime.memory.weights import MappedWeights
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
@@ -21,18 +22,22 @@ Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 # onnxruntime has no types: an array, or an OrtValue of another run.
 Value: TypeAlias = Any
+Values: TypeAlias = dict[str, Any]
 
 
 class Chain:
     """The stages of a bundle with an adapter bound.
 
-    A forward pass keeps what goes from stage to stage and nothing else; a backward pass computes each stage
-    anew. Equal stages share a session, which sees their weights as inputs.
+    A forward pass holds what goes from stage to stage, and of the `kept` last stages what their backward pass
+    needs; the backward pass computes that of the others anew. Equal stages share their sessions, which see
+    their weights as inputs.
 
     Args:
         bundle: the bundle.
         inputs: all adapter inputs by name; read at every run.
         threads: threads of a session; 0 lets onnxruntime choose.
+        held: what is held beside what must be.
+        release: called after every run; lets go of mapped adapter inputs.
         partition: the stages to run; the bundle's own where None.
         profile: how the files of the sessions' profiles begin; none where empty.
 
@@ -46,6 +51,8 @@ class Chain:
         inputs: Mapping[str, Array],
         threads: int = 0,
         *,
+        held: Held = NOTHING_HELD,
+        release: Callable[[], None] | None = None,
         partition: Partition | None = None,
         profile: str = "",
     ) -> None:
@@ -55,52 +62,66 @@ class Chain:
         self._bundle, self._threads, self._profile = bundle, threads, profile
         self._partition = partition
         self._inputs = inputs
-        self._weights = MappedWeights(bundle)
+        self._held = held
+        self._release = release
+        self._weights = MappedWeights(bundle, stays=held.weights)
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
         uses = Counter(name for stage in self._stages for name in stage.adapter.values())
         self._shared = {name for name, count in uses.items() if count > 1}
         sliced = partition.vocabulary_head
-        self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights)
+        self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights, held.logits)
 
     def evaluate(self, batch: Mapping[str, Array]) -> dict[str, npt.NDArray[np.float32]]:
         """`loss`, and the task's output where the head has it whole."""
         context = self._context(batch)
-        hidden = self._forward(context)[-1]
+        hidden: ort.OrtValue | None = None
+        for stage in self._partition.stages:
+            hidden, _ = self._forward(stage, context, hidden)
         if self._sliced is not None:
             assert hidden is not None
-            loss, _ = self._sliced.loss(hidden, batch["labels"])
-            return {"loss": np.array(loss, np.float32)}
+            return {"loss": np.array(self._sliced.loss(hidden, batch["labels"]), np.float32)}
         session = self._bound(self._stages[-1].forward, self._stages[-1], context, hidden)
         outputs = session.run_for(list(session.outputs))
-        self._weights.release()
+        self._done(session)
         return {name: value.numpy() for name, value in outputs.items()}
 
     def gradients(self, batch: Mapping[str, Array], state: TrainingState) -> float:
         """The batch's loss; the gradients of the state's tensors land in the state.
 
-        The backward pass ends at the first stage that has a trained tensor.
+        The backward pass ends at the first stage that has a trained tensor; below it nothing is held.
         """
         context = self._context(batch)
-        hidden = self._forward(context)
-        for name in self._shared & state.gradients.keys():
-            state.gradients[name][...] = 0
-        loss, cotangent = 0.0, None
-        if self._sliced is not None:
-            last = hidden.pop()
-            assert last is not None
-            loss, kept = self._sliced.loss(last, batch["labels"])
-            cotangent = self._sliced.cotangent(last, batch["labels"], kept)
-            del last
         trained = [
             {name: key for name, key in stage.adapter.items() if key in state.gradients}
             for stage in self._stages
         ]
         lowest = next(index for index, names in enumerate(trained) if names)
+        count = len(self._partition.stages)
+        entering: dict[int, ort.OrtValue | None] = {}
+        kept: dict[int, Values] = {}
+        hidden: ort.OrtValue | None = None
+        for index, stage in enumerate(self._partition.stages):
+            if index >= lowest:
+                entering[index] = hidden
+            hidden, values = self._forward(stage, context, hidden)
+            if index >= max(lowest, count - self._held.stages):
+                kept[index] = values
+            del values
+        for name in self._shared & state.gradients.keys():
+            state.gradients[name][...] = 0
+        loss, cotangent = 0.0, None
+        if self._sliced is None:
+            entering[count] = hidden
+        else:
+            assert hidden is not None
+            loss, cotangent = self._sliced.loss_and_cotangent(hidden, batch["labels"])
+        del hidden
         for index in range(len(self._stages) - 1, lowest - 1, -1):
-            stage = self._stages[index]
+            stage, hidden = self._stages[index], entering.pop(index)
+            values = kept.pop(index) if index in kept else self._kept(stage, context, hidden)
             assert stage.backward is not None
-            session = self._bound(stage.backward, stage, context, hidden.pop())
+            session = self._bound(stage.backward, stage, context, hidden, values)
             if cotangent is not None:
                 session.bind_values({"cotangent": cotangent})
             into: dict[str, FloatArray] = {}
@@ -114,7 +135,8 @@ class Chain:
             if "loss" in results:
                 loss = float(results["loss"].numpy())
             cotangent = results.get("hidden.cotangent")
-            self._weights.release()
+            del hidden, values, results
+            self._done(session)
         return loss
 
     def session(self, role: str) -> GraphSession:
@@ -136,14 +158,35 @@ class Chain:
             session.close()
         self._sessions.clear()
 
-    def _forward(self, context: Mapping[str, Value]) -> list[ort.OrtValue | None]:
-        """What goes into each stage and, where the head is sliced, into the head; nothing into the first."""
-        hidden: list[ort.OrtValue | None] = [None]
-        for stage in self._partition.stages:
-            session = self._bound(stage.forward, stage, context, hidden[-1])
-            hidden.append(session.run_for(["hidden.out"])["hidden.out"])
-            self._weights.release()
-        return hidden
+    def _forward(
+        self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None
+    ) -> tuple[ort.OrtValue, Values]:
+        """What a stage hands on, and what its backward pass needs."""
+        session = self._bound(stage.forward, stage, context, hidden)
+        values = session.run_for(list(session.outputs))
+        self._done(session)
+        if stage.output is None:
+            return values["hidden.out"], {}
+        session = self._bound(stage.output, stage, context, hidden, values)
+        out = session.run_for(["hidden.out"])["hidden.out"]
+        self._done(session)
+        return out, values
+
+    def _kept(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> Values:
+        """What a stage's backward pass needs, computed anew."""
+        if stage.output is None:
+            return {}
+        session = self._bound(stage.forward, stage, context, hidden)
+        values = session.run_for(list(session.outputs))
+        self._done(session)
+        return values
+
+    def _done(self, session: GraphSession) -> None:
+        """Let go of what a run was given."""
+        session.unbind_inputs()
+        self._weights.release()
+        if self._release is not None:
+            self._release()
 
     def _context(self, batch: Mapping[str, Array]) -> dict[str, Value]:
         """The batch, and what the stages share."""
@@ -156,7 +199,12 @@ class Chain:
         return context
 
     def _bound(
-        self, role: str, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None
+        self,
+        role: str,
+        stage: Stage,
+        context: Mapping[str, Value],
+        hidden: ort.OrtValue | None,
+        kept: Values | None = None,
     ) -> GraphSession:
         """The session of a stage's graph with everything bound but a cotangent."""
         session = self.session(role)
@@ -169,6 +217,7 @@ class Chain:
         shared |= {name: context[name] for name in session.inputs if name in context}
         if hidden is not None and "hidden" in session.inputs:
             shared["hidden"] = hidden
+        shared |= {name: value for name, value in (kept or {}).items() if name in session.inputs}
         for name, value in shared.items():
             if isinstance(value, ort.OrtValue):
                 session.bind_values({name: value})

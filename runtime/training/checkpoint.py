@@ -13,7 +13,7 @@ import numpy as np
 
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+from edgepeft.tensor_files import read_metadata, read_tensors, write_in_pieces
 
 _KEY = "edgepeft_training_state"
 _BUFFERS = ("param", "exp_avg", "exp_avg_sq")
@@ -51,10 +51,11 @@ def save_checkpoint(
     Raises:
         EdgePeftError: it cannot be written; the last one is kept.
     """
-    write_tensors(
+    write_in_pieces(
         path,
         {name: getattr(state, name) for name in _BUFFERS},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
+        state.release,
     )
 
 
@@ -68,7 +69,6 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
         return None
     try:
         saved = json.loads(read_metadata(path).get(_KEY, "null"))
-        tensors = read_tensors(path)
     except (AdapterError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no checkpoint ({error}): remove it to start over") from error
     theirs = saved.get("fingerprint") if isinstance(saved, dict) else None
@@ -82,9 +82,14 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
             )
     for name in _BUFFERS:
         buffer = getattr(state, name)
-        if name not in tensors or tensors[name].shape != buffer.shape:
+        try:
+            saved_buffer = read_tensors(path, only=name).get(name)
+        except AdapterError as error:
+            raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
+        if saved_buffer is None or saved_buffer.shape != buffer.shape:
             raise UsageError(f"{path}: its {name} is not of this update: start over without --resume")
-        np.copyto(buffer, tensors[name])
+        np.copyto(buffer, saved_buffer)
+        state.release()
     try:
         progress = Progress(**saved["progress"])
         before = progress.held_out_before

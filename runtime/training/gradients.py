@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
@@ -32,6 +33,7 @@ def open_gradients(
     constants: Mapping[str, FloatArray],
     state: TrainingState,
     threads: int = 0,
+    held: Held = NOTHING_HELD,
 ) -> Gradients:
     """What computes gradients in the way of `strategy`.
 
@@ -41,9 +43,10 @@ def open_gradients(
         constants: all adapter inputs; those in `state` are taken from there.
         state: the trained tensors.
         threads: threads of a session.
+        held: what a chain holds to save time.
     """
     if strategy.graph is None:
-        return ChainGradients(bundle, constants, state, threads)
+        return ChainGradients(bundle, constants, state, threads, held)
     return GradientSession(bundle, strategy.graph, constants, state, threads)
 
 
@@ -88,10 +91,16 @@ class ChainGradients:
     """A chain of stages and the state that its gradients land in."""
 
     def __init__(
-        self, bundle: Bundle, constants: Mapping[str, FloatArray], state: TrainingState, threads: int = 0
+        self,
+        bundle: Bundle,
+        constants: Mapping[str, FloatArray],
+        state: TrainingState,
+        threads: int,
+        held: Held,
     ) -> None:
         self._state = state
-        self._chain = Chain(bundle, {**constants, **state.parameters}, threads)
+        inputs = {**constants, **state.parameters}
+        self._chain = Chain(bundle, inputs, threads, held=held, release=state.release)
 
     def run(self, batch: Mapping[str, Array]) -> float:
         """Compute the batch's loss and its gradients, which land in the state."""

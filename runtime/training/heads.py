@@ -37,53 +37,82 @@ class SlicedHead:
         head: its wiring.
         sessions: opens its graphs.
         weights: the mapped weight file.
+        holds_logits: the logits of every slice are kept for the backward pass, not computed twice.
     """
 
-    def __init__(self, head: VocabularyHead, sessions: Sessions, weights: MappedWeights) -> None:
+    def __init__(
+        self, head: VocabularyHead, sessions: Sessions, weights: MappedWeights, holds_logits: bool = False
+    ) -> None:
         self._head, self._sessions, self._weights = head, sessions, weights
+        self._holds_logits = holds_logits
 
-    def loss(self, hidden: ort.OrtValue, labels: Array) -> tuple[float, dict[str, Array]]:
-        """The loss, and what the backward pass needs of it.
+    def loss(self, hidden: ort.OrtValue, labels: Array) -> float:
+        """The loss.
 
         Args:
             hidden: float32 `[batch, sequence, width]`.
             labels: int64 `[batch, sequence]`, not shifted.
         """
+        found, _ = self._scan(hidden, labels, holds_logits=False)
+        return self._loss(labels, found)[0]
+
+    def loss_and_cotangent(self, hidden: ort.OrtValue, labels: Array) -> tuple[float, ort.OrtValue]:
+        """The loss, and the cotangent of `hidden`; arguments as for `loss`."""
+        found, logits = self._scan(hidden, labels, holds_logits=self._holds_logits)
+        loss, share = self._loss(labels, found)
+        role = self._head.backward_of_logits if self._holds_logits else self._head.backward
+        graph = self._sessions.session(role)
+        graph.bind({"labels": labels, "log_z": found["log_z"]})
+        graph.bind_values({"share": share})
+        if not self._holds_logits:
+            graph.bind_values({"hidden": hidden})
+        total = ort.OrtValue.ortvalue_from_numpy(np.zeros(hidden.shape(), np.float32))
+        logits.reverse()
+        for first, last in self._slices(hidden):
+            self._bind_slice(graph, first, last)
+            graph.bind_values({"cotangent": total})
+            if self._holds_logits:
+                graph.bind_values({"logits": logits.pop()})
+            total = graph.run_for(["cotangent.out"])["cotangent.out"]
+            self._weights.release()
+        graph.unbind_inputs()
+        return loss, total
+
+    def _scan(
+        self, hidden: ort.OrtValue, labels: Array, *, holds_logits: bool
+    ) -> tuple[dict[str, Array], list[ort.OrtValue]]:
+        """Each position's log-normalizer and the logit of its label, and the logits by slice if wanted."""
         batch, sequence, _ = hidden.shape()
         found: dict[str, Array] = {
             "log_z": np.full((batch, sequence, 1), _LOWEST, np.float32),
             "picked": np.zeros((batch, sequence, 1), np.float32),
         }
+        logits = []
         scan = self._sessions.session(self._head.scan)
         scan.bind({"labels": labels})
         scan.bind_values({"hidden": hidden})
-        for first, last in self._slices(scan):
+        for first, last in self._slices(hidden):
             self._bind_slice(scan, first, last)
             scan.bind(found)
-            outputs = scan.run_for(["log_z.out", "picked.out"])
+            outputs = scan.run_for(["log_z.out", "picked.out", *(["logits"] if holds_logits else [])])
             found = {"log_z": outputs["log_z.out"].numpy(), "picked": outputs["picked.out"].numpy()}
+            if holds_logits:
+                logits.append(outputs["logits"])
             self._weights.release()
+        scan.unbind_inputs()
+        return found, logits
+
+    def _loss(self, labels: Array, found: Mapping[str, Array]) -> tuple[float, ort.OrtValue]:
+        """The loss, and each position's share of it."""
         graph = self._sessions.session(self._head.loss)
         graph.bind({"labels": labels, **found})
         outputs = graph.run_for(["loss", "share"])
-        return float(outputs["loss"].numpy()), {"log_z": found["log_z"], "share": outputs["share"].numpy()}
+        graph.unbind_inputs()
+        return float(outputs["loss"].numpy()), outputs["share"]
 
-    def cotangent(self, hidden: ort.OrtValue, labels: Array, kept: Mapping[str, Array]) -> ort.OrtValue:
-        """The cotangent of `hidden`; `kept` is what `loss` returned."""
-        graph = self._sessions.session(self._head.backward)
-        graph.bind({"labels": labels, **kept})
-        graph.bind_values({"hidden": hidden})
-        total = ort.OrtValue.ortvalue_from_numpy(np.zeros(hidden.shape(), np.float32))
-        for first, last in self._slices(graph):
-            self._bind_slice(graph, first, last)
-            graph.bind_values({"cotangent": total})
-            total = graph.run_for(["cotangent.out"])["cotangent.out"]
-            self._weights.release()
-        return total
-
-    def _slices(self, session: GraphSession) -> list[tuple[int, int]]:
+    def _slices(self, hidden: ort.OrtValue) -> list[tuple[int, int]]:
         """First and last row of each slice."""
-        step = slice_rows(int(session.inputs["hidden"].shape[-1]))
+        step = slice_rows(hidden.shape()[-1])
         return [(first, min(first + step, self._head.rows)) for first in range(0, self._head.rows, step)]
 
     def _bind_slice(self, session: GraphSession, first: int, last: int) -> None:

@@ -70,7 +70,7 @@ class AdamW:
             self._adamw.run()
             for output, name in _OUTPUTS.items():
                 getattr(state, name)[chunk] = self._scratch[output][:size]
-        state.release_moments()
+            state.release()
         return norm
 
     def close(self) -> None:
@@ -83,4 +83,5 @@ class AdamW:
         for start in range(0, len(self._state.grad), CHUNK_VALUES):
             self._grad_norm.bind({"grad": self._state.grad[start : start + CHUNK_VALUES]})
             total += float(self._grad_norm.run_for(["sum_of_squares"])["sum_of_squares"].numpy())
+            self._state.release()
         return math.sqrt(total)

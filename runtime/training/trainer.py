@@ -11,6 +11,7 @@ from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.runtime.inputs import has_drift_penalty
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress
@@ -57,6 +58,7 @@ def train(
     schedule: Schedule,
     after_step: Callable[[float], None],
     threads: int = 0,
+    held: Held = NOTHING_HELD,
 ) -> None:
     """Train from `progress.step` to the schedule's end; `state` and `progress` are updated in place.
 
@@ -71,6 +73,7 @@ def train(
         schedule: what each step does.
         after_step: called with the loss after every step; may raise to stop.
         threads: threads of the training session.
+        held: what a chain of stages holds to save time.
 
     Raises:
         UpdateRejectedError: the loss or a gradient is not a number any more.
@@ -86,7 +89,7 @@ def train(
         if has_drift_penalty(bundle.manifest):
             weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
             drift = Drift(bundle, weight, threads)
-        gradients = open_gradients(bundle, strategy, constants, state, threads)
+        gradients = open_gradients(bundle, strategy, constants, state, threads, held)
         try:
             while progress.step < schedule.total_steps:
                 indices = batch_indices(

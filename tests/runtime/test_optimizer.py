@@ -115,11 +115,11 @@ def test_the_split_is_fixed_and_complete() -> None:
         split(3, 0.1, seed=0, minimum=2)
 
 
-def test_moments_in_a_file_are_the_same_moments(classifier: Path, tmp_path: Path) -> None:
+def test_a_state_in_a_file_is_the_same_state(classifier: Path, tmp_path: Path) -> None:
     """Bit for bit, though their pages leave the process after every step; the file has no name."""
     rng = np.random.default_rng(0)
     start = {"a": rng.standard_normal((70, 9), np.float32), "b": rng.standard_normal(5, np.float32)}
-    states = TrainingState(start), TrainingState(start, moments_in=tmp_path / "new")
+    states = TrainingState(start), TrainingState(start, file_in=tmp_path / "new")
     optimizers = [AdamW(open_bundle(classifier), state, AdamWOptions(weight_decay=0.1)) for state in states]
     for step in range(1, 6):
         gradient = rng.standard_normal(len(states[0].grad), np.float32)
@@ -135,5 +135,5 @@ def test_moments_in_a_file_are_the_same_moments(classifier: Path, tmp_path: Path
 
 def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
-    with pytest.raises(EdgePeftError, match="taken: no file of 128 B for the optimizer's moments"):
-        TrainingState({"a": np.ones(3, np.float32)}, moments_in=tmp_path / "taken")
+    with pytest.raises(EdgePeftError, match="taken: no file of 320 B for the training state"):
+        TrainingState({"a": np.ones(3, np.float32)}, file_in=tmp_path / "taken")

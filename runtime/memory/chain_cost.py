@@ -1,0 +1,123 @@
+"""What a chain of stages costs beside its formula: pages of weights, what is held, and time."""
+
+import dataclasses
+import math
+
+from edgepeft.bundle.manifest import Manifest, Partition, Stage, TensorSpec
+from edgepeft.runtime.memory.plan import Held, Plan, Workload
+
+# Measured on 2 x86 cores with SmolLM2-135M's shape at 128 tokens: seconds of a multiplication by one weight
+# for one token, of decoding a quantized weight, and all else (norms, attention, small products) as a share of
+# the products forward and backward.
+_PRODUCT_S, _DECODE_S, _OTHER = 2 / 210e9, 0.5e-9, 0.5
+# A stage that is computed anew leaves out its last product; of all else a third is forward.
+_ANEW, _ANEW_OTHER = 0.85, 1 / 3
+# Gaps that values of many sizes leave in the arena.
+_GAPS = 1.05
+
+
+class ChainCost:
+    """The costs of a chain for one workload.
+
+    Args:
+        manifest: of a bundle that has a partition.
+        partition: it.
+        workload: the sizes.
+    """
+
+    def __init__(self, manifest: Manifest, partition: Partition, workload: Workload) -> None:
+        self._manifest, self._partition, self._workload = manifest, partition, workload
+        self._stage_bytes = sum(_weights_of(manifest, stage) for stage in _reading_all(partition))
+        head = partition.vocabulary_head
+        self._head_bytes = (
+            0 if head is None else sum(manifest.weights[key].nbytes for key in head.weights.values())
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights that a step reads whole; of an embedding it reads rows."""
+        return self._stage_bytes + self._head_bytes
+
+    def held_bytes(self, held: Held) -> int:
+        """What `held.stages` and `held.logits` take."""
+        count = len(self._partition.stages)
+        total = sum(self._kept_bytes(stage) for stage in self._partition.stages[count - held.stages :])
+        return int(_GAPS * (total + (self._logits_bytes if held.logits else 0)))
+
+    def filled(self, plan: Plan, budget_bytes: int | None) -> Plan:
+        """A plan that uses what the budget leaves for the logits and then for stages, the last ones first."""
+
+        def holding(held: Held) -> Plan:
+            activation_bytes = plan.activation_bytes + self.held_bytes(held)
+            return dataclasses.replace(
+                plan, held=held, activation_bytes=activation_bytes, relative_step=self.relative_step(held)
+            )
+
+        def fits(held: Held) -> bool:
+            return budget_bytes is None or holding(held).peak_bytes <= budget_bytes
+
+        best = plan.held
+        with_logits = dataclasses.replace(best, logits=self._partition.vocabulary_head is not None)
+        if fits(with_logits):
+            best = with_logits
+            for stages in range(1, len(self._partition.stages) + 1):
+                more = dataclasses.replace(best, stages=stages)
+                if not fits(more):
+                    break
+                best = more
+        return holding(best)
+
+    def relative_step(self, held: Held) -> float:
+        """Seconds of a step relative to one of the resident graph."""
+        quantization = self._manifest.quantization
+        packed = quantization.bits <= 8
+        bits = quantization.bits + (32 / quantization.block_size if packed else 0)
+        decode_s = _DECODE_S if packed else 0.0
+        product_s = _PRODUCT_S * self._workload.rows * self._workload.seq_len
+        stages, head = 8 * self._stage_bytes / bits, 8 * self._head_bytes / bits
+        other_s = 2 * _OTHER * product_s * (stages + head)
+        resident_s = stages * (2 * product_s + decode_s) + head * 2 * product_s + other_s
+        anew = 1 - held.stages / len(self._partition.stages)
+        chain_s = (
+            stages * 2 * (product_s + decode_s)
+            + head * (2 * decode_s + (2 if held.logits else 3) * product_s)
+            + other_s
+            + anew * (stages * (_ANEW * product_s + decode_s) + _ANEW_OTHER * other_s)
+        )
+        return chain_s / resident_s if resident_s else 1.0
+
+    @property
+    def _logits_bytes(self) -> int:
+        head = self._partition.vocabulary_head
+        return 0 if head is None else 4 * head.rows * self._workload.rows * self._workload.seq_len
+
+    def _kept_bytes(self, stage: Stage) -> int:
+        if stage.output is None:
+            return 0
+        return sum(self._bytes(spec) for spec in self._manifest.graphs[stage.forward].outputs)
+
+    def _bytes(self, spec: TensorSpec) -> int:
+        sizes = {"batch": self._workload.rows}
+        dims = (
+            dim
+            if isinstance(dim, int)
+            else self._workload.rank
+            if dim.startswith("rank")
+            else sizes.get(dim, self._workload.seq_len)
+            for dim in spec.shape
+        )
+        return 4 * math.prod(dims)
+
+
+def largest_stage_bytes(manifest: Manifest, partition: Partition) -> int:
+    """Weights that are in the process at once where their pages do not stay."""
+    return max((_weights_of(manifest, stage) for stage in _reading_all(partition)), default=0)
+
+
+def _reading_all(partition: Partition) -> list[Stage]:
+    """Stages that read their weights whole: the first reads rows of embeddings."""
+    return list(partition.stages_and_head[1:])
+
+
+def _weights_of(manifest: Manifest, stage: Stage) -> int:
+    return sum(manifest.weights[key].nbytes for key in set(stage.weights.values()))

@@ -1,0 +1,94 @@
+"""What a plan is made of: the sizes it depends on, what is held, and the predicted peak."""
+
+import math
+from dataclasses import dataclass
+
+# A later process is never of exactly this one's size, so a suggested budget leaves this much.
+_MARGIN = 1.02
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The sizes a plan depends on.
+
+    Attributes:
+        rows: rows of a batch (a pair of sentences is two).
+        seq_len: tokens (or samples) of the longest row; 1 for images.
+        rank: the largest rank of the adapter.
+        adapter_values: values in the adapter.
+        trained_values: those of them that train.
+    """
+
+    rows: int
+    seq_len: int
+    rank: int
+    adapter_values: int
+    trained_values: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a chain of stages holds in memory to save time.
+
+    Attributes:
+        stages: that many of the last stages keep what their backward pass needs.
+        logits: the output layer's logits are kept for the backward pass.
+        weights: pages of the weight file stay in the process.
+    """
+
+    stages: int = 0
+    logits: bool = False
+    weights: bool = False
+
+
+NOTHING_HELD = Held()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The predicted peak of one strategy, in bytes, by what it is made of.
+
+    `relative_step` is the predicted time of a step, that of the fastest strategy being 1.
+    """
+
+    strategy: str
+    exact: bool
+    process_bytes: int
+    session_bytes: int
+    activation_bytes: int
+    state_bytes: int
+    evaluation_bytes: int
+    held: Held = NOTHING_HELD
+    stages: int = 0
+    state_in_file: bool = False
+    relative_step: float = 1.0
+
+    @property
+    def label(self) -> str:
+        """The strategy, what it holds and where its state is."""
+        parts = [self.strategy]
+        if self.held.stages:
+            parts.append(f"{self.held.stages} of {self.stages} stages held")
+        if self.state_in_file:
+            parts.append("state in a file")
+        return ", ".join(parts)
+
+    @property
+    def training_bytes(self) -> int:
+        """Peak while training."""
+        return self.process_bytes + self.session_bytes + self.activation_bytes + self.state_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the whole update: training, or the evaluation before and after it."""
+        return max(self.training_bytes, self.process_bytes + self.state_bytes + self.evaluation_bytes)
+
+    @property
+    def smallest_budget_bytes(self) -> int:
+        """The budget to suggest: the peak and a small margin, in whole mebibytes."""
+        return suggested_budget(self.peak_bytes)
+
+
+def suggested_budget(peak_bytes: int) -> int:
+    """A peak and a small margin, in whole mebibytes."""
+    return math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
