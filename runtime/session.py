@@ -24,6 +24,10 @@ _ERRORS: tuple[type[Exception], ...] = (
     MemoryError,
 )
 
+# Folding would expand int4 and float16 weights to float32, and merging equal nodes would keep what a training
+# graph means to compute twice; the exporter has done what is to be done of both.
+_DISABLED_OPTIMIZERS = ["ConstantFolding", "CommonSubexpressionElimination"]
+
 
 def _options(threads: int, shared_arena: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
@@ -81,10 +85,8 @@ class GraphSession:
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )
         try:
-            # Folding would expand int4 and float16 weights to float32; the exporter has folded what is to be
-            # folded.
             session = ort.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS
             )
         except _ERRORS as error:
             raise BundleError(

@@ -27,19 +27,26 @@ class Copier:
 
     def copy(self, node: ir.Node) -> None:
         """Append a copy of `node`, whose operands are in the new graph or are constants."""
-        operands = [None if value is None else self._operand(value) for value in node.inputs]
-        # The new graph names them: names of the old one could meet names that it gives itself.
-        outputs = [ir.Value(shape=value.shape, type=value.type) for value in node.outputs]
-        copied = ir.Node(node.domain, node.op_type, operands, node.attributes.values(), outputs=outputs)
-        copied.metadata_props.update(node.metadata_props)
-        self.graph.append(copied)
-        self.values.update(zip(node.outputs, outputs, strict=True))
+        for value in node.inputs:
+            if value is not None:
+                self._add_constant(value)
+        self.graph.append(copied_node(node, self.values))
 
-    def _operand(self, value: ir.Value) -> ir.Value:
+    def _add_constant(self, value: ir.Value) -> None:
         if value not in self.values:
             tensor = value.const_value
             assert tensor is not None, f"{value.name} is neither copied nor a constant"
             self.values[value] = initializer(
                 self.graph, f"constant_{len(self.graph.initializers)}", ir.tensor(tensor.numpy())
             )
-        return self.values[value]
+
+
+def copied_node(node: ir.Node, values: dict[ir.Value, ir.Value]) -> ir.Node:
+    """A copy of `node` that reads of `values` what is there; its outputs are added to them."""
+    operands = [None if value is None else values.get(value, value) for value in node.inputs]
+    # The graph names the outputs: names of the old one could meet names that it gives itself.
+    outputs = [ir.Value(shape=value.shape, type=value.type) for value in node.outputs]
+    copied = ir.Node(node.domain, node.op_type, operands, node.attributes.values(), outputs=outputs)
+    copied.metadata_props.update(node.metadata_props)
+    values.update(zip(node.outputs, outputs, strict=True))
+    return copied

@@ -79,8 +79,9 @@ def choose_saved(graph: ir.Graph, forward: Collection[ir.Node]) -> Saved:
 
 
 def _nominal_bytes(value: ir.Value) -> int:
-    """The size of a value in a run of nominal size."""
-    assert value.shape is not None
+    """The size of a value in a run of nominal size; one of unknown shape is taken to be large."""
+    if value.shape is None:
+        return 2**20
     dims = [dim if isinstance(dim, int) else _nominal_size(str(dim.value)) for dim in value.shape]
     return max(math.prod(dims), 1) * (1 if value.dtype is None else value.dtype.itemsize)
 

@@ -8,6 +8,8 @@ from ..autodiff import differentiate
 from ..forward import Forward
 from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
+from .rematerialize import rematerialize
+from .sliced_loss import build_sliced_loss
 
 GRADIENT_PREFIX = "grad."
 
@@ -32,7 +34,7 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
     model = forward.model.clone()
     graph = model.graph
     output = next(value for value in graph.outputs if value.name == loss.output)
-    scalar = loss.build(graph, output)
+    scalar = build_sliced_loss(graph, loss, output) or loss.build(graph, output)
     graph.outputs[:] = [scalar]
     tidy(model)
     names = [name for slot in forward.slots for name in (slot.a_input, slot.b_input)]
@@ -47,6 +49,7 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
         gradient.name = f"{GRADIENT_PREFIX}{name}"
         graph.outputs.append(gradient)
     tidy(model)
+    rematerialize(model, scalar)
     return Joint(model, tuple(trainable))
 
 

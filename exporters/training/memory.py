@@ -138,7 +138,10 @@ def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.Inference
     options.enable_mem_pattern = False  # a plan would request everything at once
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return ort.InferenceSession(
-        graph, options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"]
+        graph,
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["ConstantFolding", "CommonSubexpressionElimination"],
     )
 
 
