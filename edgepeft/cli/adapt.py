@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 @click.option("--trainable", default="all", show_default=True, help="all, lora or modules_to_save.")
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
+@click.option(
+    "--accumulate",
+    "accumulation_steps",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Batches whose gradients make one step.",
+)
 @click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
 @click.option(
     "--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate."

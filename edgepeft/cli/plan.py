@@ -18,7 +18,7 @@ from edgepeft.sizes import format_size
 @click.option(
     "--seq-len", type=int, help="Tokens of the longest text (128 unless given), or samples (160,000)."
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
 @json_option()
@@ -56,7 +56,7 @@ def plan(
             assert task.text  # adapting text loads it, and its libraries stay
             task.release()
     rows = batch_size * task.rows_per_record
-    sizes = workload(start, names, rows, options.tokens(opened.manifest))
+    sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
     candidates = plans(opened.manifest, sizes, read_memory().resident_bytes)
     fits: str | None = None
     failure: BudgetError | None = None

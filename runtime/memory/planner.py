@@ -15,10 +15,9 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# Parameters, gradients and two moments, float32 each; the values that training starts from take the place of
-# the adapter's own, which the process holds already.
-_BYTES_PER_TRAINED_VALUE = 4 * 4
-_BYTES_PER_MAPPED_MOMENTS = 2 * 4
+# The values that training starts from take the place of the adapter's own, which the process holds already.
+_BYTES_PER_PARAMETER = 4
+_BYTES_PER_MOMENTS = 2 * 4
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
@@ -39,6 +38,7 @@ class Workload:
         rank: the largest rank of the adapter.
         adapter_values: values in the adapter.
         trained_values: those of them that train.
+        gradient_bytes: of a trained value's gradient; twice as many where gradients are added up.
     """
 
     rows: int
@@ -46,6 +46,7 @@ class Workload:
     rank: int
     adapter_values: int
     trained_values: int
+    gradient_bytes: int = 4
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,12 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
         + _loss_bytes(manifest, workload)
     )
     untrained = workload.adapter_values - workload.trained_values
-    state_bytes = _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
+    value_bytes = _BYTES_PER_PARAMETER + workload.gradient_bytes + _BYTES_PER_MOMENTS
+    state_bytes = value_bytes * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
     base_bytes = (0, 0)
     if has_drift_penalty(manifest):  # the base model runs beside the training graph
         base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
-    mapped_bytes = _BYTES_PER_MAPPED_MOMENTS * workload.trained_values
+    mapped_bytes = _BYTES_PER_MOMENTS * workload.trained_values
     return [
         Plan(
             strategy=strategy.name,

@@ -180,7 +180,7 @@ class Update:
         total_steps = self._total_steps(len(train_on))
         release_freed_memory()
         rows = min(options.batch_size, len(examples)) * task.rows_per_record
-        sizes = workload(adapter, names, rows, max(example.length for example in examples))
+        sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
         plan = choose(
             plans(bundle.manifest, sizes, read_memory().resident_bytes),
             self._budget_bytes,
@@ -206,7 +206,7 @@ class Update:
 
     def _total_steps(self, count: int) -> int:
         options = self._options
-        per_epoch = steps_per_epoch(count, options.batch_size, self._task.minimum_batch)
+        per_epoch = steps_per_epoch(count, options.records_per_step, self._task.minimum_batch)
         total = options.steps or options.epochs * per_epoch
         limit = self._bundle.manifest.policy.max_steps
         if limit is not None and total > limit:
@@ -313,7 +313,9 @@ class Update:
         )
 
 
-def workload(adapter: Adapter, names: list[str], rows: int, seq_len: int) -> Workload:
+def workload(
+    adapter: Adapter, names: list[str], rows: int, seq_len: int, options: TrainingOptions
+) -> Workload:
     """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on."""
     return Workload(
         rows=rows,
@@ -321,6 +323,7 @@ def workload(adapter: Adapter, names: list[str], rows: int, seq_len: int) -> Wor
         rank=max((adapter.rank(module) for module in adapter.modules), default=0),
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),
+        gradient_bytes=4 if options.accumulation_steps == 1 else 8,
     )
 
 

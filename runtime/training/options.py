@@ -23,7 +23,8 @@ class TrainingOptions:
         trainable: `all`, only the `lora` factors, or only `modules_to_save`.
         steps: optimizer steps; None derives them from `epochs`.
         epochs: passes over the training records.
-        batch_size: records (or pairs) a step.
+        batch_size: records (or pairs) that are computed at once.
+        accumulation_steps: batches whose gradients make one step, as one batch of all their records would.
         seq_len: tokens a text is cut to, or samples a recording; None is 128 tokens or 160,000 samples, or
             the model's maximum if that is less. Images have none.
         learning_rate: peak rate.
@@ -43,6 +44,7 @@ class TrainingOptions:
     steps: int | None = None
     epochs: int = 1
     batch_size: int = 8
+    accumulation_steps: int = 1
     seq_len: int | None = None
     learning_rate: float = 2e-4
     warmup_steps: int = 0
@@ -65,6 +67,7 @@ class TrainingOptions:
             ("steps", self.steps, 1),
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 1),
+            ("accumulation_steps", self.accumulation_steps, 1),
             ("seq_len", self.seq_len, 2),
             ("warmup_steps", self.warmup_steps, 0),
             ("seed", self.seed, 0),
@@ -107,6 +110,11 @@ class TrainingOptions:
         limit = manifest.policy.max_steps
         if limit is not None and self.steps is not None and self.steps > limit:
             raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")
+
+    @property
+    def records_per_step(self) -> int:
+        """Records (or pairs) of one optimizer step."""
+        return self.batch_size * self.accumulation_steps
 
     def tokens(self, manifest: Manifest) -> int:
         """Tokens a text is cut to, or samples a recording; 1 for images."""
