@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
-@click.option("--trainable", default="all", show_default=True, help="all, lora or modules_to_save.")
+@click.option("--trainable", default="all", show_default=True, help="all, lora, lora_B or modules_to_save.")
+@click.option(
+    "--top-blocks", type=int, help="Train only the adapters of so many topmost blocks, and saved modules."
+)
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")

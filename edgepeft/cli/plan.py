@@ -49,7 +49,7 @@ def plan(
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size)
     options.check(opened.manifest)
     start = starting_adapter(opened, options)
-    names = trained_names(opened.manifest, start, options.trainable)
+    names = trained_names(opened.manifest, start, options)
     task = task_for(opened)
     with contextlib.suppress(MissingExtraError):
         if "tokenizer.json" in opened.manifest.files:

@@ -43,7 +43,8 @@ OnStep = Callable[[Step], None]
 class _Prepared:
     """Everything that is known before the first session is opened."""
 
-    adapter: Adapter
+    adapter: Adapter  # without its tensors
+    untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
     train_on: list[Example]
     held_out: list[Example]
@@ -173,7 +174,7 @@ class Update:
         """Read the adapter and the records, and plan; a budget that cannot be met is refused here."""
         bundle, options, task = self._bundle, self._options, self._task
         adapter = starting_adapter(bundle, options)
-        names = trained_names(bundle.manifest, adapter, options.trainable)
+        names = trained_names(bundle.manifest, adapter, options)
         examples = task.encode_all(records(self._source), options.tokens(bundle.manifest), training=True)
         task.release()
         train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
@@ -193,7 +194,8 @@ class Update:
         # The trained tensors are in the inputs now, so the adapter's own go.
         untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
         return _Prepared(
-            adapter=adapter.with_tensors(untrained, adapter.origin),
+            adapter=adapter.with_tensors({}, adapter.origin),
+            untrained=untrained,
             plan=plan,
             train_on=[examples[index] for index in train_on],
             held_out=[examples[index] for index in held_out],
@@ -295,7 +297,7 @@ class Update:
 
     def _keep(self, prepared: _Prepared, report: AdaptReport) -> None:
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
-        tensors = {**prepared.adapter.tensors, **trained}
+        tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())

@@ -10,7 +10,7 @@ from edgepeft.runtime.training.schedule import SCHEDULES
 DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000
 """Ten seconds at 16 kHz."""
-TRAINABLE = ("all", "lora", "modules_to_save")
+TRAINABLE = ("all", "lora", "lora_B", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class TrainingOptions:
     Attributes:
         adapter: name (or path) of the adapter to start from; None takes the bundle's first.
         rank: start a fresh LoRA of this rank on every slot instead.
-        trainable: `all`, only the `lora` factors, or only `modules_to_save`.
+        trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), or only
+            `modules_to_save`.
+        top_blocks: train only the adapters of so many of the topmost transformer blocks, and saved modules.
         steps: optimizer steps; None derives them from `epochs`.
         epochs: passes over the training records.
         batch_size: records (or pairs) that are computed at once.
@@ -41,6 +43,7 @@ class TrainingOptions:
     adapter: str | None = None
     rank: int | None = None
     trainable: str = "all"
+    top_blocks: int | None = None
     steps: int | None = None
     epochs: int = 1
     batch_size: int = 8
@@ -64,6 +67,7 @@ class TrainingOptions:
         """
         for name, value, low in (
             ("rank", self.rank, 1),
+            ("top_blocks", self.top_blocks, 1),
             ("steps", self.steps, 1),
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 1),
