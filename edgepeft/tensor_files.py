@@ -19,6 +19,7 @@ from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_file
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_STATE = ("F32", "U8")
 
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -45,6 +46,22 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
                 with np.errstate(over="ignore"):  # a float64 out of range becomes inf, refused by the caller
                     tensors[name] = file.get_tensor(name).astype(np.float32, copy=False)
     return _with_bfloat16(path, tensors, halves) if halves else tensors
+
+
+def read_state(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    """All tensors of a safetensors file as they are, float32 or uint8, by name.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or holds another dtype.
+    """
+    tensors: dict[str, npt.NDArray[np.generic]] = {}
+    with _opened(path) as file:
+        for name in file.keys():  # noqa: SIM118
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in _STATE:
+                raise AdapterError(f"{path}: tensor {name!r} has dtype {dtype!r}, expected F32 or U8")
+            tensors[name] = file.get_tensor(name)
+    return tensors
 
 
 def _with_bfloat16(
@@ -86,10 +103,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
+    tensors: Mapping[str, npt.NDArray[np.generic]],
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """Write float32 tensors as a safetensors file.
+    """Write tensors as a safetensors file.
 
     Raises:
         EdgePeftError: the file cannot be written.

@@ -30,6 +30,7 @@ from .training.chain_memory import measure_chain_peaks
 from .training.joint import build_joint, build_loss
 from .training.memory import measure_peaks
 from .training.optimizer import build_adamw, build_grad_norm
+from .training.optimizer8 import build_adamw8
 from .training.probe import STAGES, measure_session_bytes
 from .verify import verify_bundle
 from .verify_file import verify_against_file
@@ -236,7 +237,7 @@ def _write(
         joint = build_joint(training, trained)
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
-        models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
+        models |= {"adamw": build_adamw(), "adamw8": build_adamw8(), "grad_norm": build_grad_norm()}
         # In stages there is no room for the base model's logits.
         partition = build_partition(training, loss) if trained is loss else None
         models |= {} if partition is None else partition.graphs

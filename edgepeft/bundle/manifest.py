@@ -242,7 +242,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. Graphs are keyed by role: `inference`, `loss`, `train`, `adamw`, `grad_norm`."""
+    """`manifest.json`. Graphs are keyed by role: `inference`, `loss`, `train`, `adamw`, `adamw8`, `grad_norm`
+    and those that the partition names."""
 
     format_version: int
     edgepeft_version: str

@@ -45,6 +45,13 @@ if TYPE_CHECKING:
 @click.option("--schedule", default="linear", show_default=True, help="linear, cosine or constant.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's weight decay.")
 @click.option(
+    "--optimizer-state",
+    type=click.Choice(["32bit", "8bit"]),
+    default="32bit",
+    show_default=True,
+    help="How AdamW's moments are kept.",
+)
+@click.option(
     "--max-grad-norm", type=float, default=1.0, show_default=True, help="Clip to this norm; 0: never."
 )
 @click.option(

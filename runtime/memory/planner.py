@@ -17,7 +17,6 @@ CHUNK_VALUES = 2**16
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
 # The values that training starts from take the place of the adapter's own, which the process holds already.
 _BYTES_PER_PARAMETER = 4
-_BYTES_PER_MOMENTS = 2 * 4
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
@@ -39,6 +38,7 @@ class Workload:
         adapter_values: values in the adapter.
         trained_values: those of them that train.
         gradient_bytes: of a trained value's gradient; twice as many where gradients are added up.
+        moment_bytes: of what the optimizer keeps of a trained value.
     """
 
     rows: int
@@ -47,6 +47,7 @@ class Workload:
     adapter_values: int
     trained_values: int
     gradient_bytes: int = 4
+    moment_bytes: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -104,12 +105,12 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
         + _loss_bytes(manifest, workload)
     )
     untrained = workload.adapter_values - workload.trained_values
-    value_bytes = _BYTES_PER_PARAMETER + workload.gradient_bytes + _BYTES_PER_MOMENTS
-    state_bytes = value_bytes * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
+    value_bytes = _BYTES_PER_PARAMETER + workload.gradient_bytes
+    mapped_bytes = int(workload.moment_bytes * workload.trained_values)
+    state_bytes = value_bytes * workload.trained_values + mapped_bytes + 4 * untrained + _OPTIMIZER_BYTES
     base_bytes = (0, 0)
     if has_drift_penalty(manifest):  # the base model runs beside the training graph
         base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
-    mapped_bytes = _BYTES_PER_MOMENTS * workload.trained_values
     return [
         Plan(
             strategy=strategy.name,

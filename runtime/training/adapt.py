@@ -14,6 +14,7 @@ import numpy.typing as npt
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
 from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
@@ -188,7 +189,8 @@ class Update:
         )
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
         moments_in = self._output.parent if plan.mapped_moments else None
-        state = TrainingState({name: inputs[name] for name in names}, moments_in)
+        optimizer = OPTIMIZER_STATES[options.optimizer_state]
+        state = TrainingState({name: inputs[name] for name in names}, moments_in, optimizer)
         known_by = fingerprint(bundle, options, adapter, examples, total_steps)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
@@ -326,6 +328,7 @@ def workload(
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),
         gradient_bytes=4 if options.accumulation_steps == 1 else 8,
+        moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value,
     )
 
 

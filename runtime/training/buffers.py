@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
 from edgepeft.errors import EdgePeftError
 
 FloatArray = npt.NDArray[np.float32]
@@ -17,7 +18,7 @@ _ALIGNMENT_VALUES = 16  # 64 bytes, what onnxruntime's kernels read fastest
 
 
 class TrainingState:
-    """The trained tensors and what AdamW keeps of them.
+    """The trained tensors and what the optimizer keeps of them.
 
     Graphs read `parameters` and write `gradients` in place; the optimizer runs over the flat buffers. The
     gaps between tensors stay zero under AdamW, because their gradients are.
@@ -25,21 +26,34 @@ class TrainingState:
     Args:
         tensors: starting values by graph input name, in the graphs' layout. They are kept, to measure the
             update against, and must not change.
-        moments_in: folder of a nameless file that AdamW's moments are mapped from; None keeps them in memory.
+        moments_in: folder of a nameless file that the moments are mapped from; None keeps them in memory.
+        optimizer: what the optimizer keeps of each value.
+
+    Attributes:
+        param, grad: float32, flat.
+        moments: the optimizer's buffers by the names that its graph gives them, flat.
+        parameters, gradients: views of tensors, by name.
+        start: `tensors`.
+        count: values of all tensors.
 
     Raises:
         EdgePeftError: the file cannot be made.
     """
 
-    def __init__(self, tensors: Mapping[str, FloatArray], moments_in: Path | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, FloatArray],
+        moments_in: Path | None = None,
+        optimizer: OptimizerState = OPTIMIZER_STATES["32bit"],
+    ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size = 0
+        size, alignment = 0, max(_ALIGNMENT_VALUES, optimizer.block)
         for name, tensor in tensors.items():
             self._places[name] = (size, tensor.shape)
-            size += -(-tensor.size // _ALIGNMENT_VALUES) * _ALIGNMENT_VALUES
-        self._moments = None if moments_in is None else _mapped_file(moments_in, 2 * 4 * max(size, 1))
+            size += -(-tensor.size // alignment) * alignment
         self.param, self.grad = np.zeros(size, np.float32), np.zeros(size, np.float32)
-        self.exp_avg, self.exp_avg_sq = self._zero_moments(size)
+        self._file: mmap.mmap | None = None
+        self.moments = self._zero_moments(optimizer, size, moments_in)
         self.parameters = self._views(self.param)
         self.gradients = self._views(self.grad)
         for name, tensor in tensors.items():
@@ -47,16 +61,26 @@ class TrainingState:
         self.start = dict(tensors)
         self.count = sum(tensor.size for tensor in tensors.values())
 
-    def _zero_moments(self, size: int) -> tuple[FloatArray, FloatArray]:
-        if self._moments is None:
-            return np.zeros(size, np.float32), np.zeros(size, np.float32)
-        both = np.frombuffer(self._moments, np.float32, 2 * size)
-        return both[:size], both[size:]
+    def _zero_moments(
+        self, optimizer: OptimizerState, size: int, folder: Path | None
+    ) -> dict[str, npt.NDArray[np.generic]]:
+        counts = {name: size // item.values for name, item in optimizer.buffers.items()}
+        dtypes = {name: np.dtype(item.dtype) for name, item in optimizer.buffers.items()}
+        if folder is None:
+            return {name: np.zeros(count, dtypes[name]) for name, count in counts.items()}
+        self._file = _mapped_file(
+            folder, max(sum(count * dtypes[name].itemsize for name, count in counts.items()), 1)
+        )
+        moments, offset = {}, 0
+        for name, count in counts.items():
+            moments[name] = np.frombuffer(self._file, dtypes[name], count, offset)
+            offset += moments[name].nbytes
+        return moments
 
     def release_moments(self) -> None:
         """Take mapped moments out of the process; the system writes them back when it wants their memory."""
-        if self._moments is not None and hasattr(self._moments, "madvise"):
-            self._moments.madvise(mmap.MADV_DONTNEED)
+        if self._file is not None and hasattr(self._file, "madvise"):
+            self._file.madvise(mmap.MADV_DONTNEED)
 
     def _views(self, flat: FloatArray) -> dict[str, FloatArray]:
         return {

@@ -1,7 +1,7 @@
 """The state of an interrupted update, in one file that is always whole.
 
-It holds the trained tensors, AdamW's moments and where the run stands. Batches are a function of the seed and
-the step, so nothing else is needed to continue bit for bit.
+It holds the trained tensors, the optimizer's moments and where the run stands. Batches are a function of the
+seed and the step, so nothing else is needed to continue bit for bit.
 """
 
 import json
@@ -13,10 +13,9 @@ import numpy as np
 
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+from edgepeft.tensor_files import read_metadata, read_state, write_tensors
 
 _KEY = "edgepeft_training_state"
-_BUFFERS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -53,7 +52,7 @@ def save_checkpoint(
     """
     write_tensors(
         path,
-        {name: getattr(state, name) for name in _BUFFERS},
+        {"param": state.param, **state.moments},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
     )
 
@@ -68,7 +67,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
         return None
     try:
         saved = json.loads(read_metadata(path).get(_KEY, "null"))
-        tensors = read_tensors(path)
+        tensors = read_state(path)
     except (AdapterError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no checkpoint ({error}): remove it to start over") from error
     theirs = saved.get("fingerprint") if isinstance(saved, dict) else None
@@ -80,9 +79,8 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
                 "give what it was made with, or start over without --resume"
             )
-    for name in _BUFFERS:
-        buffer = getattr(state, name)
-        if name not in tensors or tensors[name].shape != buffer.shape:
+    for name, buffer in {"param": state.param, **state.moments}.items():
+        if name not in tensors or (tensors[name].shape, tensors[name].dtype) != (buffer.shape, buffer.dtype):
             raise UsageError(f"{path}: its {name} is not of this update: start over without --resume")
         np.copyto(buffer, tensors[name])
     try:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.training.batches import StepBatches
@@ -58,7 +59,7 @@ class GradientDescent:
         self._drift: Drift | None = None
         with ExitStack() as opened:
             adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
-            self._optimizer = AdamW(bundle, state, adamw)
+            self._optimizer = AdamW(bundle, state, adamw, OPTIMIZER_STATES[options.optimizer_state])
             opened.callback(self._optimizer.close)
             if has_drift_penalty(bundle.manifest):
                 weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.errors import UsageError
 from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.training.schedule import SCHEDULES
@@ -33,6 +34,7 @@ class TrainingOptions:
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
         weight_decay: of AdamW.
+        optimizer_state: `32bit` moments of AdamW, or `8bit` ones, which need a quarter of the memory.
         max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
         drift_weight: of the drift penalty, in a bundle that was exported with one.
         eval_fraction: share of the records that is held out to judge the update.
@@ -53,6 +55,7 @@ class TrainingOptions:
     warmup_steps: int = 0
     schedule: str = "linear"
     weight_decay: float = 0.0
+    optimizer_state: str = "32bit"
     max_grad_norm: float = 1.0
     drift_weight: float | None = None
     eval_fraction: float = 0.1
@@ -93,9 +96,16 @@ class TrainingOptions:
         for name, choice, choices in (
             ("schedule", self.schedule, SCHEDULES),
             ("trainable", self.trainable, TRAINABLE),
+            ("optimizer_state", self.optimizer_state, tuple(OPTIMIZER_STATES)),
         ):
             if choice not in choices:
                 raise UsageError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+        role = OPTIMIZER_STATES[self.optimizer_state].role
+        if manifest.strategies and role not in manifest.graphs:
+            raise UsageError(
+                f"optimizer_state is {self.optimizer_state!r}, but the bundle has no graph {role!r}: export "
+                "it again"
+            )
         if self.rank is not None and self.adapter is not None:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
