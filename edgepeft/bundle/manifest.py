@@ -170,7 +170,8 @@ class Partition:
 class Strategy:
     """A way to train: the graph it runs (null: the stages of the partition) and what it needs.
 
-    `exact` is false for zeroth-order methods.
+    `exact` is false for zeroth-order methods, which run the stages' forward graphs or, where there is no
+    partition, the inference graph and the loss.
     """
 
     name: str

@@ -63,6 +63,11 @@ if TYPE_CHECKING:
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the split, batches and fresh adapters."
 )
+@click.option(
+    "--strategy",
+    help="How to train: resident, streamed, or forward-only, which estimates gradients by forward passes and "
+    "needs many more steps. The first with exact gradients that fits unless given.",
+)
 @click.option("--resume", is_flag=True, help="Continue an interrupted update to the same output.")
 @json_option()
 def adapt(bundle: str, data: str, budget: int, output: str, as_json: bool, **options: Any) -> None:
@@ -119,6 +124,11 @@ def _table(report: dict[str, Any]) -> str:
             "short",
         ],
         ["steps", f"{report['steps']} of {seconds['step']:.3f} s, {seconds['total']:.1f} s in all"],
+        *(
+            []
+            if report["exact_gradients"]
+            else [["gradients", "estimated by forward passes: expect to need many more steps"]]
+        ),
         ["loss", f"{report['losses'][0]:.4f} to {report['losses'][-1]:.4f}"],
         *(
             [

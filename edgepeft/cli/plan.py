@@ -69,7 +69,7 @@ def plan(
         "batch_size": batch_size,
         "seq_len": sizes.seq_len,
         "chosen": fits,
-        "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates),
+        "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates if item.exact),
         "strategies": [
             {**dataclasses.asdict(item), "strategy": item.label, "peak_bytes": item.peak_bytes}
             for item in candidates

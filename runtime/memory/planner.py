@@ -15,8 +15,11 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# The values that training starts from take the place of the adapter's own, which the process holds already.
-_BYTES_PER_PARAMETER = 4
+# A parameter or an input; the values that training starts from take the place of the adapter's own, which the
+# process holds already.
+_BYTES_PER_VALUE = 4
+# A piece of the direction that forward-only training goes in.
+_DIRECTION_BYTES = 4 * CHUNK_VALUES
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
@@ -65,7 +68,9 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The strategy, and where the optimizer's moments are if not in memory."""
+        """The strategy, where the optimizer's moments are if not in memory, if gradients are estimates."""
+        if not self.exact:
+            return f"{self.strategy}, estimated gradients"
         return f"{self.strategy}, moments in a file" if self.mapped_moments else self.strategy
 
     @property
@@ -104,10 +109,9 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
         + _run_bytes(inference.activation_bytes(*sizes))
         + _loss_bytes(manifest, workload)
     )
-    untrained = workload.adapter_values - workload.trained_values
-    value_bytes = _BYTES_PER_PARAMETER + workload.gradient_bytes
+    adapter_bytes = _BYTES_PER_VALUE * workload.adapter_values
     mapped_bytes = int(workload.moment_bytes * workload.trained_values)
-    state_bytes = value_bytes * workload.trained_values + mapped_bytes + 4 * untrained + _OPTIMIZER_BYTES
+    descent_bytes = workload.gradient_bytes * workload.trained_values + mapped_bytes + _OPTIMIZER_BYTES
     base_bytes = (0, 0)
     if has_drift_penalty(manifest):  # the base model runs beside the training graph
         base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
@@ -118,37 +122,49 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
             process_bytes=process_bytes,
             session_bytes=strategy.memory.session_bytes + base_bytes[0],
             activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
-            state_bytes=state_bytes
+            state_bytes=adapter_bytes
+            + (descent_bytes if strategy.exact else _DIRECTION_BYTES)
             + _batch_bytes(manifest, strategy.graph or "train", workload)
             - (mapped_bytes if mapped_moments else 0),
             # In stages, judging is a part of what training does.
-            evaluation_bytes=evaluation_bytes if strategy.graph else 0,
+            evaluation_bytes=evaluation_bytes if strategy.graph or manifest.partition is None else 0,
             mapped_moments=mapped_moments,
         )
         for strategy in manifest.strategies
-        for mapped_moments in ((False,) if strategy.graph else (False, True))
+        for mapped_moments in ((False,) if strategy.graph or not strategy.exact else (False, True))
     ]
 
 
 def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     """The first plan that fits the budget; without a budget, the first.
 
+    One without exact gradients is chosen only where there is no other.
+
     Raises:
         BudgetError: none fits; the error names the smallest budget that would do.
     """
+    eligible = [plan for plan in candidates if plan.exact] or candidates
     if budget_bytes is None:
-        return candidates[0]
-    for plan in candidates:
+        return eligible[0]
+    for plan in eligible:
         if plan.peak_bytes <= budget_bytes:
             return plan
-    best = min(candidates, key=lambda plan: plan.peak_bytes)
+    best = min(eligible, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
+    others = (plan for plan in candidates if plan not in eligible and plan.peak_bytes <= budget_bytes)
+    other = next(others, None)
+    remedy = ""
+    if other is not None:
+        remedy = (
+            f"; --strategy {other.strategy} fits with {format_size(other.peak_bytes)}, but estimates its "
+            "gradients and needs many more steps"
+        )
     raise BudgetError(
         f"training needs {format_size(best.peak_bytes)} with strategy {best.label} (process "
         f"{format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, activations "
         f"{format_size(best.activation_bytes)}, adapter and optimizer {format_size(best.state_bytes)}, "
         f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "
-        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len",
+        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len{remedy}",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )

@@ -135,6 +135,7 @@ class Update:
                 output=str(self._output),
                 decision="kept" if kept else "rejected",
                 strategy=prepared.plan.label,
+                exact_gradients=prepared.plan.exact,
                 options=dataclasses.asdict(self._options),
                 trained_tensors=len(prepared.state.parameters),
                 trained_values=prepared.state.count,
@@ -183,15 +184,15 @@ class Update:
         release_freed_memory()
         rows = min(options.batch_size, len(examples)) * task.rows_per_record
         sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
-        plan = choose(
-            plans(bundle.manifest, sizes, read_memory().resident_bytes),
-            self._budget_bytes,
-        )
+        candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes)
+        if options.strategy is not None:
+            candidates = [item for item in candidates if item.strategy == options.strategy]
+        plan = choose(candidates, self._budget_bytes)
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
         moments_in = self._output.parent if plan.mapped_moments else None
-        optimizer = OPTIMIZER_STATES[options.optimizer_state]
+        optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
         state = TrainingState({name: inputs[name] for name in names}, moments_in, optimizer)
-        known_by = fingerprint(bundle, options, adapter, examples, total_steps)
+        known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
         untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}

@@ -27,10 +27,11 @@ class TrainingState:
         tensors: starting values by graph input name, in the graphs' layout. They are kept, to measure the
             update against, and must not change.
         moments_in: folder of a nameless file that the moments are mapped from; None keeps them in memory.
-        optimizer: what the optimizer keeps of each value.
+        optimizer: what the optimizer keeps of each value; None for a way to train that has neither gradients
+            nor moments.
 
     Attributes:
-        param, grad: float32, flat.
+        param, grad: float32, flat; no gradients without an optimizer.
         moments: the optimizer's buffers by the names that its graph gives them, flat.
         parameters, gradients: views of tensors, by name.
         start: `tensors`.
@@ -44,18 +45,19 @@ class TrainingState:
         self,
         tensors: Mapping[str, FloatArray],
         moments_in: Path | None = None,
-        optimizer: OptimizerState = OPTIMIZER_STATES["32bit"],
+        optimizer: OptimizerState | None = OPTIMIZER_STATES["32bit"],
     ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size, alignment = 0, max(_ALIGNMENT_VALUES, optimizer.block)
+        size, alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
         for name, tensor in tensors.items():
             self._places[name] = (size, tensor.shape)
             size += -(-tensor.size // alignment) * alignment
-        self.param, self.grad = np.zeros(size, np.float32), np.zeros(size, np.float32)
+        self.param = np.zeros(size, np.float32)
+        self.grad = np.zeros(0 if optimizer is None else size, np.float32)
         self._file: mmap.mmap | None = None
-        self.moments = self._zero_moments(optimizer, size, moments_in)
+        self.moments = {} if optimizer is None else self._zero_moments(optimizer, size, moments_in)
         self.parameters = self._views(self.param)
-        self.gradients = self._views(self.grad)
+        self.gradients = {} if optimizer is None else self._views(self.grad)
         for name, tensor in tensors.items():
             self.parameters[name][...] = tensor
         self.start = dict(tensors)

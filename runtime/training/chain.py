@@ -66,7 +66,9 @@ class Chain:
     def evaluate(self, batch: Mapping[str, Array]) -> dict[str, npt.NDArray[np.float32]]:
         """`loss`, and the task's output where the head has it whole."""
         context = self._context(batch)
-        hidden = self._forward(context)[-1]
+        hidden: ort.OrtValue | None = None
+        for stage in self._partition.stages:
+            hidden = self._run_forward(stage, context, hidden)
         if self._sliced is not None:
             assert hidden is not None
             loss, _ = self._sliced.loss(hidden, batch["labels"])
@@ -140,10 +142,17 @@ class Chain:
         """What goes into each stage and, where the head is sliced, into the head; nothing into the first."""
         hidden: list[ort.OrtValue | None] = [None]
         for stage in self._partition.stages:
-            session = self._bound(stage.forward, stage, context, hidden[-1])
-            hidden.append(session.run_for(["hidden.out"])["hidden.out"])
-            self._weights.release()
+            hidden.append(self._run_forward(stage, context, hidden[-1]))
         return hidden
+
+    def _run_forward(
+        self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None
+    ) -> ort.OrtValue:
+        """What a stage hands on."""
+        session = self._bound(stage.forward, stage, context, hidden)
+        out = session.run_for(["hidden.out"])["hidden.out"]
+        self._weights.release()
+        return out
 
     def _context(self, batch: Mapping[str, Array]) -> dict[str, Value]:
         """The batch, and what the stages share."""

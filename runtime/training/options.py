@@ -34,6 +34,8 @@ class TrainingOptions:
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
         weight_decay: of AdamW.
+        strategy: how to train, by its name in the manifest; None takes the first with exact gradients that
+            fits the budget.
         optimizer_state: `32bit` moments of AdamW, or `8bit` ones, which need a quarter of the memory.
         max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
         drift_weight: of the drift penalty, in a bundle that was exported with one.
@@ -55,6 +57,7 @@ class TrainingOptions:
     warmup_steps: int = 0
     schedule: str = "linear"
     weight_decay: float = 0.0
+    strategy: str | None = None
     optimizer_state: str = "32bit"
     max_grad_norm: float = 1.0
     drift_weight: float | None = None
@@ -100,6 +103,7 @@ class TrainingOptions:
         ):
             if choice not in choices:
                 raise UsageError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+        self._check_strategy(manifest)
         role = OPTIMIZER_STATES[self.optimizer_state].role
         if manifest.strategies and role not in manifest.graphs:
             raise UsageError(
@@ -124,6 +128,19 @@ class TrainingOptions:
         limit = manifest.policy.max_steps
         if limit is not None and self.steps is not None and self.steps > limit:
             raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")
+
+    def _check_strategy(self, manifest: Manifest) -> None:
+        if self.strategy is None:
+            return
+        exact = {strategy.name: strategy.exact for strategy in manifest.strategies}
+        if self.strategy not in exact:
+            raise UsageError(
+                f"strategy is {self.strategy!r}, the bundle has {', '.join(exact) or 'none: export it again'}"
+            )
+        if not exact[self.strategy] and self.optimizer_state != "32bit":
+            raise UsageError(
+                f"optimizer_state is {self.optimizer_state!r}, but {self.strategy} keeps none: leave it out"
+            )
 
     @property
     def records_per_step(self) -> int:

@@ -14,7 +14,8 @@ from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.batches import step_batches
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress
-from edgepeft.runtime.training.descent import GradientDescent
+from edgepeft.runtime.training.descent import GradientDescent, Stepper
+from edgepeft.runtime.training.forward_only import ForwardOnly
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.schedule import learning_rate
 
@@ -71,7 +72,11 @@ def train(
         UpdateRejectedError: the loss or a gradient is not a number any more.
     """
     options = schedule.options
-    stepper = GradientDescent(bundle, strategy, constants, state, options, threads)
+    stepper: Stepper
+    if strategy.exact:
+        stepper = GradientDescent(bundle, strategy, constants, state, options, threads)
+    else:
+        stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
     try:
         while progress.step < schedule.total_steps:
             batches = step_batches(task, examples, options, progress.step)
