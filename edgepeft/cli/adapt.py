@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.sizes import format_size
 
@@ -22,21 +22,10 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
-@click.option("--trainable", default="all", show_default=True, help="all, lora, lora_B or modules_to_save.")
-@click.option(
-    "--top-blocks", type=int, help="Train only the adapters of so many topmost blocks, and saved modules."
-)
+@memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
-@click.option(
-    "--accumulate",
-    "accumulation_steps",
-    type=int,
-    default=1,
-    show_default=True,
-    help="Batches whose gradients make one step.",
-)
 @click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
 @click.option(
     "--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate."
@@ -44,13 +33,6 @@ if TYPE_CHECKING:
 @click.option("--warmup-steps", type=int, default=0, show_default=True, help="Steps of rising learning rate.")
 @click.option("--schedule", default="linear", show_default=True, help="linear, cosine or constant.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's weight decay.")
-@click.option(
-    "--optimizer-state",
-    type=click.Choice(["32bit", "8bit"]),
-    default="32bit",
-    show_default=True,
-    help="How AdamW's moments are kept.",
-)
 @click.option(
     "--max-grad-norm", type=float, default=1.0, show_default=True, help="Clip to this norm; 0: never."
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
 from edgepeft.errors import BudgetError, MissingExtraError
 from edgepeft.sizes import format_size
 
@@ -21,6 +21,7 @@ from edgepeft.sizes import format_size
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
+@memory_options()
 @json_option()
 def plan(
     bundle: str,
@@ -30,6 +31,7 @@ def plan(
     adapter: str | None,
     rank: int | None,
     as_json: bool,
+    **switches: Any,
 ) -> None:
     """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget.
 
@@ -46,7 +48,7 @@ def plan(
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
 
     opened = open_bundle(bundle)
-    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size)
+    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
     start = starting_adapter(opened, options)
     names = trained_names(opened.manifest, start, options)

@@ -1,15 +1,18 @@
 """Training by forward passes on exported bundles: in stages and without, in a budget, never unasked."""
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
+from edgepeft.cli import main
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.exporters.training.feeds import axis_sizes, sample_adapter, sample_batch
 from edgepeft.exporters.training.memory import read_profile
@@ -108,6 +111,40 @@ def test_it_is_not_chosen_unasked_but_named(switched: Switched, tmp_path: Path) 
             device.adapt(
                 data_of("decoder"), tmp_path / "out", resume=True, **{**OPTIONS, "strategy": "resident"}
             )
+
+
+def test_the_commands_say_what_it_is(switched: Switched, tmp_path: Path) -> None:
+    """`plan` lists it with the switches' effect, `adapt` warns of it."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in data_of("decoder")))
+
+    def run(*arguments: object) -> str:
+        done = CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout
+
+    plan = ("plan", switched("decoder"), "--budget", "4GiB", "--seq-len", "16")
+    text = run(*plan)
+    assert "forward-only, estimated gradients" in text
+    state_bytes = [
+        json.loads(run(*plan, "--json", *switches))["strategies"][0]["state_bytes"]
+        for switches in (
+            ("--accumulate", "4"),
+            (),
+            ("--optimizer-state", "8bit"),
+            ("--trainable", "lora_B"),
+            ("--trainable", "lora_B", "--top-blocks", "1"),
+        )
+    ]
+    assert state_bytes == sorted(state_bytes, reverse=True)
+    assert len(set(state_bytes)) == 5
+    options = ("--strategy", "forward-only", "--steps", "20", "--lr", "3e-3", "--seq-len", "16")
+    done = run(
+        *("adapt", switched("decoder"), "--data", data, "--budget", "4GiB", "-o", tmp_path / "out"),
+        *(*options, "--eval-fraction", "0.25", "--batch-size", "4", "--accumulate", "2"),
+        *("--max-grad-norm", "10"),
+    )
+    assert "estimated by forward passes: expect to need many more steps" in done
 
 
 def test_the_formula_is_that_of_the_forward_chain(switched: Switched, tmp_path: Path) -> None:
