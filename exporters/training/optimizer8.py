@@ -79,7 +79,7 @@ def _positive_entries(signed: bool) -> np.ndarray:
 def _midpoints(signed: bool) -> np.ndarray:
     """Magnitudes from which the next entry is the nearest, float64; the last belongs to one."""
     entries = np.concatenate([[0.0], _positive_entries(signed), [1.0]])
-    midpoints = (entries[:-1] + entries[1:]) / 2
+    midpoints: np.ndarray = (entries[:-1] + entries[1:]) / 2
     if not signed:
         midpoints[0] *= -1  # everything above zero is well above it
     return midpoints

@@ -135,8 +135,8 @@ def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
 
 @pytest.fixture(scope="session")
 def switched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`switched(kind)`: a bundle with an adapter of rank 4, at 32 bits: a `classifier`, a `decoder` and an
-    `encoder` with stages, a `seq2seq` without."""
+    """`switched(kind)`: a bundle with an adapter of rank 4, at 32 bits: a `classifier` and a `decoder`
+    with stages, a `seq2seq` without."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -144,7 +144,6 @@ def switched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             model = {
                 "classifier": models.bert_classifier,
                 "decoder": lambda: models.llama(tied=True),
-                "encoder": models.bert_encoder,
                 "seq2seq": task_models.t5,
             }[kind]()
             folder = tmp_path_factory.mktemp("switched") / kind
