@@ -21,10 +21,11 @@ from edgepeft.files import atomic_file
 
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_STATE = ("F32", "U8")
 
 
-def read_tensors(path: Path, only: str | None = None) -> dict[str, npt.NDArray[np.float32]]:
-    """All tensors of a safetensors file as float32, by name, or `only` one if it is there.
+def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
+    """All tensors of a safetensors file as float32, by name.
 
     Raises:
         AdapterError: the file is missing or damaged, or holds a dtype other than a float of 16, 32 or 64
@@ -36,8 +37,6 @@ def read_tensors(path: Path, only: str | None = None) -> dict[str, npt.NDArray[n
     with _opened(path) as file:
         # One at a time: a device has no room for the file beside its tensors.
         for name in sorted(file.keys()):
-            if only not in (None, name):
-                continue
             dtype = file.get_slice(name).get_dtype()
             if dtype not in _FLOATS:
                 raise AdapterError(
@@ -49,6 +48,22 @@ def read_tensors(path: Path, only: str | None = None) -> dict[str, npt.NDArray[n
                 with np.errstate(over="ignore"):  # a float64 out of range becomes inf, refused by the caller
                     tensors[name] = file.get_tensor(name).astype(np.float32, copy=False)
     return _with_bfloat16(path, tensors, halves) if halves else tensors
+
+
+def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
+    """One tensor of a safetensors file as it is, float32 or uint8; None if there is no such tensor.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or the tensor has another dtype.
+    """
+    with _opened(path) as file:
+        if name not in file.keys():  # noqa: SIM118
+            return None
+        dtype = file.get_slice(name).get_dtype()
+        if dtype not in _STATE:
+            raise AdapterError(f"{path}: tensor {name!r} has dtype {dtype!r}, expected F32 or U8")
+        tensor: npt.NDArray[np.generic] = file.get_tensor(name)
+        return tensor
 
 
 def _with_bfloat16(
@@ -119,10 +134,10 @@ def write_in_pieces(
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
+    tensors: Mapping[str, npt.NDArray[np.generic]],
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """Write float32 tensors as a safetensors file.
+    """Write tensors as a safetensors file.
 
     Raises:
         EdgePeftError: the file cannot be written.

@@ -15,6 +15,7 @@ from edgepeft.adapters import Adapter, fit, load_adapter, write_adapter
 from edgepeft.bundle.manifest import (
     CHECKPOINTED,
     FORMAT_VERSION,
+    FORWARD_ONLY,
     RESIDENT,
     STREAMED,
     Manifest,
@@ -41,7 +42,8 @@ from .training.chain_memory import measure_chain_peaks
 from .training.joint import build_joint, build_loss
 from .training.memory import measure_peaks
 from .training.optimizer import build_adamw, build_grad_norm
-from .training.probe import STAGES, measure_session_bytes
+from .training.optimizer8 import build_adamw8
+from .training.probe import FORWARD, STAGES, measure_session_bytes
 from .verify import verify_bundle
 from .verify_file import verify_against_file
 from .writer import WeightWriter, graph_spec, write_graph
@@ -247,7 +249,7 @@ def _write(
         joint = build_joint(training, trained)
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
-        models |= {"adamw": build_adamw(), "grad_norm": build_grad_norm()}
+        models |= {"adamw": build_adamw(), "adamw8": build_adamw8(), "grad_norm": build_grad_norm()}
         # In stages there is no room for the base model's logits.
         partition = build_partition(training, loss) if trained is loss else None
         models |= {} if partition is None else partition.graphs
@@ -281,7 +283,7 @@ def _write(
         lora_slots=inference.slots,
         saved_modules=inference.saved_modules,
         adapters=tuple(adapters),
-        strategies=_strategies(partition is not None) if training else (),
+        strategies=_strategies(partition is not None, losses.drift_penalty) if training else (),
         policy=Policy(trainable=trainable),
         verification={},
         files=hash_folder(folder),
@@ -289,12 +291,15 @@ def _write(
     )
 
 
-def _strategies(staged: bool) -> tuple[Strategy, ...]:
+def _strategies(staged: bool, drift_penalty: bool) -> tuple[Strategy, ...]:
     """Ways to train, the fastest first; their memory is still to be measured."""
     unknown = MemoryFormula(session_bytes=0, peaks=())
-    resident = Strategy(RESIDENT, "train", exact=True, memory=unknown)
-    chain = tuple(Strategy(name, None, exact=True, memory=unknown) for name in (CHECKPOINTED, STREAMED))
-    return (resident, *chain) if staged else (resident,)
+    strategies = [Strategy(RESIDENT, "train", exact=True, memory=unknown)]
+    if staged:
+        strategies += [Strategy(name, None, exact=True, memory=unknown) for name in (CHECKPOINTED, STREAMED)]
+    if not drift_penalty:  # only the training graph's loss has it
+        strategies.append(Strategy(FORWARD_ONLY, None, exact=False, memory=unknown))
+    return tuple(strategies)
 
 
 def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
@@ -304,20 +309,27 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     batch_unit = 3 if manifest.model.loss == "triplet" else 1
 
     @functools.cache
-    def formula(role: str | None) -> MemoryFormula:
-        if role is None:
-            peaks = measure_chain_peaks(folder, length_unit, batch_unit)
+    def formula(role: str) -> MemoryFormula:
+        if role in (STAGES, FORWARD):
+            peaks = measure_chain_peaks(folder, length_unit, batch_unit, backward=role == STAGES)
         else:
             spec = manifest.graphs[role]
             peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit, batch_unit)
         tensors = MemoryFormula(session_bytes=0, peaks=peaks)
-        session_bytes = measure_session_bytes(folder, role or STAGES, tensors, length_unit)
+        session_bytes = measure_session_bytes(folder, role, tensors, length_unit)
         return dataclasses.replace(tensors, session_bytes=session_bytes)
+
+    inference = formula("inference")
+
+    def measured(strategy: Strategy) -> Strategy:
+        if strategy.exact:
+            memory = formula(strategy.graph or STAGES)
+        else:
+            memory = inference if manifest.partition is None else formula(FORWARD)
+        return dataclasses.replace(strategy, memory=memory)
 
     return dataclasses.replace(
         manifest,
-        inference_memory=formula("inference"),
-        strategies=tuple(
-            dataclasses.replace(strategy, memory=formula(strategy.graph)) for strategy in manifest.strategies
-        ),
+        inference_memory=inference,
+        strategies=tuple(measured(strategy) for strategy in manifest.strategies),
     )

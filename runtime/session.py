@@ -60,13 +60,21 @@ class GraphSession:
         threads: threads of this session; 0 lets onnxruntime choose.
         shared_arena: take memory from the arena that all such sessions of the process share.
         profile: where to write a profile, which `end_profile` ends; none where empty.
+        exact_products: never round activations; always so in sessions that train.
 
     Raises:
         BundleError: onnxruntime refuses the graph, or its inputs and outputs are not the manifest's.
     """
 
     def __init__(
-        self, bundle: Bundle, role: str, threads: int = 0, *, shared_arena: bool = False, profile: str = ""
+        self,
+        bundle: Bundle,
+        role: str,
+        threads: int = 0,
+        *,
+        shared_arena: bool = False,
+        profile: str = "",
+        exact_products: bool = False,
     ) -> None:
         self.role = role
         self._where = f"{bundle.path}: graph {role!r}"
@@ -77,7 +85,8 @@ class GraphSession:
         options = _options(threads, shared_arena)
         options.enable_profiling = bool(profile)
         options.profile_file_prefix = profile
-        if shared_arena or any(strategy.graph == role for strategy in bundle.manifest.strategies):
+        trains = shared_arena or any(strategy.graph == role for strategy in bundle.manifest.strategies)
+        if trains or exact_products:
             # onnxruntime fuses DequantizeLinear and MatMul and then rounds the activations to int8 (level 4):
             # the loss would be a staircase, and not the function whose gradient the graph computes.
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")

@@ -171,7 +171,7 @@ class Partition:
         return self.stages if self.head is None else (*self.stages, self.head)
 
 
-RESIDENT, CHECKPOINTED, STREAMED = "resident", "checkpointed", "streamed"
+RESIDENT, CHECKPOINTED, STREAMED, FORWARD_ONLY = "resident", "checkpointed", "streamed", "forward-only"
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ class Strategy:
     `resident` runs one graph that keeps all its activations. Of the two that run the stages, pages of the
     weights stay in the process with `checkpointed` and go after each stage with `streamed`.
 
-    `exact` is false for zeroth-order methods.
+    `exact` is false for zeroth-order methods (`forward-only`), which run the stages' forward graphs or, where
+    there is no partition, the inference graph and the loss.
     """
 
     name: str
@@ -253,7 +254,8 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """`manifest.json`. Graphs are keyed by role: `inference`, `loss`, `train`, `adamw`, `grad_norm`."""
+    """`manifest.json`. Graphs are keyed by role: `inference`, `loss`, `train`, `adamw`, `adamw8`, `grad_norm`
+    and those that the partition names."""
 
     format_version: int
     edgepeft_version: str

@@ -220,7 +220,10 @@ def _check_training(manifest: Manifest) -> None:
             )
         _check_formula(f"strategy {strategy.name!r}", strategy.memory)
         if strategy.graph is None:
-            _require(manifest.partition is not None, f"strategy {strategy.name!r} needs a partition")
+            _require(
+                manifest.partition is not None or not strategy.exact,
+                f"strategy {strategy.name!r} needs a partition",
+            )
             continue
         outputs = {spec.name for spec in manifest.graphs[strategy.graph].outputs}
         missing = [name for name in manifest.policy.trainable if f"grad.{name}" not in outputs]

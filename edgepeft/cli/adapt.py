@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.sizes import format_size
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
-@click.option("--trainable", default="all", show_default=True, help="all, lora or modules_to_save.")
+@memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
 @click.option(
     "--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate."
@@ -44,6 +44,11 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the split, batches and fresh adapters."
+)
+@click.option(
+    "--strategy",
+    help="How to train: resident, streamed, or forward-only, which estimates gradients by forward passes and "
+    "needs many more steps. The first with exact gradients that fits unless given.",
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted update to the same output.")
 @json_option()
@@ -101,6 +106,11 @@ def _table(report: dict[str, Any]) -> str:
             "short",
         ],
         ["steps", f"{report['steps']} of {seconds['step']:.3f} s, {seconds['total']:.1f} s in all"],
+        *(
+            []
+            if report["exact_gradients"]
+            else [["gradients", "estimated by forward passes: expect to need many more steps"]]
+        ),
         ["loss", f"{report['losses'][0]:.4f} to {report['losses'][-1]:.4f}"],
         *(
             [

@@ -41,6 +41,44 @@ def budget_option(*, required: bool = False) -> Decorator:
     )
 
 
+def memory_options() -> Decorator:
+    """What of `TrainingOptions` trades time or freedom for memory."""
+    options = (
+        click.option(
+            "--trainable",
+            default="all",
+            show_default=True,
+            help="all, lora, lora_B (LoRA-FA) or modules_to_save.",
+        ),
+        click.option(
+            "--top-blocks",
+            type=int,
+            help="Train only the adapters of so many topmost blocks, and saved modules.",
+        ),
+        click.option(
+            "--accumulate",
+            "accumulation_steps",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Batches whose gradients make one step.",
+        ),
+        click.option(
+            "--optimizer-state",
+            default="32bit",
+            show_default=True,
+            help="32bit or 8bit: how AdamW's moments are kept.",
+        ),
+    )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def adapters_option() -> Decorator:
     """`--adapter NAME[=WEIGHT]`, which may be repeated."""
     return click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
 from edgepeft.errors import BudgetError, MissingExtraError
 from edgepeft.sizes import format_size
 
@@ -18,9 +18,10 @@ from edgepeft.sizes import format_size
 @click.option(
     "--seq-len", type=int, help="Tokens of the longest text (128 unless given), or samples (160,000)."
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Records a step.")
+@click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
+@memory_options()
 @json_option()
 def plan(
     bundle: str,
@@ -30,6 +31,7 @@ def plan(
     adapter: str | None,
     rank: int | None,
     as_json: bool,
+    **switches: Any,
 ) -> None:
     """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget.
 
@@ -46,17 +48,17 @@ def plan(
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
 
     opened = open_bundle(bundle)
-    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size)
+    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
     start = starting_adapter(opened, options)
-    names = trained_names(opened.manifest, start, options.trainable)
+    names = trained_names(opened.manifest, start, options)
     task = task_for(opened)
     with contextlib.suppress(MissingExtraError):
         if "tokenizer.json" in opened.manifest.files:
             assert task.text  # adapting text loads it, and its libraries stay
             task.release()
     rows = batch_size * task.rows_per_record
-    sizes = workload(start, names, rows, options.tokens(opened.manifest))
+    sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
     candidates = plans(opened.manifest, sizes, read_memory().resident_bytes)
     fits: str | None = None
     failure: BudgetError | None = None
@@ -69,7 +71,7 @@ def plan(
         "batch_size": batch_size,
         "seq_len": sizes.seq_len,
         "chosen": fits,
-        "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates),
+        "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates if item.exact),
         "strategies": [
             {**dataclasses.asdict(item), "strategy": item.label, "peak_bytes": item.peak_bytes}
             for item in candidates

@@ -19,17 +19,19 @@ from .memory import Peaks, fit_peaks, grid_of, read_profile
 _POWERS = {"batch": (1, 0), "sequence": (0, 1)}
 
 
-def measure_chain_peaks(folder: Path, length_unit: int = 1, batch_unit: int = 1) -> Peaks:
+def measure_chain_peaks(
+    folder: Path, length_unit: int = 1, batch_unit: int = 1, *, backward: bool = True
+) -> Peaks:
     """The sums of live tensors of a bundle's chain that are the largest for some batch, sequence and rank.
 
-    One stage of each kind runs; what the others hand on is added. Sequences are multiples of `length_unit`,
-    batches of `batch_unit`.
+    One stage of each kind runs; what the others hand on is added, unless the pass ends without going
+    `backward`. Sequences are multiples of `length_unit`, batches of `batch_unit`.
     """
     bundle = open_bundle(folder)
     partition = bundle.manifest.partition
     assert partition is not None
     short = _shortened(bundle, partition)
-    kept = _kept_terms(bundle, partition, short)
+    kept = _kept_terms(bundle, partition, short) if backward else ()
     in_use = []
     grid = grid_of(bundle.manifest.graphs["train"], batch_unit)
     for rank in grid.ranks:
@@ -44,9 +46,11 @@ def measure_chain_peaks(folder: Path, length_unit: int = 1, batch_unit: int = 1)
             )
             for batch, sequence in itertools.product(grid.batches, grid.sequences):
                 feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence * length_unit))
-                # Twice: a session keeps what was bound to it in its last run.
-                chain.gradients(feeds, state)
-                chain.gradients(feeds, state)
+                for _ in range(2):  # a session keeps what was bound to it in its last run
+                    if backward:
+                        chain.gradients(feeds, state)
+                    else:
+                        chain.evaluate(feeds)
             runs = 2 * len(grid.batches) * len(grid.sequences)
             profiles = chain.end_profiles()
             in_use.append(np.hstack([read_profile(path, runs)[1::2] for path in profiles.values()]))

@@ -22,13 +22,27 @@ def build_adamw() -> ir.Model:
     graph = ir.Graph([], [], nodes=[], name="adamw")
     model = new_model(graph)
     vectors = [graph_input(graph, name, ["n"]) for name in ("param", "grad", "exp_avg", "exp_avg_sq")]
-    param, grad, exp_avg, exp_avg_sq = vectors
+    for value, name in zip(adamw_step(graph, *vectors), ("param", "exp_avg", "exp_avg_sq"), strict=True):
+        value.name = f"{name}_out"
+        graph.outputs.append(value)
+    tidy(model)
+    return model
+
+
+def adamw_step(
+    graph: ir.Graph, param: ir.Value, grad: ir.Value, exp_avg: ir.Value, exp_avg_sq: ir.Value
+) -> tuple[ir.Value, ir.Value, ir.Value]:
+    """Append `build_adamw`'s arithmetic on tensors of one shape, and its scalars to the graph's inputs.
+
+    Returns:
+        What `param`, `exp_avg` and `exp_avg_sq` become.
+    """
     names = ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_coef")
     lr, beta1, beta2, eps, weight_decay, step, clip_coef = (graph_input(graph, name, []) for name in names)
     one = initializer(graph, "one_float32", np.array(1, np.float32))
 
     def vector(op_type: str, *inputs: ir.Value) -> ir.Value:
-        return append(graph, op_type, inputs, shape=["n"])
+        return append(graph, op_type, inputs, shape=param.shape)
 
     def scalar(op_type: str, *inputs: ir.Value) -> ir.Value:
         return append(graph, op_type, inputs, shape=[])
@@ -42,12 +56,7 @@ def build_adamw() -> ir.Model:
     denominator = vector("Add", vector("Div", vector("Sqrt", second), correction_2), eps)
     decayed = vector("Mul", param, scalar("Sub", one, scalar("Mul", lr, weight_decay)))
     update = vector("Div", vector("Mul", first, scalar("Div", lr, correction_1)), denominator)
-    updated = vector("Sub", decayed, update)
-    for value, name in ((updated, "param_out"), (first, "exp_avg_out"), (second, "exp_avg_sq_out")):
-        value.name = name
-        graph.outputs.append(value)
-    tidy(model)
-    return model
+    return vector("Sub", decayed, update), first, second
 
 
 def build_grad_norm() -> ir.Model:

@@ -2,8 +2,9 @@
 
     python -m edgepeft.exporters.training.probe BUNDLE ROLE UNIT
 
-opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on a
-small input, whose length is a multiple of UNIT, and prints how much resident memory that added, in bytes.
+opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages, with `forward`
+its forward part) once on a small input, whose length is a multiple of UNIT, and prints how much resident
+memory that added, in bytes.
 """
 
 import json
@@ -18,8 +19,8 @@ from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Sizes of the run that is measured, the sequence in units.
 BATCH, SEQUENCE, RANK = 6, 4, 1
-#: Stands for the chain of stages where a graph's role is asked for.
-STAGES = "stages"
+#: Stand for the chain of stages, and for its forward part, where a graph's role is asked for.
+STAGES, FORWARD = "stages", "forward"
 
 
 def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1) -> int:
@@ -28,7 +29,7 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, lengt
 
     Args:
         bundle: its folder.
-        role: the graph's key in the manifest, or `STAGES`.
+        role: the graph's key in the manifest, `STAGES` or `FORWARD`.
         tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
         length_unit: the sequence of the run is a multiple of it.
 
@@ -54,7 +55,7 @@ def main() -> None:
     sizes = axis_sizes(BATCH, SEQUENCE * int(sys.argv[3]))
     before = read_memory().resident_bytes
     mapped = 0
-    if role == STAGES:
+    if role in (STAGES, FORWARD):
         from edgepeft.runtime.memory.chain_cost import largest_stage_bytes
         from edgepeft.runtime.training.buffers import TrainingState
         from edgepeft.runtime.training.chain import Chain
@@ -66,7 +67,10 @@ def main() -> None:
         mapped = largest_stage_bytes(bundle.manifest, bundle.manifest.partition)
         before = read_memory().resident_bytes
         chain = Chain(bundle, {**inputs, **state.parameters})
-        chain.gradients(batch, state)
+        if role == STAGES:
+            chain.gradients(batch, state)
+        else:
+            chain.evaluate(batch)
     else:
         feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
         session = GraphSession(bundle, role)

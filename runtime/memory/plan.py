@@ -17,6 +17,8 @@ class Workload:
         rank: the largest rank of the adapter.
         adapter_values: values in the adapter.
         trained_values: those of them that train.
+        gradient_bytes: of a trained value's gradient; twice as many where gradients are added up.
+        moment_bytes: of what the optimizer keeps of a trained value.
     """
 
     rows: int
@@ -24,6 +26,8 @@ class Workload:
     rank: int
     adapter_values: int
     trained_values: int
+    gradient_bytes: int = 4
+    moment_bytes: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,10 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The strategy, what it holds and where its state is."""
+        """The strategy, what it holds, where its state is, and if its gradients are estimates."""
         parts = [self.strategy]
+        if not self.exact:
+            parts.append("estimated gradients")
         if self.held.stages:
             parts.append(f"{self.held.stages} of {self.stages} stages held")
         if self.state_in_file:

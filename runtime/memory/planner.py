@@ -17,9 +17,11 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# Parameters, gradients, two moments and the values that training started from, float32 each. The adapter's
-# own tensors, which the process holds when the plan is made, are gone by then.
-_STATE_BYTES_PER_VALUE = 5 * 4 - 4
+# A parameter and the value that it started from; the adapter's own, which the process holds when the plan is
+# made, is gone by then.
+_BYTES_PER_VALUE = 4 + 4 - 4
+# A piece of the direction that forward-only training goes in.
+_DIRECTION_BYTES = 4 * CHUNK_VALUES
 # Where the state is mapped, a stage's share of it or a chunk of the optimizer's is in the process at a time.
 _MAPPED_STATE_BYTES = 2**21
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
@@ -50,6 +52,8 @@ def plans(
     for strategy in manifest.strategies:
         if strategy.graph is not None:
             found.append(_resident(manifest, strategy, strategy.graph, workload, process_bytes))
+        elif not strategy.exact:
+            found.append(_forward_only(manifest, strategy, workload, process_bytes))
         else:
             found += _staged(manifest, strategy, workload, process_bytes, budget_bytes)
     return found
@@ -108,9 +112,10 @@ def _staged(
         bare,
         state_in_file=True,
         state_bytes=_MAPPED_STATE_BYTES
-        + _untrained_bytes(workload)
+        + _adapter_bytes(workload)
+        - 2 * _BYTES_PER_VALUE * workload.trained_values
+        + (workload.gradient_bytes - 4) * workload.trained_values
         + _OPTIMIZER_BYTES
-        - 4 * workload.trained_values
         + _batch_bytes(manifest, "train", workload),
     )
     # Half of what is left is the system's, for pages of weights that it need not read again.
@@ -118,34 +123,62 @@ def _staged(
     return [cost.filled(bare, half), mapped]
 
 
+def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, process_bytes: int) -> Plan:
+    """Without a partition, the loss is that of the inference graph's output."""
+    sizes = (workload.rows, workload.seq_len, workload.rank)
+    loss_bytes = _loss_bytes(manifest, workload) if manifest.partition is None else 0
+    return Plan(
+        strategy=strategy.name,
+        exact=strategy.exact,
+        process_bytes=process_bytes,
+        session_bytes=strategy.memory.session_bytes,
+        activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
+        state_bytes=_adapter_bytes(workload) + _DIRECTION_BYTES + _batch_bytes(manifest, "train", workload),
+        evaluation_bytes=0,  # judging is what training does
+    )
+
+
 def _state_bytes(workload: Workload) -> int:
-    return _STATE_BYTES_PER_VALUE * workload.trained_values + _untrained_bytes(workload) + _OPTIMIZER_BYTES
+    """Of a state in memory."""
+    per_value_bytes = workload.gradient_bytes + workload.moment_bytes
+    return _adapter_bytes(workload) + int(per_value_bytes * workload.trained_values) + _OPTIMIZER_BYTES
 
 
-def _untrained_bytes(workload: Workload) -> int:
-    """Graph inputs of what does not train, beside the adapter's own tensors."""
-    return 4 * (workload.adapter_values - workload.trained_values)
+def _adapter_bytes(workload: Workload) -> int:
+    """Graph inputs, and what is kept to measure the update against."""
+    return _BYTES_PER_VALUE * workload.adapter_values
 
 
 def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     """The first plan that fits the budget; without a budget, the first.
 
+    One without exact gradients is chosen only where there is no other.
+
     Raises:
         BudgetError: none fits; the error names the smallest budget that would do.
     """
+    eligible = [plan for plan in candidates if plan.exact] or candidates
     if budget_bytes is None:
-        return candidates[0]
-    for plan in candidates:
+        return eligible[0]
+    for plan in eligible:
         if plan.peak_bytes <= budget_bytes:
             return plan
-    best = min(candidates, key=lambda plan: plan.peak_bytes)
+    best = min(eligible, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
+    others = (plan for plan in candidates if plan not in eligible and plan.peak_bytes <= budget_bytes)
+    other = next(others, None)
+    remedy = ""
+    if other is not None:
+        remedy = (
+            f"; --strategy {other.strategy} fits with {format_size(other.peak_bytes)}, but estimates its "
+            "gradients and needs many more steps"
+        )
     raise BudgetError(
         f"training needs {format_size(best.peak_bytes)} with strategy {best.label} (process "
         f"{format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, activations "
         f"{format_size(best.activation_bytes)}, adapter and optimizer {format_size(best.state_bytes)}, "
         f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "
-        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len",
+        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len{remedy}",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
 from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
@@ -44,7 +45,8 @@ OnStep = Callable[[Step], None]
 class _Prepared:
     """Everything that is known before the first session is opened."""
 
-    adapter: Adapter
+    adapter: Adapter  # without its tensors
+    untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
     train_on: list[Example]
     held_out: list[Example]
@@ -134,6 +136,7 @@ class Update:
                 output=str(self._output),
                 decision="kept" if kept else "rejected",
                 strategy=prepared.plan.label,
+                exact_gradients=prepared.plan.exact,
                 options=dataclasses.asdict(self._options),
                 trained_tensors=len(prepared.state.parameters),
                 trained_values=prepared.state.count,
@@ -174,27 +177,29 @@ class Update:
         """Read the adapter and the records, and plan; a budget that cannot be met is refused here."""
         bundle, options, task = self._bundle, self._options, self._task
         adapter = starting_adapter(bundle, options)
-        names = trained_names(bundle.manifest, adapter, options.trainable)
+        names = trained_names(bundle.manifest, adapter, options)
         examples = task.encode_all(records(self._source), options.tokens(bundle.manifest), training=True)
         task.release()
         train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
         total_steps = self._total_steps(len(train_on))
         release_freed_memory()
         rows = min(options.batch_size, len(examples)) * task.rows_per_record
-        sizes = workload(adapter, names, rows, max(example.length for example in examples))
-        plan = choose(
-            plans(bundle.manifest, sizes, read_memory().resident_bytes, self._budget_bytes),
-            self._budget_bytes,
-        )
+        sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
+        candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, self._budget_bytes)
+        if options.strategy is not None:
+            candidates = [item for item in candidates if item.strategy == options.strategy]
+        plan = choose(candidates, self._budget_bytes)
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
         file_in = self._output.parent if plan.state_in_file else None
-        state = TrainingState({name: inputs.pop(name) for name in names}, file_in)
-        known_by = fingerprint(bundle, options, adapter, examples, total_steps)
+        optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
+        state = TrainingState({name: inputs.pop(name) for name in names}, file_in, optimizer)
+        known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
         untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
         return _Prepared(
-            adapter=adapter.with_tensors(untrained, adapter.origin),
+            adapter=adapter.with_tensors({}, adapter.origin),
+            untrained=untrained,
             plan=plan,
             train_on=[examples[index] for index in train_on],
             held_out=[examples[index] for index in held_out],
@@ -207,7 +212,7 @@ class Update:
 
     def _total_steps(self, count: int) -> int:
         options = self._options
-        per_epoch = steps_per_epoch(count, options.batch_size, self._task.minimum_batch)
+        per_epoch = steps_per_epoch(count, options.records_per_step, self._task.minimum_batch)
         total = options.steps or options.epochs * per_epoch
         limit = self._bundle.manifest.policy.max_steps
         if limit is not None and total > limit:
@@ -297,7 +302,7 @@ class Update:
 
     def _keep(self, prepared: _Prepared, report: AdaptReport) -> None:
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
-        tensors = {**prepared.adapter.tensors, **trained}
+        tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
@@ -315,7 +320,9 @@ class Update:
         )
 
 
-def workload(adapter: Adapter, names: list[str], rows: int, seq_len: int) -> Workload:
+def workload(
+    adapter: Adapter, names: list[str], rows: int, seq_len: int, options: TrainingOptions
+) -> Workload:
     """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on."""
     return Workload(
         rows=rows,
@@ -323,6 +330,8 @@ def workload(adapter: Adapter, names: list[str], rows: int, seq_len: int) -> Wor
         rank=max((adapter.rank(module) for module in adapter.modules), default=0),
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),
+        gradient_bytes=4 if options.accumulation_steps == 1 else 8,
+        moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value,
     )
 
 

@@ -5,54 +5,79 @@ import mmap
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
 from edgepeft.errors import EdgePeftError
 
 FloatArray = npt.NDArray[np.float32]
 
-# Parameters, gradients, two moments and the starting values.
-_BUFFERS = 5
 _ALIGNMENT_VALUES = 16  # 64 bytes, what onnxruntime's kernels read fastest
 
 
 class TrainingState:
-    """The trained tensors, their gradients, and what AdamW keeps of them.
+    """The trained tensors and what the optimizer keeps of them.
 
     Graphs read `parameters` and write `gradients` in place; the optimizer runs over the flat buffers. The
-    gaps between tensors stay zero under AdamW, because their gradients are. `start` holds the values that
-    the update began with.
+    gaps between tensors stay zero under AdamW, because their gradients are.
 
     Args:
         tensors: starting values by graph input name, in the graphs' layout.
         file_in: folder of a nameless file that everything is mapped from; None keeps it in memory.
+        optimizer: what the optimizer keeps of each value; None for a way to train that has neither gradients
+            nor moments.
+
+    Attributes:
+        param, grad: float32, flat; no gradients without an optimizer.
+        moments: the optimizer's buffers by the names that its graph gives them, flat.
+        parameters, gradients: views of tensors, by name.
+        start: the values that the update began with, by name.
+        count: values of all tensors.
 
     Raises:
         EdgePeftError: the file cannot be made.
     """
 
-    def __init__(self, tensors: Mapping[str, FloatArray], file_in: Path | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Mapping[str, FloatArray],
+        file_in: Path | None = None,
+        optimizer: OptimizerState | None = OPTIMIZER_STATES["32bit"],
+    ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size = 0
+        size, alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
         for name, tensor in tensors.items():
             self._places[name] = (size, tensor.shape)
-            size += -(-tensor.size // _ALIGNMENT_VALUES) * _ALIGNMENT_VALUES
-        self._file = None if file_in is None else _mapped_file(file_in, _BUFFERS * 4 * max(size, 1))
-        self.param, self.grad, self.exp_avg, self.exp_avg_sq, start = self._zeros(size)
-        self.parameters, self.gradients = self._views(self.param), self._views(self.grad)
-        self.start = self._views(start)
+            size += -(-tensor.size // alignment) * alignment
+        layout = {"param": (size, "float32"), "start": (size, "float32")}
+        layout["grad"] = (0 if optimizer is None else size, "float32")
+        of_optimizer = {} if optimizer is None else optimizer.buffers
+        layout |= {name: (size // item.values, item.dtype) for name, item in of_optimizer.items()}
+        self._file: mmap.mmap | None = None
+        buffers = self._zeros(layout, file_in)
+        self.param, self.grad = buffers["param"], buffers["grad"]
+        self.moments = {name: buffers[name] for name in of_optimizer}
+        self.parameters, self.start = self._views(self.param), self._views(buffers["start"])
+        self.gradients = {} if optimizer is None else self._views(self.grad)
         for name, tensor in tensors.items():
             self.parameters[name][...] = tensor
             self.start[name][...] = tensor
         self.release()
         self.count = sum(tensor.size for tensor in tensors.values())
 
-    def _zeros(self, size: int) -> list[FloatArray]:
-        if self._file is None:
-            return [np.zeros(size, np.float32) for _ in range(_BUFFERS)]
-        return list(np.frombuffer(self._file, np.float32, _BUFFERS * size).reshape(_BUFFERS, size))
+    def _zeros(self, layout: Mapping[str, tuple[int, str]], folder: Path | None) -> dict[str, Any]:
+        if folder is None:
+            return {name: np.zeros(count, dtype) for name, (count, dtype) in layout.items()}
+        total = sum(count * np.dtype(dtype).itemsize for count, dtype in layout.values())
+        self._file = _mapped_file(folder, max(total, 1))
+        buffers, offset = {}, 0
+        for name, (count, dtype) in layout.items():
+            buffers[name] = np.frombuffer(self._file, dtype, count, offset)
+            offset += buffers[name].nbytes
+        return buffers
 
     def release(self) -> None:
         """Take what is mapped out of the process; the system writes it back when it wants the memory."""

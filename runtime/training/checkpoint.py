@@ -1,7 +1,7 @@
 """The state of an interrupted update, in one file that is always whole.
 
-It holds the trained tensors, AdamW's moments and where the run stands. Batches are a function of the seed and
-the step, so nothing else is needed to continue bit for bit.
+It holds the trained tensors, the optimizer's moments and where the run stands. Batches are a function of the
+seed and the step, so nothing else is needed to continue bit for bit.
 """
 
 import json
@@ -13,10 +13,9 @@ import numpy as np
 
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.tensor_files import read_metadata, read_tensors, write_in_pieces
+from edgepeft.tensor_files import read_metadata, read_state, write_in_pieces
 
 _KEY = "edgepeft_training_state"
-_BUFFERS = ("param", "exp_avg", "exp_avg_sq")
 
 
 @dataclass
@@ -53,7 +52,7 @@ def save_checkpoint(
     """
     write_in_pieces(
         path,
-        {name: getattr(state, name) for name in _BUFFERS},
+        {"param": state.param, **state.moments},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
         state.release,
     )
@@ -80,13 +79,12 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
                 "give what it was made with, or start over without --resume"
             )
-    for name in _BUFFERS:
-        buffer = getattr(state, name)
+    for name, buffer in {"param": state.param, **state.moments}.items():
         try:
-            saved_buffer = read_tensors(path, only=name).get(name)
+            saved_buffer = read_state(path, name)
         except AdapterError as error:
             raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
-        if saved_buffer is None or saved_buffer.shape != buffer.shape:
+        if saved_buffer is None or (saved_buffer.shape, saved_buffer.dtype) != (buffer.shape, buffer.dtype):
             raise UsageError(f"{path}: its {name} is not of this update: start over without --resume")
         np.copyto(buffer, saved_buffer)
         state.release()

@@ -11,12 +11,18 @@ from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
 from edgepeft.runtime.tasks import Example
 from edgepeft.runtime.training.options import TrainingOptions
 
-# Known by what they lead to: the adapter's content, the data's tokens, the number of steps.
-_DERIVED = ("resume", "adapter", "seq_len", "steps", "epochs")
+# Known by what they lead to: the adapter's content, the data's tokens, the number of steps; strategies with
+# exact gradients may take turns.
+_DERIVED = ("resume", "adapter", "seq_len", "steps", "epochs", "strategy")
 
 
 def fingerprint(
-    bundle: Bundle, options: TrainingOptions, adapter: Adapter, examples: Sequence[Example], total_steps: int
+    bundle: Bundle,
+    options: TrainingOptions,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    total_steps: int,
+    exact_gradients: bool,
 ) -> dict[str, Any]:
     """JSON values by names that people know, so that an error can say which of them differs.
 
@@ -26,6 +32,7 @@ def fingerprint(
         adapter: that it starts from.
         examples: all records, encoded.
         total_steps: optimizer steps.
+        exact_gradients: whether they are computed or estimated.
     """
     chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in _DERIVED}
     return {
@@ -33,6 +40,7 @@ def fingerprint(
         "data": _of_examples(examples),
         "adapter": _of_adapter(adapter),
         "steps": total_steps,
+        "exact_gradients": exact_gradients,
         **chosen,
     }
 

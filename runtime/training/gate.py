@@ -1,7 +1,8 @@
-"""Judging an adapter on held-out records."""
+"""Losses of an adapter without gradients, and judging it by them on held-out records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def evaluate(
         strategy: how the adapter trains: in stages, it is judged in stages too.
         threads: threads of a session.
     """
-    judge = (_StagedJudge if strategy.graph is None else _ResidentJudge)(bundle, task, inputs, threads)
+    judge = open_judge(bundle, task, inputs, strategy, threads)
     total, items, correct = 0.0, 0, 0
     graded = True
     try:
@@ -70,12 +71,48 @@ def evaluate(
     return Evaluation(loss=total / items, accuracy=correct / items if graded else None)
 
 
+class Judge(Protocol):
+    """Computes losses by forward passes; reads the adapter's inputs anew at every run."""
+
+    def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
+        """The loss of a batch and, where it exists whole, the task's output."""
+
+    def close(self) -> None:
+        """Free the sessions."""
+
+
+def open_judge(
+    bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], strategy: Strategy, threads: int = 0
+) -> Judge:
+    """What computes losses: the chain of stages where `strategy` trains without a graph of its own and the
+    bundle has stages, else the inference graph.
+
+    Args:
+        bundle: the bundle.
+        task: its task.
+        inputs: the adapter's graph inputs.
+        strategy: how the adapter trains.
+        threads: threads of a session.
+    """
+    if strategy.graph is None and bundle.manifest.partition is not None:
+        return _StagedJudge(bundle, inputs, threads)
+    return _ResidentJudge(bundle, task, inputs, threads, exact_products=not strategy.exact)
+
+
 class _ResidentJudge:
     """The inference graph, and the loss graph on its output."""
 
-    def __init__(self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        task: Task,
+        inputs: Mapping[str, FloatArray],
+        threads: int,
+        *,
+        exact_products: bool,
+    ) -> None:
         self._output = task.output
-        self._inference = GraphSession(bundle, "inference", threads)
+        self._inference = GraphSession(bundle, "inference", threads, exact_products=exact_products)
         self._loss = GraphSession(bundle, "loss", threads=1)
         self._inference.bind(inputs)
 
@@ -99,8 +136,7 @@ class _ResidentJudge:
 class _StagedJudge:
     """The chain's forward stages and its head."""
 
-    def __init__(self, bundle: Bundle, task: Task, inputs: Mapping[str, FloatArray], threads: int) -> None:
-        del task
+    def __init__(self, bundle: Bundle, inputs: Mapping[str, FloatArray], threads: int) -> None:
         self._chain = Chain(bundle, inputs, threads)
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:

@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
-
-_OUTPUTS = {"param_out": "param", "exp_avg_out": "exp_avg", "exp_avg_sq_out": "exp_avg_sq"}
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,37 @@ class AdamWOptions:
 
 
 class AdamW:
-    """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, over a training state's flat buffers."""
+    """`torch.optim.AdamW` after `torch.nn.utils.clip_grad_norm_`, over a training state's flat buffers.
 
-    def __init__(self, bundle: Bundle, state: TrainingState, options: AdamWOptions) -> None:
+    Args:
+        bundle: the bundle.
+        state: the trained tensors.
+        options: the constants.
+        optimizer: what the state was made with.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        state: TrainingState,
+        options: AdamWOptions,
+        optimizer: OptimizerState = OPTIMIZER_STATES["32bit"],
+    ) -> None:
         self._state = state
         self._options = options
         # One thread: a chunk fits the cache, and another pool would spin against the training graph's.
-        self._adamw = GraphSession(bundle, "adamw", threads=1)
+        self._adamw = GraphSession(bundle, optimizer.role, threads=1)
         self._grad_norm = GraphSession(bundle, "grad_norm", threads=1)
-        size = min(CHUNK_VALUES, max(len(state.param), 1))
+        # What the graph reads and writes, and how many values share an entry of it.
+        self._buffers: dict[str, tuple[npt.NDArray[np.generic], int]] = {"param": (state.param, 1)}
+        self._buffers |= {
+            name: (state.moments[name], item.values) for name, item in optimizer.buffers.items()
+        }
         # The graph's outputs must not overwrite what it still reads, so they go through these.
-        self._scratch = {name: np.empty(size, np.float32) for name in _OUTPUTS}
+        self._scratch = {
+            name: np.empty(CHUNK_VALUES // values, buffer.dtype)
+            for name, (buffer, values) in self._buffers.items()
+        }
         self._scalars = {
             name: np.zeros((), np.float32)
             for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "step", "clip_coef")
@@ -61,15 +81,16 @@ class AdamW:
         self._scalars["clip_coef"][...] = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
         state = self._state
         for start in range(0, len(state.param), CHUNK_VALUES):
-            chunk = slice(start, start + CHUNK_VALUES)
-            self._adamw.bind(
-                {name: getattr(state, name)[chunk] for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-            )
-            size = len(state.param[chunk])
-            self._adamw.bind_outputs({name: scratch[:size] for name, scratch in self._scratch.items()})
+            pieces = {
+                name: buffer[start // values : (start + CHUNK_VALUES) // values]
+                for name, (buffer, values) in self._buffers.items()
+            }
+            self._adamw.bind({"grad": state.grad[start : start + CHUNK_VALUES], **pieces})
+            scratch = {name: self._scratch[name][: len(piece)] for name, piece in pieces.items()}
+            self._adamw.bind_outputs({f"{name}_out": values for name, values in scratch.items()})
             self._adamw.run()
-            for output, name in _OUTPUTS.items():
-                getattr(state, name)[chunk] = self._scratch[output][:size]
+            for name, piece in pieces.items():
+                piece[...] = scratch[name]
             state.release()
         return norm
 

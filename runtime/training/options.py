@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.errors import UsageError
 from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.training.schedule import SCHEDULES
@@ -10,7 +11,7 @@ from edgepeft.runtime.training.schedule import SCHEDULES
 DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000
 """Ten seconds at 16 kHz."""
-TRAINABLE = ("all", "lora", "modules_to_save")
+TRAINABLE = ("all", "lora", "lora_B", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -20,16 +21,22 @@ class TrainingOptions:
     Attributes:
         adapter: name (or path) of the adapter to start from; None takes the bundle's first.
         rank: start a fresh LoRA of this rank on every slot instead.
-        trainable: `all`, only the `lora` factors, or only `modules_to_save`.
+        trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), or only
+            `modules_to_save`.
+        top_blocks: train only the adapters of so many of the topmost transformer blocks, and saved modules.
         steps: optimizer steps; None derives them from `epochs`.
         epochs: passes over the training records.
-        batch_size: records (or pairs) a step.
+        batch_size: records (or pairs) that are computed at once.
+        accumulation_steps: batches whose gradients make one step, as one batch of all their records would.
         seq_len: tokens a text is cut to, or samples a recording; None is 128 tokens or 160,000 samples, or
             the model's maximum if that is less. Images have none.
         learning_rate: peak rate.
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
         weight_decay: of AdamW.
+        strategy: how to train, by its name in the manifest; None takes the first with exact gradients that
+            fits the budget.
+        optimizer_state: `32bit` moments of AdamW, or `8bit` ones, which need a quarter of the memory.
         max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
         drift_weight: of the drift penalty, in a bundle that was exported with one.
         eval_fraction: share of the records that is held out to judge the update.
@@ -40,14 +47,18 @@ class TrainingOptions:
     adapter: str | None = None
     rank: int | None = None
     trainable: str = "all"
+    top_blocks: int | None = None
     steps: int | None = None
     epochs: int = 1
     batch_size: int = 8
+    accumulation_steps: int = 1
     seq_len: int | None = None
     learning_rate: float = 2e-4
     warmup_steps: int = 0
     schedule: str = "linear"
     weight_decay: float = 0.0
+    strategy: str | None = None
+    optimizer_state: str = "32bit"
     max_grad_norm: float = 1.0
     drift_weight: float | None = None
     eval_fraction: float = 0.1
@@ -62,9 +73,11 @@ class TrainingOptions:
         """
         for name, value, low in (
             ("rank", self.rank, 1),
+            ("top_blocks", self.top_blocks, 1),
             ("steps", self.steps, 1),
             ("epochs", self.epochs, 1),
             ("batch_size", self.batch_size, 1),
+            ("accumulation_steps", self.accumulation_steps, 1),
             ("seq_len", self.seq_len, 2),
             ("warmup_steps", self.warmup_steps, 0),
             ("seed", self.seed, 0),
@@ -86,9 +99,17 @@ class TrainingOptions:
         for name, choice, choices in (
             ("schedule", self.schedule, SCHEDULES),
             ("trainable", self.trainable, TRAINABLE),
+            ("optimizer_state", self.optimizer_state, tuple(OPTIMIZER_STATES)),
         ):
             if choice not in choices:
                 raise UsageError(f"{name} is {choice!r}, expected one of {', '.join(choices)}")
+        self._check_strategy(manifest)
+        role = OPTIMIZER_STATES[self.optimizer_state].role
+        if manifest.strategies and role not in manifest.graphs:
+            raise UsageError(
+                f"optimizer_state is {self.optimizer_state!r}, but the bundle has no graph {role!r}: export "
+                "it again"
+            )
         if self.rank is not None and self.adapter is not None:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
@@ -107,6 +128,24 @@ class TrainingOptions:
         limit = manifest.policy.max_steps
         if limit is not None and self.steps is not None and self.steps > limit:
             raise UsageError(f"steps is {self.steps}, the bundle's policy allows {limit} an update")
+
+    def _check_strategy(self, manifest: Manifest) -> None:
+        if self.strategy is None:
+            return
+        exact = {strategy.name: strategy.exact for strategy in manifest.strategies}
+        if self.strategy not in exact:
+            raise UsageError(
+                f"strategy is {self.strategy!r}, the bundle has {', '.join(exact) or 'none: export it again'}"
+            )
+        if not exact[self.strategy] and self.optimizer_state != "32bit":
+            raise UsageError(
+                f"optimizer_state is {self.optimizer_state!r}, but {self.strategy} keeps none: leave it out"
+            )
+
+    @property
+    def records_per_step(self) -> int:
+        """Records (or pairs) of one optimizer step."""
+        return self.batch_size * self.accumulation_steps
 
     def tokens(self, manifest: Manifest) -> int:
         """Tokens a text is cut to, or samples a recording; 1 for images."""

@@ -49,12 +49,14 @@ class AdaptReport:
         started_from: the adapter that training started from.
         output: the folder that holds the new adapter if `decision` is `kept`.
         decision: `kept` or `rejected`.
-        strategy: how gradients were computed.
+        strategy: how it was trained.
+        exact_gradients: whether gradients were computed, or estimated from losses along random directions.
         options: the training options.
         trained_tensors, trained_values: what trained.
         records: counts of `train`, `held_out` and `truncated` records.
         steps: optimizer steps; `resumed_from_step` of them were done by an earlier process.
-        losses, learning_rates, grad_norms: one entry a step, the norm before clipping.
+        losses, learning_rates, grad_norms: one entry a step, the norm before clipping (of an
+            estimate, its slope).
         limited_steps: steps after which the policy's `max_relative_change` scaled the update back.
         relative_change: L2 norm of the update divided by that of what it started from.
         held_out_before, held_out_after: the judgement.
@@ -69,6 +71,7 @@ class AdaptReport:
     output: str
     decision: str
     strategy: str
+    exact_gradients: bool
     options: dict[str, Any]
     trained_tensors: int
     trained_values: int

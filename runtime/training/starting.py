@@ -1,6 +1,7 @@
 """What an update starts from: an adapter of the bundle or a fresh one, and which of its tensors may train."""
 
 import math
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -76,21 +77,47 @@ def _fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
     }
 
 
-def trained_names(manifest: Manifest, adapter: Adapter, trainable: str) -> list[str]:
+def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> list[str]:
     """Graph inputs that train: those the policy allows, the adapter has and the caller chose.
 
     Raises:
-        UsageError: none is left.
+        UsageError: none is left, or the bundle has not so many blocks.
     """
-    factors = {name for slot in manifest.lora_slots for name in (slot.a_input, slot.b_input)}
+    factors_b = {slot.b_input for slot in manifest.lora_slots}
+    factors = factors_b | {slot.a_input for slot in manifest.lora_slots}
+    saved = {module.input for module in manifest.saved_modules}
+    chosen = {"all": factors | saved, "lora": factors, "lora_B": factors_b, "modules_to_save": saved}
     names = [
         name
         for name in manifest.policy.trainable
-        if name in adapter.tensors and (trainable == "all" or (name in factors) == (trainable == "lora"))
+        if name in adapter.tensors and name in chosen[options.trainable]
     ]
+    if options.top_blocks is not None:
+        kept = saved | _top_blocks(manifest, set(names), options.top_blocks)
+        names = [name for name in names if name in kept]
     if not names:
         raise UsageError(
-            f"nothing to train: with trainable={trainable!r} none of the adapter's {len(adapter.tensors)} "
-            f"tensors is among the {len(manifest.policy.trainable)} that the bundle's policy lets train"
+            f"nothing to train: with trainable={options.trainable!r} none of the adapter's "
+            f"{len(adapter.tensors)} tensors is among the {len(manifest.policy.trainable)} that the bundle's "
+            "policy lets train"
         )
     return names
+
+
+def _top_blocks(manifest: Manifest, names: set[str], count: int) -> set[str]:
+    """Those of `names` that belong to the topmost `count` blocks: stages that repeat and have any of them.
+
+    A model whose layers alternate between kinds repeats one layer of each: that is one block.
+    """
+    if manifest.partition is None:
+        raise UsageError(
+            f"top_blocks is {count}, but the bundle has no stages to tell blocks by: leave it out, or choose "
+            "what trains by the adapter's target modules"
+        )
+    stages = manifest.partition.stages
+    uses = Counter(stage.forward for stage in stages)
+    of_blocks = [names & set(stage.adapter.values()) for stage in stages if uses[stage.forward] > 1]
+    of_blocks = [found for found in of_blocks if found]
+    if count > len(of_blocks):
+        raise UsageError(f"top_blocks is {count}, the model has {len(of_blocks)} blocks with what may train")
+    return set().union(*of_blocks[-count:])

@@ -1,4 +1,4 @@
-"""The training loop: one graph for loss and gradients, the optimizer's graphs, a checkpoint now and then."""
+"""The training loop: batches, rates and limits of every step."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -10,21 +10,17 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
 from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.training.batches import step_batches
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress
-from edgepeft.runtime.training.drift import Drift
-from edgepeft.runtime.training.gradients import open_gradients
-from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
+from edgepeft.runtime.training.descent import GradientDescent, Stepper
+from edgepeft.runtime.training.forward_only import ForwardOnly
 from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.sampling import batch_indices
 from edgepeft.runtime.training.schedule import learning_rate
 
 FloatArray = npt.NDArray[np.float32]
-
-DEFAULT_DRIFT_WEIGHT = 0.1
 
 
 @dataclass(frozen=True)
@@ -79,48 +75,34 @@ def train(
         UpdateRejectedError: the loss or a gradient is not a number any more.
     """
     options = schedule.options
-    optimizer = AdamW(
-        bundle,
-        state,
-        AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm),
-    )
-    drift = None
+    stepper: Stepper
+    if strategy.exact:
+        stepper = GradientDescent(bundle, strategy, constants, state, options, threads, held)
+    else:
+        stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
     try:
-        if has_drift_penalty(bundle.manifest):
-            weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
-            drift = Drift(bundle, weight, threads)
-        gradients = open_gradients(bundle, strategy, constants, state, threads, held)
-        try:
-            while progress.step < schedule.total_steps:
-                indices = batch_indices(
-                    len(examples), options.batch_size, options.seed, progress.step, task.minimum_batch
+        while progress.step < schedule.total_steps:
+            batches = step_batches(task, examples, options, progress.step)
+            rate = learning_rate(
+                options.schedule,
+                options.learning_rate,
+                progress.step,
+                schedule.total_steps,
+                options.warmup_steps,
+            )
+            loss, norm = stepper.step(batches, progress.step + 1, rate)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise UpdateRejectedError(
+                    f"step {progress.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, "
+                    "so the update is given up: lower the learning rate"
                 )
-                batch = task.batch([examples[index] for index in indices], training=True)
-                loss = gradients.run(batch if drift is None else drift.added_to(batch))
-                rate = learning_rate(
-                    options.schedule,
-                    options.learning_rate,
-                    progress.step,
-                    schedule.total_steps,
-                    options.warmup_steps,
-                )
-                norm = optimizer.step(progress.step + 1, rate)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise UpdateRejectedError(
-                        f"step {progress.step + 1}: the loss is {loss:g} and the gradient's norm {norm:g}, "
-                        "so the update is given up: lower the learning rate"
-                    )
-                limit = schedule.max_relative_change
-                if limit is not None and state.limit_change(limit):
-                    progress.limited_steps += 1
-                progress.step += 1
-                progress.losses.append(loss)
-                progress.learning_rates.append(rate)
-                progress.grad_norms.append(norm)
-                after_step(loss)
-        finally:
-            gradients.close()
+            limit = schedule.max_relative_change
+            if limit is not None and state.limit_change(limit):
+                progress.limited_steps += 1
+            progress.step += 1
+            progress.losses.append(loss)
+            progress.learning_rates.append(rate)
+            progress.grad_norms.append(norm)
+            after_step(loss)
     finally:
-        optimizer.close()
-        if drift is not None:
-            drift.close()
+        stepper.close()

@@ -131,3 +131,24 @@ def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path
         return made[kind, precision]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def switched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`switched(kind)`: a bundle with an adapter of rank 4, at 32 bits: a `classifier` and a `decoder`
+    with stages, a `seq2seq` without."""
+    made: dict[str, Path] = {}
+
+    def make(kind: str) -> Path:
+        if kind not in made:
+            model = {
+                "classifier": models.bert_classifier,
+                "decoder": lambda: models.llama(tied=True),
+                "seq2seq": task_models.t5,
+            }[kind]()
+            folder = tmp_path_factory.mktemp("switched") / kind
+            edgepeft.export(model, folder, bits=32, rank=4, verify=False)
+            made[kind] = folder
+        return made[kind]
+
+    return make
