@@ -156,6 +156,11 @@ def suggested_budget(peak_bytes: int) -> int:
     return math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
 
 
+def run_peak_bytes(memory: MemoryFormula, process_bytes: int, *, shape: tuple[int, int], rank: int) -> int:
+    """The predicted peak of a process that runs one graph; see `check_run`."""
+    return process_bytes + memory.session_bytes + _run_bytes(memory.activation_bytes(*shape, rank))
+
+
 def check_run(
     memory: MemoryFormula,
     budget_bytes: int,
@@ -177,7 +182,7 @@ def check_run(
         BudgetError: names the smallest budget that would do.
     """
     activation_bytes = _run_bytes(memory.activation_bytes(*shape, rank))
-    peak_bytes = process_bytes + memory.session_bytes + activation_bytes
+    peak_bytes = run_peak_bytes(memory, process_bytes, shape=shape, rank=rank)
     if peak_bytes <= budget_bytes:
         return
     required_bytes = suggested_budget(peak_bytes)

@@ -97,6 +97,7 @@ class MemoryRecorder:
     def __enter__(self) -> Self:
         self.resettable = reset_peak()
         self._start_s = time.perf_counter()
+        self._sample()
         self._thread.start()
         return self
 
@@ -125,9 +126,7 @@ class MemoryRecorder:
         memory = read_memory()
         self._peak_bytes = max(self._peak_bytes, memory.resident_bytes)
         seconds = time.perf_counter() - self._start_s
-        self.samples.append(
-            Sample(seconds, memory.resident_bytes, memory.anonymous_bytes, memory.file_bytes)
-        )
+        self.samples.append(Sample(seconds, memory.resident_bytes, memory.anonymous_bytes, memory.file_bytes))
 
     def _record(self) -> None:
         while not self._stop.wait(self._interval_s):
