@@ -37,12 +37,12 @@ def bench(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE on this device: loading, prefill and decode (predict, of a model that does not generate),
-    a training step, and swapping adapters; on random records.
+    """Measure BUNDLE on this device: loading, prefill and decode (or predict, where a model does not
+    generate), a training step, and swapping adapters; on random records.
 
     Every phase is a process of its own. With a budget it runs inside a memory cgroup of that size, where the
-    system allows one, and may be refused (by the plan) or killed (by the kernel): its row says so. Exit 3: not
-    one phase runs in the budget.
+    system allows one, and may be refused (by the plan) or killed (by the kernel): its row says so. Exit 3:
+    not one phase runs in the budget.
 
     \b
     Example:

@@ -7,14 +7,16 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
-from edgepeft.errors import BudgetError, MissingExtraError
+from edgepeft.cli.options import budget_option, bundle_argument, device_option, json_option, table
+from edgepeft.devices import Device
+from edgepeft.errors import BudgetError, MissingExtraError, UsageError
 from edgepeft.sizes import format_size
 
 
 @click.command(short_help="Predict the memory of an update.")
 @bundle_argument()
-@budget_option(required=True)
+@budget_option()
+@device_option()
 @click.option(
     "--seq-len", type=int, help="Tokens of the longest text (128 unless given), or samples (160,000)."
 )
@@ -24,18 +26,21 @@ from edgepeft.sizes import format_size
 @json_option()
 def plan(
     bundle: str,
-    budget: int,
+    budget: int | None,
+    device: Device | None,
     seq_len: int | None,
     batch_size: int,
     adapter: str | None,
     rank: int | None,
     as_json: bool,
 ) -> None:
-    """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget.
+    """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget,
+    or what one process may take of a device's memory.
 
     \b
     Example:
       edgepeft plan model.edge --budget 128MiB --seq-len 64 --batch-size 4
+      edgepeft plan model.edge --device pi-zero-2w
     """
     from edgepeft.bundle.reader import open_bundle
     from edgepeft.runtime.memory.planner import choose, plans
@@ -45,6 +50,12 @@ def plan(
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
 
+    if device is not None:
+        if budget is not None:
+            raise UsageError("--budget and --device are both given: give one of them")
+        budget = device.budget_bytes
+    if budget is None:
+        raise UsageError("neither --budget nor --device is given: give one of them")
     opened = open_bundle(bundle)
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size)
     options.check(opened.manifest)
@@ -66,6 +77,7 @@ def plan(
         failure = error
     result = {
         "budget_bytes": budget,
+        "device": None if device is None else dataclasses.asdict(device),
         "batch_size": batch_size,
         "seq_len": sizes.seq_len,
         "chosen": fits,
@@ -90,4 +102,7 @@ def _table(result: dict[str, Any]) -> str:
         ]
         for item in result["strategies"]
     ]
-    return table(rows, ["strategy", *columns, format_size(result["budget_bytes"])])
+    lines = [table(rows, ["strategy", *columns, format_size(result["budget_bytes"])])]
+    if (device := result["device"]) is not None:
+        lines.append(f"{device['title']}: {device['rule']} ({device['source']})")
+    return "\n".join(lines)

@@ -68,7 +68,7 @@ def names(manifest: Manifest) -> list[str]:
 
 
 def load(request: Request) -> Timing:
-    """From nothing to the first answer: every file checked, the session open, a smallest record through it."""
+    """From nothing to a first answer: every file checked, the session open, a smallest record through it."""
     seconds, predicted = [], []
     for _ in range(request.steps):
         began_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""A benchmark: every phase in a fresh process, inside a memory cgroup of the budget's size where there is one."""
+"""A benchmark: every phase in a fresh process, in a memory cgroup of the budget's size where there is one."""
 
 import dataclasses
 import json
@@ -66,8 +66,8 @@ class BenchOptions:
 def bench(
     path: str | Path,
     options: BenchOptions,
-    budget_bytes: int | None = None,
-    report: Callable[[str], None] = lambda text: None,
+    budget_bytes: int | None,
+    report: Callable[[str], None],
 ) -> BenchReport:
     """Measure every phase that a bundle has.
 
@@ -76,7 +76,7 @@ def bench(
         options: the sizes.
         budget_bytes: limit on the memory of each phase's process, which the kernel enforces where the system
             gives a memory cgroup; None for no limit.
-        report: called with a line when a phase begins.
+        report: called with a phase's name when it begins.
 
     Raises:
         BudgetError: no phase could run in the budget; where one could, the others' results say why not.

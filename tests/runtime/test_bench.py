@@ -46,7 +46,7 @@ def test_every_phase_is_measured_beside_its_prediction(
 ) -> None:
     """Parts are no more than the whole, predictions are of the process's order."""
     said: list[str] = []
-    report = bench(request.getfixturevalue(name), FAST, report=said.append)
+    report = bench(request.getfixturevalue(name), FAST, None, said.append)
     assert [phase.name for phase in report.phases] == phases == said
     assert (report.budget_bytes, report.enforced_by, report.note) == (None, None, None)
     for phase in report.phases:
@@ -65,16 +65,18 @@ def test_every_phase_is_measured_beside_its_prediction(
         assert (measured.strategy == "resident") == (phase.name == "train")
 
 
-def test_a_budget_is_a_memory_cgroup(cgroups: None, language_model: Path) -> None:
+@pytest.mark.usefixtures("cgroups")
+def test_a_budget_is_a_memory_cgroup(language_model: Path) -> None:
     """Whose own peak is told, too."""
-    report = bench(language_model, FAST, budget_bytes=128 * MIB)
+    report = bench(language_model, FAST, 128 * MIB, print)
     assert report.enforced_by == "memory cgroup"
     assert [phase.status for phase in report.phases] == ["ran"] * len(LANGUAGE)
     for phase in report.phases:
         assert phase.cgroup_peak_bytes is None or 32 * MIB < phase.cgroup_peak_bytes <= 128 * MIB
 
 
-def test_a_phase_that_does_not_fit_says_so(cgroups: None, language_model: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("cgroups")
+def test_a_phase_that_does_not_fit_says_so(language_model: Path, tmp_path: Path) -> None:
     """Refused by the plan, or killed by the kernel if the plan was told of no budget."""
     bundle = open_bundle(language_model)
     request = run._request(bundle, "prefill", str(tmp_path), (), FAST, MIB)
@@ -94,7 +96,7 @@ def test_without_cgroups_it_measures_and_says_so(classifier: Path, monkeypatch: 
         raise CgroupError(f"no memory cgroup of {limit_bytes} B can be made")
 
     monkeypatch.setattr(run, "MemoryCgroup", none)
-    report = bench(classifier, FAST, budget_bytes=512 * MIB)
+    report = bench(classifier, FAST, 512 * MIB, print)
     assert report.enforced_by == "edgepeft"
     assert report.note is not None
     assert report.note.startswith("the budget is not enforced by the kernel: no memory cgroup")

@@ -32,5 +32,5 @@ def test_every_task_has_its_phases(
 ) -> None:
     """All of them run, with the update that training is a part of."""
     sizes = BenchOptions(seq_len=seq_len, batch_size=2, steps=1, max_new_tokens=3)
-    report = bench(exported(name, 4).folder, sizes)
+    report = bench(exported(name, 4).folder, sizes, None, print)
     assert [(phase.name, phase.status) for phase in report.phases] == [(one, "ran") for one in phases]

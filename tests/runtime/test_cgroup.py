@@ -57,7 +57,7 @@ def test_where_there_are_none_the_error_says_what_would_help(
 ) -> None:
     """Another system, and one that mounts none."""
     monkeypatch.setattr(cgroup, "_MOUNTS", tmp_path / "mounts")
-    with pytest.raises(CgroupError, match="no memory controller mounted.*as root"):
+    with pytest.raises(CgroupError, match=r"no memory controller mounted.*as root"):
         cgroup.MemoryCgroup(MIB)
     (tmp_path / "mounts").write_text("proc /proc proc rw 0 0\n")
     with pytest.raises(CgroupError, match="no memory controller mounted"):
@@ -65,7 +65,7 @@ def test_where_there_are_none_the_error_says_what_would_help(
 
 
 def test_version_2_passes_the_controller_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Files of a hierarchy that is only a folder: what would be written is what the kernel's manual asks for."""
+    """Files of a hierarchy that is only a folder: what is written is what the kernel's manual asks for."""
     root = tmp_path / "cgroup"
     root.mkdir()
     (root / "cgroup.controllers").write_text("cpu memory\n")
