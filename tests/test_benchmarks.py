@@ -4,7 +4,11 @@ import sys
 
 import pytest
 
-from benchmarks.compare import compare
+from benchmarks.compare import Command, SideEndedError, compare
+from edgepeft.errors import CgroupError
+from edgepeft.runtime.memory.cgroup import MemoryCgroup
+
+MIB = 2**20
 
 LINE = """
 import json, sys
@@ -17,8 +21,9 @@ for number, line in enumerate(sys.stdin):
 """
 
 
-def side(step_s: float, peak_bytes: int) -> list[str]:
-    return [sys.executable, "-c", LINE.replace("STEP", str(step_s)).replace("PEAK", str(peak_bytes))]
+def side(step_s: float, peak_bytes: int, limit_bytes: int | None = None) -> Command:
+    code = LINE.replace("STEP", str(step_s)).replace("PEAK", str(peak_bytes))
+    return Command([sys.executable, "-c", code], limit_bytes)
 
 
 def test_ratios_are_to_the_first_side_and_the_first_round_does_not_count() -> None:
@@ -31,6 +36,22 @@ def test_ratios_are_to_the_first_side_and_the_first_round_does_not_count() -> No
 
 
 def test_a_side_that_dies_ends_the_comparison() -> None:
-    dead = [sys.executable, "-c", "import sys; sys.exit(3)"]
-    with pytest.raises(RuntimeError, match="ours ended with exit code 3"):
+    dead = Command([sys.executable, "-c", "import sys; sys.exit(3)"])
+    with pytest.raises(SideEndedError, match=r"ours ended with exit code 3$") as caught:
         compare({"peer": side(1.0, 1), "ours": dead}, 1, lambda _: None)
+    assert (caught.value.exit_code, caught.value.killed) == (3, False)
+
+
+def test_a_side_in_a_cgroup_starts_first_and_is_killed_where_it_does_not_fit() -> None:
+    try:
+        MemoryCgroup(MIB).__exit__(None, None, None)
+    except CgroupError as error:
+        pytest.skip(str(error))
+    said: list[str] = []
+    rows = compare({"peer": side(2.0, 100), "ours": side(1.0, 25, 64 * MIB)}, 1, said.append).rows()
+    assert said[:2] == ["starting ours", "starting peer"]
+    assert [row["side"] for row in rows] == ["peer", "ours"]
+    assert rows[0]["cgroup_peak_bytes"] is None
+    assert rows[1]["cgroup_peak_bytes"] is None or MIB < rows[1]["cgroup_peak_bytes"] <= 64 * MIB
+    with pytest.raises(SideEndedError, match="killed by the kernel"):
+        compare({"peer": side(2.0, 100), "ours": side(1.0, 25, 2 * MIB)}, 1, said.append)
