@@ -52,17 +52,14 @@ class Side(ExitStack):
         self.losses: list[float] = []
         self.memory: dict[str, int] = {}
         self._group: MemoryCgroup | None = None
+        arguments = command.arguments
         if command.limit_bytes is not None:
             self._group = self.enter_context(MemoryCgroup(command.limit_bytes))
+            arguments = self._group.command(arguments)
             drop_page_cache()
         self._process = self.enter_context(
             subprocess.Popen(
-                command.arguments,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=sys.stderr,
-                text=True,
-                preexec_fn=self._group.enter if self._group else None,
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=sys.stderr, text=True
             )
         )
         self.callback(self._process.kill)

@@ -5,7 +5,8 @@
 First the peers (float32, with gradient checkpointing, and bfloat16 where the processor has it) and edgepeft
 without a budget, a step of each in turn. Then every budget: edgepeft in a memory cgroup of that size with a
 cold page cache, a step in turn with PyTorch in float32, which has no limit. A budget that is refused, or in
-which the kernel kills, is a row too. Writes benchmarks/results/memory.json, whose other shapes and lengths stay.
+which the kernel kills, is a row too. Writes benchmarks/results/memory.json, where the rows of other shapes
+and lengths stay.
 """
 
 import json

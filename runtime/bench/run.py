@@ -153,10 +153,9 @@ def _run(request: Request, limit_bytes: int | None) -> PhaseResult:
     with ExitStack() as stack:
         if limit_bytes is not None:
             group = stack.enter_context(MemoryCgroup(limit_bytes))
+            command = group.command(command)
             drop_page_cache()
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, preexec_fn=group.enter if group else None
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         peak_bytes = group.peak_bytes if group else None
         kills = group.oom_kills if group else 0
     if limit_bytes is not None and kills:

@@ -8,7 +8,7 @@ delegated it).
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -64,9 +64,12 @@ class MemoryCgroup:
         with contextlib.suppress(OSError):  # a process is still in it: the system's own cleaning gets it
             self._path.rmdir()
 
-    def enter(self) -> None:
-        """Move the calling process into the cgroup, for good: `preexec_fn` of a child."""
-        (self._path / "cgroup.procs").write_text(str(os.getpid()))
+    def command(self, arguments: Sequence[str]) -> list[str]:
+        """A command line that enters the cgroup and then becomes `arguments`.
+
+        A shell does it, rather than a `preexec_fn`, which Python advises against where there are threads.
+        """
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self._path / "cgroup.procs"), *arguments]
 
     @property
     def peak_bytes(self) -> int | None:

@@ -27,7 +27,7 @@ def group():
 def allocate(group: cgroup.MemoryCgroup, size_bytes: int) -> int:
     """The exit status of a process in the cgroup that writes to so much memory."""
     command = [sys.executable, "-c", ALLOCATE, str(size_bytes)]
-    return subprocess.run(command, preexec_fn=group.enter, check=False).returncode
+    return subprocess.run(group.command(command), check=False).returncode
 
 
 def test_what_fits_runs_and_is_counted(group: cgroup.MemoryCgroup) -> None:
