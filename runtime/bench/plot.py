@@ -52,7 +52,7 @@ def draw(report: BenchReport, path: Path) -> None:
             [sample.resident_bytes / _MIB for sample in samples],
             color="black",
             lw=0.8,
-            label="resident" if first else None,
+            label="resident" if first else "",
         )
         axes.hlines(
             phase.measured.predicted_peak_bytes / _MIB,
@@ -60,7 +60,7 @@ def draw(report: BenchReport, path: Path) -> None:
             seconds[-1],
             color="tab:orange",
             linestyle=":",
-            label="predicted peak" if first else None,
+            label="predicted peak" if first else "",
         )
         ticks.append((sum((seconds[0], seconds[-1])) / 2, phase.name))
         start_s = seconds[-1]
