@@ -95,11 +95,12 @@ def bench(
             phases.append(_run(request, budget_bytes if enforced else None))
     if all(phase.status != "ran" for phase in phases):
         assert budget_bytes is not None
-        required = [phase.required_bytes for phase in phases if phase.required_bytes is not None]
+        # A killed phase has no figure: it needs more than the budget, which its plan had found enough.
+        least = min(phases, key=lambda phase: phase.required_bytes or budget_bytes)
         raise BudgetError(
-            f"no phase runs in {format_size(budget_bytes)}: {phases[0].name}: {phases[0].message}",
+            f"no phase runs in {format_size(budget_bytes)}; the smallest, {least.name}: {least.message}",
             budget_bytes=budget_bytes,
-            required_bytes=min(required, default=budget_bytes),
+            required_bytes=least.required_bytes or budget_bytes,
         )
     return BenchReport(
         edgepeft_version=edgepeft.__version__,
