@@ -21,11 +21,11 @@ import click
 
 from benchmarks.compare import Command, SideEndedError, compare, machine
 from benchmarks.shapes import DECODERS, bundle_of
+from edgepeft.errors import BudgetError
 from edgepeft.sizes import format_size, parse_size
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 PEER = "PyTorch + PEFT, float32"
-REFUSED = 3
 #: What the kernel calls arithmetic in bfloat16, on x86 and on ARM.
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
@@ -54,7 +54,7 @@ def measure(
         try:
             rows += compare({PEER: Command(torch), name: limited}, rounds, say).rows()[1:]
         except SideEndedError as error:
-            if error.exit_code != REFUSED and not error.killed:
+            if error.exit_code != BudgetError.exit_code and not error.killed:
                 raise
             say(str(error))
             rows.append({"side": name, "outcome": "killed" if error.killed else "refused"})

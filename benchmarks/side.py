@@ -19,6 +19,7 @@ from typing import Any
 import click
 import numpy as np
 
+from edgepeft.errors import BudgetError
 from edgepeft.runtime.memory.process import MemoryRecorder
 
 LEARNING_RATE = 1e-4
@@ -141,4 +142,8 @@ def edgepeft_side(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BudgetError as refused:
+        click.echo(f"error: {refused}", err=True)
+        sys.exit(refused.exit_code)

@@ -72,6 +72,15 @@ def test_a_budget_that_is_refused_is_a_row_too() -> None:
     assert second == "| toy, 8 | ours in 1MiB | refused |  |  |  |  |  |"
 
 
+def test_a_side_that_its_budget_cannot_hold_says_so(tmp_path: Path) -> None:
+    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "text-generation")
+    arguments = ["edgepeft", str(bundle), "--seq-len", "8", "--budget", "1MiB"]
+    refused = Command([sys.executable, "-m", "benchmarks.side", *arguments])
+    with pytest.raises(SideEndedError) as caught:
+        compare({"ours": refused}, 1, lambda _: None)
+    assert (caught.value.exit_code, caught.value.killed) == (3, False)
+
+
 def test_the_page_has_the_predictions_that_were_measured() -> None:
     rows = predictions.read()
     assert predictions.table(rows) in predictions.PAGE.read_text(encoding="utf-8"), "run: make docs-memory"
