@@ -41,9 +41,9 @@ def test_an_unknown_device_names_the_known_ones() -> None:
 def test_plan_takes_a_device_instead_of_a_budget(tmp_path: Path) -> None:
     """Its budget, where it comes from, and exactly one of the two."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge")
-    result = json.loads(run("plan", bundle, "--device", "pi-zero-2w", "--json").stdout)
-    assert (result["budget_bytes"], result["chosen"]) == (256 * MIB, "resident")
-    assert result["device"]["name"] == "pi-zero-2w"
+    result = json.loads(run("plan", bundle, "--device", "pi-5-8gb", "--json").stdout)
+    assert (result["budget_bytes"], result["chosen"]) == (4096 * MIB, "resident")
+    assert result["device"]["name"] == "pi-5-8gb"
     text = run("plan", bundle, "--device", "phone-4gb").stdout
     assert "Android phone, 4 GB: Android's heap limit of an app (https://android" in text
     assert "both given" in fails(2, "plan", bundle, "--device", "phone-4gb", "--budget", "1GiB")
