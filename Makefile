@@ -5,7 +5,7 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs
+.PHONY: demo test lint docs docs-memory
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
@@ -26,6 +26,10 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
+
+# Exports four models and trains each with every strategy: an hour, and 8 GB of memory.
+docs-memory: $(STAMP)
+	$(BIN)/python -m benchmarks.predictions
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'

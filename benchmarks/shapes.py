@@ -1,27 +1,39 @@
 """Models in published shapes with random weights: time and memory do not depend on the values."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+import edgepeft
+
+RANK = 8
+#: transformers' model with a head for each task.
+HEADS = {
+    "text-generation": transformers.AutoModelForCausalLM,
+    "text-classification": transformers.AutoModelForSequenceClassification,
+    "image-classification": transformers.AutoModelForImageClassification,
+}
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's published shape and the modules that get a LoRA in its benchmarks."""
+    """A model's published shape and the modules that get a LoRA in its benchmarks."""
 
     model_type: str
     config: dict[str, Any]
     targets: tuple[str, ...]
+    task: str = "text-generation"
 
     def build(self) -> transformers.PreTrainedModel:
         """The model in float32, its weights drawn from a fixed seed."""
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(self.model_type, **self.config)
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+        return HEADS[self.task].from_config(config).eval()
 
 
 SHAPES = {
@@ -57,4 +69,49 @@ SHAPES = {
         },
         ("q_proj", "v_proj"),
     ),
+    "minilm-l6": Shape(
+        "bert",
+        {
+            "vocab_size": 30522,
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 12,
+            "max_position_embeddings": 512,
+        },
+        ("query", "key", "value"),
+        "text-classification",
+    ),
+    "vit-small": Shape(
+        "vit",
+        {
+            "hidden_size": 384,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 6,
+            "image_size": 224,
+            "patch_size": 16,
+        },
+        ("q_proj", "v_proj"),
+        "image-classification",
+    ),
 }
+
+DECODERS = [name for name, shape in SHAPES.items() if shape.task == "text-generation"]
+
+
+def bundle_of(shape: str, folder: Path, report: Callable[[str], None]) -> Path:
+    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet."""
+    bundle = folder / f"{shape}.edge"
+    if not bundle.exists():
+        chosen = SHAPES[shape]
+        edgepeft.export(
+            chosen.build(),
+            bundle,
+            task=chosen.task,
+            rank=RANK,
+            targets=chosen.targets,
+            verify=False,
+            report=report,
+        )
+    return bundle

@@ -19,9 +19,10 @@ from typing import Any
 import click
 import numpy as np
 
-from edgepeft.runtime.memory.process import read_memory
+from edgepeft.errors import BudgetError
+from edgepeft.runtime.memory.process import MemoryRecorder
 
-RANK, LEARNING_RATE = 8, 1e-4
+LEARNING_RATE = 1e-4
 #: More steps than any comparison asks for.
 MANY = 1_000_000
 
@@ -35,19 +36,24 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def _commands() -> Iterator[str]:
+def _commands(recorder: MemoryRecorder) -> Iterator[str]:
     """What the comparison asks for; when it asks for nothing more, the memory is told and that is all."""
     for line in sys.stdin:
         if line.strip() == "end":
             break
         yield line.strip()
-    memory = read_memory()
-    _say(peak_bytes=memory.peak_bytes, anonymous_bytes=memory.anonymous_bytes, file_bytes=memory.file_bytes)
+    _say(
+        peak_bytes=recorder.peak_bytes,
+        anonymous_bytes=max(sample.anonymous_bytes or 0 for sample in recorder.samples),
+        file_bytes=max(sample.file_bytes or 0 for sample in recorder.samples),
+    )
 
 
 @click.group()
-def main() -> None:
-    """One side of a comparison."""
+@click.pass_context
+def main(context: click.Context) -> None:
+    """One side of a comparison, whose memory is watched from the beginning."""
+    context.obj = context.with_resource(MemoryRecorder())
 
 
 @main.command("torch")
@@ -56,12 +62,15 @@ def main() -> None:
 @click.option("--threads", default=2)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32")
 @click.option("--checkpoint", is_flag=True, help="Recompute activations layer by layer.")
-def torch_side(shape: str, seq_len: int, threads: int, dtype: str, checkpoint: bool) -> None:
+@click.pass_obj
+def torch_side(
+    recorder: MemoryRecorder, shape: str, seq_len: int, threads: int, dtype: str, checkpoint: bool
+) -> None:
     """PyTorch + PEFT: LoRA on the shape's targets, AdamW."""
     import peft
     import torch
 
-    from benchmarks.shapes import SHAPES
+    from benchmarks.shapes import RANK, SHAPES
 
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
@@ -78,7 +87,7 @@ def torch_side(shape: str, seq_len: int, threads: int, dtype: str, checkpoint: b
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE)
     ids = torch.from_numpy(tokens(seq_len, model.config.vocab_size))
     _say(ready=True)
-    for _ in _commands():
+    for _ in _commands(recorder):
         began_s = time.perf_counter()
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -93,14 +102,17 @@ def torch_side(shape: str, seq_len: int, threads: int, dtype: str, checkpoint: b
 @click.option("--seq-len", default=128)
 @click.option("--threads", default=2)
 @click.option("--budget", help="Memory budget of the whole process.")
-def edgepeft_side(bundle: Path, seq_len: int, threads: int, budget: str | None) -> None:
+@click.pass_obj
+def edgepeft_side(
+    recorder: MemoryRecorder, bundle: Path, seq_len: int, threads: int, budget: str | None
+) -> None:
     """edgepeft's own `adapt`, held up after every step."""
     import edgepeft
     from edgepeft.runtime.training.trainer import Step
 
     model = edgepeft.load(bundle, memory_budget=budget, threads=threads)
     record = {"input_ids": tokens(seq_len, model.manifest.model.vocab_size)[0].tolist()}
-    commands = _commands()
+    commands = _commands(recorder)
     began_s = 0.0
 
     def wait(step: Step | None) -> None:
@@ -116,7 +128,7 @@ def edgepeft_side(bundle: Path, seq_len: int, threads: int, budget: str | None) 
         _say(ready=True) if step.number == 1 else None
         wait(None if step.number == 1 else step)
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory(dir=bundle.parent) as scratch:
         model.adapt(
             [record] * 20,
             Path(scratch) / "adapter",
@@ -130,4 +142,8 @@ def edgepeft_side(bundle: Path, seq_len: int, threads: int, budget: str | None) 
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BudgetError as refused:
+        click.echo(f"error: {refused}", err=True)
+        sys.exit(refused.exit_code)

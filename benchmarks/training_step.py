@@ -16,31 +16,12 @@ from typing import Any
 import click
 import onnx
 
-import edgepeft
-from benchmarks.compare import compare, machine
-from benchmarks.shapes import SHAPES
-from benchmarks.side import RANK
+from benchmarks.compare import Command, compare, machine
+from benchmarks.shapes import DECODERS, bundle_of
 
 RESULTS = Path(__file__).parent / "results"
 #: Too little for the resident graph, so the planner takes the stages.
 SMALL_BUDGET = "256MiB"
-
-
-def bundle_of(shape: str, folder: Path) -> Path:
-    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet."""
-    bundle = folder / f"{shape}.edge"
-    if not bundle.exists():
-        chosen = SHAPES[shape]
-        edgepeft.export(
-            chosen.build(),
-            bundle,
-            task="text-generation",
-            rank=RANK,
-            targets=chosen.targets,
-            verify=False,
-            report=_say,
-        )
-    return bundle
 
 
 def count_nodes(bundle: Path) -> dict[str, Any]:
@@ -59,7 +40,7 @@ def _say(text: str) -> None:
 
 
 @click.command(help=__doc__.split("\n", 1)[0])
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="smollm2-135m", show_default=True)
+@click.option("--shape", type=click.Choice(DECODERS), default="smollm2-135m", show_default=True)
 @click.option("--seq-len", "seq_lens", type=int, multiple=True, default=(128, 256), show_default=True)
 @click.option("--rounds", default=7, show_default=True, help="Counted steps of each side.")
 @click.option("--threads", default=2, show_default=True)
@@ -71,7 +52,7 @@ def main(
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
-        bundle = bundle_of(shape, folder)
+        bundle = bundle_of(shape, folder, _say)
         results: dict[str, Any] = {
             "machine": machine(),
             "shape": shape,
@@ -83,12 +64,11 @@ def main(
             side = [sys.executable, "-m", "benchmarks.side"]
             comparison = compare(
                 {
-                    "PyTorch + PEFT, float32": [*side, "torch", shape, *common],
-                    "edgepeft, int4, resident": [*side, "edgepeft", str(bundle), *common],
-                    f"edgepeft, int4, in {SMALL_BUDGET}": [
-                        *(*side, "edgepeft", str(bundle), *common),
-                        *("--budget", SMALL_BUDGET),
-                    ],
+                    "PyTorch + PEFT, float32": Command([*side, "torch", shape, *common]),
+                    "edgepeft, int4, resident": Command([*side, "edgepeft", str(bundle), *common]),
+                    f"edgepeft, int4, in {SMALL_BUDGET}": Command(
+                        [*side, "edgepeft", str(bundle), *common, "--budget", SMALL_BUDGET]
+                    ),
                 },
                 rounds,
                 _say,

@@ -9,6 +9,7 @@
     ├── ExportError           a model cannot be exported
     │   ├── UnsupportedOperatorError   the backward pass needs rules that do not exist
     │   └── VerificationError          the bundle disagrees with PyTorch, or with the ONNX file
+    ├── CgroupError           the system gives no memory cgroup
     ├── BudgetError           the memory budget cannot be met (exit 3)
     └── UpdateRejectedError   the gate rejected the adapted adapter (exit 4)
 
@@ -59,6 +60,10 @@ class UnsupportedOperatorError(ExportError):
 
 class VerificationError(ExportError):
     """The exported graphs disagree with PyTorch, or with the ONNX file, by more than the stated tolerance."""
+
+
+class CgroupError(EdgePeftError):
+    """The system has no memory cgroups, or the user may make none; the message says why."""
 
 
 class BudgetError(EdgePeftError):

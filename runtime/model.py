@@ -17,7 +17,7 @@ from edgepeft.runtime import generation
 from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.memory.planner import check_run
+from edgepeft.runtime.memory.planner import check_run, run_peak_bytes
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Task, task_for
@@ -47,6 +47,9 @@ class Model:
         bundle: an opened bundle.
         memory_budget_bytes: limit on the whole process's resident memory; None for no limit.
         threads: threads of a session; 0 lets onnxruntime choose.
+
+    Attributes:
+        predicted_peak_bytes: what the last run was predicted to need; None before there was one.
     """
 
     def __init__(self, bundle: Bundle, memory_budget_bytes: int | None = None, threads: int = 0) -> None:
@@ -55,6 +58,7 @@ class Model:
         self._threads = threads
         self._task: Task = task_for(bundle)
         self._open: dict[str, _OpenSession] = {}
+        self.predicted_peak_bytes: int | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -281,6 +285,7 @@ class Model:
             self.close()  # two sessions at once are in no plan
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         without_bytes = read_memory().resident_bytes if entry is None else entry.process_bytes
+        self.predicted_peak_bytes = run_peak_bytes(memory, without_bytes, shape=shape, rank=rank)
         if self._budget_bytes is not None:
             check_run(memory, self._budget_bytes, without_bytes, shape=shape, rank=rank)
         session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session

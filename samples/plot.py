@@ -28,7 +28,7 @@ def memory(report: dict[str, Any], torch: dict[str, Any], path: Path) -> None:
         (torch["timeline"], "PyTorch + PEFT, float32", "tab:gray"),
         (measured["timeline"], f"edgepeft adapt, {report['strategy']}", "tab:blue"),
     ):
-        axes.plot(*zip(*((s, b / MIB) for s, b in timeline), strict=True), label=label, color=color)
+        axes.plot(*zip(*((s, b / MIB) for s, b, *_ in timeline), strict=True), label=label, color=color)
     axes.axhline(budget, color="tab:red", linestyle="--", label=f"budget, {budget:.0f} MiB")
     predicted = measured["predicted_peak_bytes"] / MIB
     axes.axhline(predicted, color="tab:orange", linestyle=":", label=f"predicted peak, {predicted:.0f} MiB")

@@ -80,7 +80,7 @@ def _bundle(folder: Path) -> Path:
 
 ALLOWED = {
     "edgepeft": {"numpy", "click", "safetensors", "edgepeft"},
-    "runtime": {"numpy", "onnxruntime", "edgepeft", "tokenizers", "jinja2"},
+    "runtime": {"numpy", "onnxruntime", "edgepeft", "tokenizers", "jinja2", "matplotlib"},
 }
 
 

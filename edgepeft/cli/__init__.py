@@ -11,7 +11,7 @@ import click
 
 from edgepeft.errors import EdgePeftError
 
-COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt")
+COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "bench")
 
 
 class _Commands(click.Group):

@@ -6,8 +6,10 @@ from typing import Any
 
 import click
 
+from edgepeft.devices import DEVICES, Device
+from edgepeft.devices import device as find_device
 from edgepeft.errors import UsageError
-from edgepeft.sizes import parse_size
+from edgepeft.sizes import format_size, parse_size
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -77,6 +79,29 @@ def memory_options() -> Decorator:
         return command
 
     return decorate
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> Device | None:
+    del param
+    if value == "list":
+        rows = [
+            [item.name, item.title, format_size(item.ram_bytes), format_size(item.budget_bytes), item.rule]
+            for item in DEVICES.values()
+        ]
+        click.echo(table(rows, ["device", "", "RAM", "budget", "which is"]))
+        ctx.exit()
+    return None if value is None else find_device(value)
+
+
+def device_option() -> Decorator:
+    """`--device NAME`, whose profile a command gets."""
+    return click.option(
+        "--device",
+        callback=_device,
+        is_eager=True,  # so that a list needs no bundle
+        metavar="NAME",
+        help="Instead of --budget: what a process may take of a device's memory; `list` prints the devices.",
+    )
 
 
 def adapters_option() -> Decorator:

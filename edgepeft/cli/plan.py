@@ -7,14 +7,23 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
-from edgepeft.errors import BudgetError, MissingExtraError
+from edgepeft.cli.options import (
+    budget_option,
+    bundle_argument,
+    device_option,
+    json_option,
+    memory_options,
+    table,
+)
+from edgepeft.devices import Device
+from edgepeft.errors import BudgetError, MissingExtraError, UsageError
 from edgepeft.sizes import format_size
 
 
 @click.command(short_help="Predict the memory of an update.")
 @bundle_argument()
-@budget_option(required=True)
+@budget_option()
+@device_option()
 @click.option(
     "--seq-len", type=int, help="Tokens of the longest text (128 unless given), or samples (160,000)."
 )
@@ -25,7 +34,8 @@ from edgepeft.sizes import format_size
 @json_option()
 def plan(
     bundle: str,
-    budget: int,
+    budget: int | None,
+    device: Device | None,
     seq_len: int | None,
     batch_size: int,
     adapter: str | None,
@@ -33,11 +43,13 @@ def plan(
     as_json: bool,
     **switches: Any,
 ) -> None:
-    """Predict the peak memory of adapting BUNDLE with every strategy it has; exit 3 if none fits the budget.
+    """Predict the peak memory of adapting BUNDLE with every strategy it has, and the time of a step relative to
+    the first one's; exit 3 if none fits the budget, or what one process may take of a device's memory.
 
     \b
     Example:
       edgepeft plan model.edge --budget 128MiB --seq-len 64 --batch-size 4
+      edgepeft plan model.edge --device pi-zero-2w
     """
     from edgepeft.bundle.reader import open_bundle
     from edgepeft.runtime.memory.planner import choose, plans
@@ -47,6 +59,12 @@ def plan(
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
 
+    if device is not None:
+        if budget is not None:
+            raise UsageError("--budget and --device are both given: give one of them")
+        budget = device.budget_bytes
+    if budget is None:
+        raise UsageError("neither --budget nor --device is given: give one of them")
     opened = open_bundle(bundle)
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
@@ -59,7 +77,7 @@ def plan(
             task.release()
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
-    candidates = plans(opened.manifest, sizes, read_memory().resident_bytes)
+    candidates = plans(opened.manifest, sizes, read_memory().resident_bytes, budget)
     fits: str | None = None
     failure: BudgetError | None = None
     try:
@@ -68,6 +86,7 @@ def plan(
         failure = error
     result = {
         "budget_bytes": budget,
+        "device": None if device is None else dataclasses.asdict(device),
         "batch_size": batch_size,
         "seq_len": sizes.seq_len,
         "chosen": fits,
@@ -88,8 +107,12 @@ def _table(result: dict[str, Any]) -> str:
         [
             item["strategy"],
             *(format_size(item[f"{column}_bytes"]) for column in columns),
+            "" if item["relative_step"] is None else f"{item['relative_step']:.2f}",
             "fits" if item["peak_bytes"] <= result["budget_bytes"] else "does not fit",
         ]
         for item in result["strategies"]
     ]
-    return table(rows, ["strategy", *columns, format_size(result["budget_bytes"])])
+    lines = [table(rows, ["strategy", *columns, "step", format_size(result["budget_bytes"])])]
+    if (device := result["device"]) is not None:
+        lines.append(f"{device['title']}: {device['rule']} ({device['source']})")
+    return "\n".join(lines)

@@ -52,7 +52,8 @@ NOTHING_HELD = Held()
 class Plan:
     """The predicted peak of one strategy, in bytes, by what it is made of.
 
-    `relative_step` is the predicted time of a step, that of the fastest strategy being 1.
+    `relative_step` is the predicted time of a step, that of the resident graph being 1; None where a step is not
+    the same thing.
     """
 
     strategy: str
@@ -65,7 +66,7 @@ class Plan:
     held: Held = NOTHING_HELD
     stages: int = 0
     state_in_file: bool = False
-    relative_step: float = 1.0
+    relative_step: float | None = 1.0
 
     @property
     def label(self) -> str:

@@ -135,6 +135,7 @@ def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, pr
         activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
         state_bytes=_adapter_bytes(workload) + _DIRECTION_BYTES + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # judging is what training does
+        relative_step=None,
     )
 
 
@@ -184,6 +185,11 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     )
 
 
+def run_peak_bytes(memory: MemoryFormula, process_bytes: int, *, shape: tuple[int, int], rank: int) -> int:
+    """The predicted peak of a process that runs one graph; see `check_run`."""
+    return process_bytes + memory.session_bytes + _run_bytes(memory.activation_bytes(*shape, rank))
+
+
 def check_run(
     memory: MemoryFormula,
     budget_bytes: int,
@@ -205,7 +211,7 @@ def check_run(
         BudgetError: names the smallest budget that would do.
     """
     activation_bytes = _run_bytes(memory.activation_bytes(*shape, rank))
-    peak_bytes = process_bytes + memory.session_bytes + activation_bytes
+    peak_bytes = run_peak_bytes(memory, process_bytes, shape=shape, rank=rank)
     if peak_bytes <= budget_bytes:
         return
     required_bytes = suggested_budget(peak_bytes)

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -24,6 +24,16 @@ class ProcessMemory:
     peak_bytes: int
     anonymous_bytes: int | None = None
     file_bytes: int | None = None
+
+
+class Sample(NamedTuple):
+    """Resident memory at one moment, in bytes: all, and of it anonymous and file-backed pages (None if
+    unknown)."""
+
+    seconds: float
+    resident_bytes: int
+    anonymous_bytes: int | None
+    file_bytes: int | None
 
 
 def read_memory() -> ProcessMemory:
@@ -63,19 +73,19 @@ def release_freed_memory() -> None:
 
 
 class MemoryRecorder:
-    """Samples the resident memory in a thread while a `with` block runs.
+    """Samples the memory in a thread while a `with` block runs.
 
     The interval doubles whenever 2,000 samples have gathered, so a run of any length keeps a bounded
     timeline.
 
     Attributes:
         resettable: whether `peak_bytes` is the block's own peak and not the process's whole past.
-        samples: `(seconds since the block began, resident bytes)`.
+        samples: what was held, by seconds since the block began.
         phases: `(seconds since the block began, name)` of what `mark` announced.
     """
 
     def __init__(self, interval_s: float = 0.02) -> None:
-        self.samples: list[tuple[float, int]] = []
+        self.samples: list[Sample] = []
         self.phases: list[tuple[float, str]] = []
         self.resettable = False
         self._interval_s = interval_s
@@ -87,6 +97,7 @@ class MemoryRecorder:
     def __enter__(self) -> Self:
         self.resettable = reset_peak()
         self._start_s = time.perf_counter()
+        self._sample()
         self._thread.start()
         return self
 
@@ -114,7 +125,8 @@ class MemoryRecorder:
     def _sample(self) -> None:
         memory = read_memory()
         self._peak_bytes = max(self._peak_bytes, memory.resident_bytes)
-        self.samples.append((time.perf_counter() - self._start_s, memory.resident_bytes))
+        seconds = time.perf_counter() - self._start_s
+        self.samples.append(Sample(seconds, memory.resident_bytes, memory.anonymous_bytes, memory.file_bytes))
 
     def _record(self) -> None:
         while not self._stop.wait(self._interval_s):

@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgepeft.runtime.memory.process import Sample
+
 REPORT_FILE = "adapt_report.json"
 
 
@@ -17,7 +19,7 @@ class MemoryReport:
         predicted_peak_bytes: the plan's figure, of which `predicted` gives the parts.
         measured_peak_bytes: the kernel's figure for the update; where `peak_is_exact` is false, the largest
             sample.
-        timeline: `[seconds since the update began, resident bytes]`.
+        timeline: seconds since the update began, and resident, anonymous and file-backed bytes then.
         phases: `[seconds since the update began, what began then]`.
     """
 
@@ -26,7 +28,7 @@ class MemoryReport:
     predicted: dict[str, int]
     measured_peak_bytes: int
     peak_is_exact: bool
-    timeline: list[tuple[float, int]]
+    timeline: list[Sample]
     phases: list[tuple[float, str]]
 
 

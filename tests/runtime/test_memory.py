@@ -56,9 +56,11 @@ def test_a_recorder_sees_a_peak_that_is_gone() -> None:
         del block
         time.sleep(0.05)
     assert recorder.peak_bytes - before == pytest.approx(32 * MIB, rel=0.15)
-    times, sizes = zip(*recorder.samples, strict=True)
+    times, sizes, anonymous, files = zip(*recorder.samples, strict=True)
     assert list(times) == sorted(times)
     assert max(sizes) - before == pytest.approx(32 * MIB, rel=0.15)
+    assert max(anonymous) - anonymous[-1] == pytest.approx(32 * MIB, rel=0.15)
+    assert max(files) - min(files) < 8 * MIB
     assert sizes[-1] - before < 8 * MIB
 
 
