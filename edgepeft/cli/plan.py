@@ -43,8 +43,8 @@ def plan(
     as_json: bool,
     **switches: Any,
 ) -> None:
-    """Predict the peak memory of adapting BUNDLE with every strategy it has, and the time of a step relative to
-    the first one's; exit 3 if none fits the budget, or what one process may take of a device's memory.
+    """Predict the peak memory of adapting BUNDLE with every strategy it has, and the time of a step relative
+    to the first one's; exit 3 if none fits the budget, or what one process may take of a device's memory.
 
     \b
     Example:

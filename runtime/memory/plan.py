@@ -52,8 +52,8 @@ NOTHING_HELD = Held()
 class Plan:
     """The predicted peak of one strategy, in bytes, by what it is made of.
 
-    `relative_step` is the predicted time of a step, that of the resident graph being 1; None where a step is not
-    the same thing.
+    `relative_step` is the predicted time of a step, that of the resident graph being 1; None where a step is
+    not the same thing.
     """
 
     strategy: str
