@@ -1,7 +1,7 @@
 """A loaded bundle: forward passes, gradients, generation, prediction and adaptation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -10,16 +10,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime import generation
 from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.memory.planner import check_run
+from edgepeft.runtime.memory.inference import STREAMED, RunPlan, plan_forward, plan_generation, plan_graph
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.streamed import StreamedModel
 from edgepeft.runtime.tasks import Task, task_for
 from edgepeft.runtime.training.adapt import OnStep, Update
 from edgepeft.runtime.training.options import TrainingOptions
@@ -33,7 +34,7 @@ FloatArray = npt.NDArray[np.float32]
 class _OpenSession:
     """A session, the adapter that is bound in it, and what the process held before it was opened."""
 
-    session: GraphSession
+    session: GraphSession | StreamedModel
     adapter: AdapterSpec
     rank: int
     process_bytes: int
@@ -87,7 +88,13 @@ class Model:
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
         arrays = check_batch(self.manifest, specs, batch)
         shape = batch_shape(specs, arrays)
-        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
+
+        session, _ = self._activated(adapter, plan)
+        if isinstance(session, StreamedModel):
+            return {self._task.output: session.forward(arrays)}
         session.bind(arrays)
         session.bind(generation.empty_cache(session, shape[0]))
         outputs = session.run_for([self._task.output])
@@ -120,7 +127,15 @@ class Model:
         role = strategy.graph or "train"
         specs = model_inputs(self.manifest, self.manifest.graphs[role].inputs)
         arrays = check_batch(self.manifest, specs, batch)
-        session = self._activated(role, strategy.memory, adapter, batch_shape(specs, arrays))
+        shape = batch_shape(specs, arrays)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            return plan_graph(
+                role, strategy.memory, self._budget_bytes, process_bytes, shape=shape, rank=rank
+            )
+
+        session, _ = self._activated(adapter, plan, check_effect=False)
+        assert isinstance(session, GraphSession)
         session.bind(arrays)
         names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
         outputs = session.run_for(["loss", *names])
@@ -162,8 +177,23 @@ class Model:
         decodes = self.manifest.task == "text2text-generation"
         start = {"decoder_input_ids": [[self.manifest.model.decoder_start_token_id]]} if decodes else {}
         check_batch(self.manifest, specs, {"input_ids": [prompt], **start})
-        shape = (1, max(len(prompt), max_new_tokens) if decodes else len(prompt) + max_new_tokens)
-        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            if decodes:
+                shape = 1, max(len(prompt), max_new_tokens)
+                return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
+            return plan_generation(
+                self.manifest,
+                self._budget_bytes,
+                process_bytes,
+                prompt_tokens=len(prompt),
+                max_new_tokens=max_new_tokens,
+                rank=rank,
+            )
+
+        session, chosen = self._activated(adapter, plan)
+        if isinstance(session, StreamedModel):
+            return generation.greedy_streamed(session, self.manifest, prompt, max_new_tokens, chosen.chunk)
         run = generation.greedy_decoder if decodes else generation.greedy
         return run(session, self.manifest, prompt, max_new_tokens)
 
@@ -264,30 +294,53 @@ class Model:
             raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
 
     def _activated(
-        self, role: str, memory: MemoryFormula, adapter: AdapterSpec, shape: tuple[int, int]
-    ) -> GraphSession:
-        """The session of a graph with this adapter's inputs bound, if the budget holds a batch of this
-        shape."""
+        self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
+    ) -> tuple[GraphSession | StreamedModel, RunPlan]:
+        """What runs the plan that is chosen, with this adapter's inputs bound.
+
+        Args:
+            adapter: as for `forward`.
+            choose: given what the process holds without sessions, in bytes, and the adapter's rank.
+            check_effect: refuse an adapter that changes nothing.
+        """
         frozen = dict(adapter) if isinstance(adapter, Mapping) else adapter
-        entry = self._open.get(role)
-        inputs = None
-        if entry is None or isinstance(frozen, Path) or frozen != entry.adapter:
-            chosen = resolve(self._bundle, frozen, check_effect=role == "inference")
-            inputs = graph_inputs(self._bundle, chosen)
+
+        def is_bound(entry: _OpenSession) -> bool:
+            return not isinstance(frozen, Path) and frozen == entry.adapter
+
+        inputs: dict[str, FloatArray] | None = None
+        bound = next((entry for entry in self._open.values() if is_bound(entry)), None)
+        if bound is None:
+            inputs = self._adapter_inputs(frozen, check_effect)
             rank = max((len(inputs[slot.scaling_input]) for slot in self.manifest.lora_slots), default=0)
         else:
-            rank = entry.rank
-        if self._budget_bytes is not None and entry is None:
-            self.close()  # two sessions at once are in no plan
+            rank = bound.rank
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
-        without_bytes = read_memory().resident_bytes if entry is None else entry.process_bytes
-        if self._budget_bytes is not None:
-            check_run(memory, self._budget_bytes, without_bytes, shape=shape, rank=rank)
-        session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session
-        if inputs is not None:
-            session.bind(inputs)
-            self._open[role] = _OpenSession(session, frozen, rank, without_bytes)
-        return session
+        opened = next(iter(self._open.values()), None)
+        before_bytes = read_memory().resident_bytes if opened is None else opened.process_bytes
+        plan = choose(before_bytes, rank)
+        entry = self._open.get(plan.role)
+        if entry is not None and is_bound(entry):
+            return entry.session, plan
+        if inputs is None:
+            inputs = self._adapter_inputs(frozen, check_effect)
+        if entry is None:
+            if self._budget_bytes is not None:
+                self.close()  # two sessions at once are in no plan
+            session = self._session(plan.role)
+        else:
+            session = entry.session
+        session.bind(inputs)
+        self._open[plan.role] = _OpenSession(session, frozen, rank, before_bytes)
+        return session, plan
+
+    def _session(self, role: str) -> GraphSession | StreamedModel:
+        if role == STREAMED:
+            return StreamedModel(self._bundle, self._threads)
+        return GraphSession(self._bundle, role, self._threads)
+
+    def _adapter_inputs(self, adapter: AdapterSpec, check_effect: bool) -> dict[str, FloatArray]:
+        return graph_inputs(self._bundle, resolve(self._bundle, adapter, check_effect=check_effect))
 
 
 def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:

@@ -45,6 +45,13 @@ def build_stage(piece: Sequence[Segment], signature: Signature) -> StageGraphs:
     return StageGraphs(forward, backward)
 
 
+def build_inference_stage(
+    piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value]
+) -> ir.Model:
+    """The forward graph of a stage with its parts of the key/value cache as the outputs `present.*`."""
+    return _extract(piece, signature, presents)[0]
+
+
 def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> StageGraphs:
     """The graphs of the last stage, with the loss."""
     models = []
@@ -61,7 +68,9 @@ def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> St
     return StageGraphs(*models)
 
 
-def _extract(piece: Sequence[Segment], signature: Signature) -> tuple[ir.Model, list[ir.Value]]:
+def _extract(
+    piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value] = ()
+) -> tuple[ir.Model, list[ir.Value]]:
     """A piece as a model of its own, and of its inputs those that may have a gradient."""
     copier = Copier("stage")
     hidden = piece[0].hidden
@@ -82,6 +91,9 @@ def _extract(piece: Sequence[Segment], signature: Signature) -> tuple[ir.Model, 
     output = copier.values[piece[-1].output]
     output.name = HIDDEN_OUT
     copier.graph.outputs.append(output)
+    for index, present in enumerate(presents):
+        copier.values[present].name = f"present.{index}"
+        copier.graph.outputs.append(copier.values[present])
     model = new_model(copier.graph)
     decode_weights(model.graph)
     tidy(model)

@@ -2,17 +2,24 @@
 
     python -m edgepeft.exporters.training.probe BUNDLE ROLE UNIT
 
-opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages) once on a
-small input, whose length is a multiple of UNIT, and prints how much resident memory that added, in bytes.
+opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages; with
+`streamed`, streamed inference) once on a small input, whose length is a multiple of UNIT, and prints how much
+resident memory that added, in bytes.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from edgepeft.bundle.manifest import MemoryFormula
+import numpy as np
+
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.errors import ExportError
+from edgepeft.runtime.cache import cache_bytes
+from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
@@ -20,6 +27,8 @@ from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 BATCH, SEQUENCE, RANK = 6, 4, 1
 #: Stands for the chain of stages where a graph's role is asked for.
 STAGES = "stages"
+#: Stands for streamed inference there.
+STREAMED = "streamed"
 
 
 def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1) -> int:
@@ -28,7 +37,7 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, lengt
 
     Args:
         bundle: its folder.
-        role: the graph's key in the manifest, or `STAGES`.
+        role: the graph's key in the manifest, or `STAGES` or `STREAMED`.
         tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
         length_unit: the sequence of the run is a multiple of it.
 
@@ -43,10 +52,28 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, lengt
     return max(int(json.loads(done.stdout)["resident_bytes"]) - run_bytes, 0)
 
 
+def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.ndarray], past: int) -> None:
+    """Run streamed inference: every stage, and the logits of the last position.
+
+    Args:
+        model: of the manifest's bundle, with an adapter's inputs bound.
+        feeds: at least the model's inputs, the mask as long as what is cached and the tokens together.
+        past: tokens that the cache is to hold already.
+    """
+    batch = {name: feeds[name] for name in model_inputs(manifest, manifest.graphs["inference"].inputs)}
+    rows, *rest = next(iter(batch.values())).shape
+    cache = model.new_cache(rows, past + rest[0])
+    if cache is None:
+        model.forward(batch)
+        return
+    cache.length = past
+    model.next_logits(batch, cache)
+
+
 def main() -> None:
     """Print `{"resident_bytes": …}`."""
     from edgepeft.bundle.reader import open_bundle
-    from edgepeft.runtime.memory.process import read_memory
+    from edgepeft.runtime.memory.process import read_memory, reset_peak
     from edgepeft.runtime.session import GraphSession
 
     bundle = open_bundle(sys.argv[1])
@@ -67,6 +94,18 @@ def main() -> None:
         before = read_memory().resident_bytes
         chain = Chain(bundle, {**inputs, **state.parameters})
         chain.gradients(batch, state)
+    elif role == STREAMED:
+        feeds = sample_feeds(bundle.manifest.graphs["inference"], sizes, rank=RANK)
+        streamed = bundle.manifest.streamed_inference
+        assert streamed is not None
+        model = StreamedModel(bundle)
+        model.bind(feeds)
+        # The kernel's own peak has the weights that are mapped at once.
+        resettable = reset_peak()
+        before = read_memory().resident_bytes
+        sample_run(model, bundle.manifest, feeds, past=0)
+        mapped = -cache_bytes(bundle.manifest, streamed, BATCH, sizes["sequence"])
+        mapped += read_memory().peak_bytes - read_memory().resident_bytes if resettable else 0
     else:
         feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
         session = GraphSession(bundle, role)

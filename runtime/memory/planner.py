@@ -99,14 +99,14 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
     sizes = (workload.rows, workload.seq_len, workload.rank)
     evaluation_bytes = (
         inference.session_bytes
-        + _run_bytes(inference.activation_bytes(*sizes))
+        + run_bytes(inference.activation_bytes(*sizes))
         + _loss_bytes(manifest, workload)
     )
     untrained = workload.adapter_values - workload.trained_values
     state_bytes = _BYTES_PER_TRAINED_VALUE * workload.trained_values + 4 * untrained + _OPTIMIZER_BYTES
     base_bytes = (0, 0)
     if has_drift_penalty(manifest):  # the base model runs beside the training graph
-        base_bytes = inference.session_bytes, _run_bytes(inference.activation_bytes(*sizes))
+        base_bytes = inference.session_bytes, run_bytes(inference.activation_bytes(*sizes))
     mapped_bytes = _BYTES_PER_MAPPED_MOMENTS * workload.trained_values
     return [
         Plan(
@@ -114,7 +114,7 @@ def plans(manifest: Manifest, workload: Workload, process_bytes: int) -> list[Pl
             exact=strategy.exact,
             process_bytes=process_bytes,
             session_bytes=strategy.memory.session_bytes + base_bytes[0],
-            activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
+            activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes[1],
             state_bytes=state_bytes
             + _batch_bytes(manifest, strategy.graph or "train", workload)
             - (mapped_bytes if mapped_moments else 0),
@@ -176,7 +176,7 @@ def check_run(
     Raises:
         BudgetError: names the smallest budget that would do.
     """
-    activation_bytes = _run_bytes(memory.activation_bytes(*shape, rank))
+    activation_bytes = run_bytes(memory.activation_bytes(*shape, rank))
     peak_bytes = process_bytes + memory.session_bytes + activation_bytes
     if peak_bytes <= budget_bytes:
         return
@@ -191,7 +191,7 @@ def check_run(
     )
 
 
-def _run_bytes(tensor_bytes: int) -> int:
+def run_bytes(tensor_bytes: int) -> int:
     """What a run adds to the process for tensors of so many bytes."""
     return tensor_bytes + int(_ARENA_GAPS * tensor_bytes) + _FIRST_RUN_BYTES
 
