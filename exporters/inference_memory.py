@@ -21,7 +21,7 @@ PASTS = (3, 8)
 
 
 def measure_streamed(folder: Path, length_unit: int = 1) -> MemoryFormula:
-    """What the streamed inference of the bundle in `folder` needs; sequences are multiples of `length_unit`."""
+    """What streamed inference of the bundle in `folder` needs; sequences are multiples of `length_unit`."""
     bundle = open_bundle(folder)
     streamed = bundle.manifest.streamed_inference
     assert streamed is not None

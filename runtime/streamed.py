@@ -72,7 +72,6 @@ class StreamedModel:
     def forward(self, batch: Mapping[str, Array]) -> FloatArray:
         """The inference graph's first output for a batch, whole."""
         hidden = self._hidden(batch, None)
-        assert hidden is not None
         if self._streamed.output_layer is None:
             whole: FloatArray = hidden.numpy()
             return whole
@@ -90,7 +89,6 @@ class StreamedModel:
     def next_logits(self, batch: Mapping[str, Array], cache: KeyValueCache | None) -> FloatArray:
         """The logits behind the last of some tokens, float32 `[batch, vocabulary]`; see `read`."""
         hidden = self._hidden(batch, cache)
-        assert hidden is not None
         last = np.ascontiguousarray(hidden.numpy()[:, -1:])
         if self._streamed.output_layer is None:
             return last[:, 0]
@@ -108,8 +106,8 @@ class StreamedModel:
 
     def _hidden(
         self, batch: Mapping[str, Array], cache: KeyValueCache | None, *, only_cache: bool = False
-    ) -> ort.OrtValue | None:
-        """What the last stage makes; `only_cache` ends at the last stage that has a part of the cache."""
+    ) -> ort.OrtValue:
+        """What the last stage makes; with `only_cache`, the last one that has a part of the cache."""
         first = next(iter(batch.values()))
         context: dict[str, Value] = dict(batch)
         context |= self._no_past(len(first)) if cache is None else cache.past()
@@ -121,7 +119,7 @@ class StreamedModel:
         hidden: ort.OrtValue | None = None
         for index, stage in enumerate(self._streamed.stages):
             if only_cache and index > self._last_cached:
-                return None
+                break
             session = self._bound(stage, context, hidden)
             into: dict[str, Array] = {}
             if cache is not None and stage.cache:
@@ -134,6 +132,7 @@ class StreamedModel:
             self._weights.release()
         if cache is not None:
             cache.length += first.shape[1]
+        assert hidden is not None  # there is at least one stage
         return hidden
 
     def _logits(self, hidden: ort.OrtValue) -> FloatArray:
