@@ -1,8 +1,7 @@
 """A loaded bundle: forward passes, gradients, generation, prediction and adaptation."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,12 +13,12 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime import generation
-from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
+from edgepeft.runtime.activation import AdapterSpec, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.memory.inference import STREAMED, RunPlan, plan_forward, plan_generation, plan_graph
-from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.memory.inference import RunPlan, plan_forward, plan_generation, plan_graph
 from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.streamed import StreamedModel
 from edgepeft.runtime.tasks import Task, task_for
 from edgepeft.runtime.training.adapt import OnStep, Update
@@ -28,16 +27,6 @@ from edgepeft.runtime.training.report import AdaptReport
 from edgepeft.sizes import parse_size
 
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _OpenSession:
-    """A session, the adapter that is bound in it, and what the process held before it was opened."""
-
-    session: GraphSession | StreamedModel
-    adapter: AdapterSpec
-    rank: int
-    process_bytes: int
 
 
 class Model:
@@ -55,7 +44,7 @@ class Model:
         self._budget_bytes = memory_budget_bytes
         self._threads = threads
         self._task: Task = task_for(bundle)
-        self._open: dict[str, _OpenSession] = {}
+        self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
 
     @property
     def manifest(self) -> Manifest:
@@ -92,7 +81,7 @@ class Model:
         def plan(process_bytes: int, rank: int) -> RunPlan:
             return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
 
-        session, _ = self._activated(adapter, plan)
+        session, _ = self._sessions.activated(adapter, plan)
         if isinstance(session, StreamedModel):
             return {self._task.output: session.forward(arrays)}
         session.bind(arrays)
@@ -134,7 +123,7 @@ class Model:
                 role, strategy.memory, self._budget_bytes, process_bytes, shape=shape, rank=rank
             )
 
-        session, _ = self._activated(adapter, plan, check_effect=False)
+        session, _ = self._sessions.activated(adapter, plan, check_effect=False)
         assert isinstance(session, GraphSession)
         session.bind(arrays)
         names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
@@ -191,7 +180,7 @@ class Model:
                 rank=rank,
             )
 
-        session, chosen = self._activated(adapter, plan)
+        session, chosen = self._sessions.activated(adapter, plan)
         if isinstance(session, StreamedModel):
             return generation.greedy_streamed(session, self.manifest, prompt, max_new_tokens, chosen.chunk)
         run = generation.greedy_decoder if decodes else generation.greedy
@@ -275,11 +264,7 @@ class Model:
 
     def close(self) -> None:
         """Free the sessions; the next call opens them again."""
-        if self._open:
-            for entry in self._open.values():
-                entry.session.close()
-            self._open.clear()
-            release_freed_memory()
+        self._sessions.close()
 
     def __enter__(self) -> Self:
         return self
@@ -292,55 +277,6 @@ class Model:
     def _require_language_model(self) -> None:
         if not self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
-
-    def _activated(
-        self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
-    ) -> tuple[GraphSession | StreamedModel, RunPlan]:
-        """What runs the plan that is chosen, with this adapter's inputs bound.
-
-        Args:
-            adapter: as for `forward`.
-            choose: given what the process holds without sessions, in bytes, and the adapter's rank.
-            check_effect: refuse an adapter that changes nothing.
-        """
-        frozen = dict(adapter) if isinstance(adapter, Mapping) else adapter
-
-        def is_bound(entry: _OpenSession) -> bool:
-            return not isinstance(frozen, Path) and frozen == entry.adapter
-
-        inputs: dict[str, FloatArray] | None = None
-        bound = next((entry for entry in self._open.values() if is_bound(entry)), None)
-        if bound is None:
-            inputs = self._adapter_inputs(frozen, check_effect)
-            rank = max((len(inputs[slot.scaling_input]) for slot in self.manifest.lora_slots), default=0)
-        else:
-            rank = bound.rank
-        # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
-        opened = next(iter(self._open.values()), None)
-        before_bytes = read_memory().resident_bytes if opened is None else opened.process_bytes
-        plan = choose(before_bytes, rank)
-        entry = self._open.get(plan.role)
-        if entry is not None and is_bound(entry):
-            return entry.session, plan
-        if inputs is None:
-            inputs = self._adapter_inputs(frozen, check_effect)
-        if entry is None:
-            if self._budget_bytes is not None:
-                self.close()  # two sessions at once are in no plan
-            session = self._session(plan.role)
-        else:
-            session = entry.session
-        session.bind(inputs)
-        self._open[plan.role] = _OpenSession(session, frozen, rank, before_bytes)
-        return session, plan
-
-    def _session(self, role: str) -> GraphSession | StreamedModel:
-        if role == STREAMED:
-            return StreamedModel(self._bundle, self._threads)
-        return GraphSession(self._bundle, role, self._threads)
-
-    def _adapter_inputs(self, adapter: AdapterSpec, check_effect: bool) -> dict[str, FloatArray]:
-        return graph_inputs(self._bundle, resolve(self._bundle, adapter, check_effect=check_effect))
 
 
 def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:
