@@ -74,14 +74,12 @@ def plan_forward(
     Raises:
         BudgetError: neither fits; names the smallest budget that would do.
     """
+    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank)
+    if resident is not None:
+        return resident
     streamed = manifest.streamed_inference
-    try:
-        return plan_graph(
-            RESIDENT, manifest.inference_memory, budget_bytes, process_bytes, shape=shape, rank=rank
-        )
-    except BudgetError:
-        if streamed is None or budget_bytes is None:
-            raise
+    assert streamed is not None
+    assert budget_bytes is not None
     rows, tokens = shape
     output_bytes = 0 if streamed.output_layer is None else 4 * rows * tokens * streamed.output_layer.rows
     activation_bytes = run_bytes(streamed.memory.activation_bytes(rows, tokens, rank)) + output_bytes
@@ -115,15 +113,13 @@ def plan_generation(
     Raises:
         BudgetError: neither fits; names the smallest budget that would do, and how many tokens fit.
     """
-    streamed = manifest.streamed_inference
     total = prompt_tokens + max_new_tokens
-    try:
-        return plan_graph(
-            RESIDENT, manifest.inference_memory, budget_bytes, process_bytes, shape=(1, total), rank=rank
-        )
-    except BudgetError:
-        if streamed is None or budget_bytes is None:
-            raise
+    resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank)
+    if resident is not None:
+        return resident
+    streamed = manifest.streamed_inference
+    assert streamed is not None
+    assert budget_bytes is not None
 
     def plan(chunk: int, prompt_tokens: int, total: int) -> RunPlan:
         return _generation(manifest, streamed, process_bytes, rank, (chunk, prompt_tokens, total))
@@ -137,6 +133,23 @@ def plan_generation(
         remedy += f" ({fitting} tokens fit, prompt and answer together)"
     what = f"{prompt_tokens} tokens and {max_new_tokens} more need"
     raise _refusal(plan(1, prompt_tokens, total), budget_bytes, what, remedy)
+
+
+def _resident(
+    manifest: Manifest, budget_bytes: int | None, process_bytes: int, shape: tuple[int, int], rank: int
+) -> RunPlan | None:
+    """The whole inference graph; None where only its stages may fit."""
+    memory = manifest.inference_memory
+    try:
+        return plan_graph(RESIDENT, memory, budget_bytes, process_bytes, shape=shape, rank=rank)
+    except BudgetError as error:
+        if manifest.streamed_inference is not None:
+            return None
+        raise BudgetError(
+            f"{error} (the bundle's inference graph is in one piece, so its weights cannot be streamed)",
+            budget_bytes=error.budget_bytes,
+            required_bytes=error.required_bytes,
+        ) from error
 
 
 def _generation(

@@ -1,6 +1,7 @@
 """The inference graph in stages against the one graph they came from."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import BudgetError, VerificationError
+from edgepeft.bundle.serialization import manifest_from_json
+from edgepeft.errors import BudgetError, BundleError, VerificationError
 from edgepeft.exporters.verify_streamed import verify_streamed
 from edgepeft.runtime import generation
 from edgepeft.runtime import streamed as streamed_module
@@ -126,6 +128,42 @@ def test_nothing_is_stored_twice(bundle: Make) -> None:
     assert end == manifest.files["weights.bin"].nbytes
 
 
+STAGE = ("stages", 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("stages",), [], "streamed inference has no stage"),
+        (("context",), "nothing", "there is no graph 'nothing'"),
+        (("context_weights", "weight.0"), "nothing", "'nothing' is not among the weights"),
+        ((*STAGE, "forward"), "nothing", "stage 1: there is no graph 'nothing'"),
+        ((*STAGE, "context", "context.0"), "labels", "stage 1: 'labels' is not a model input or shared"),
+        ((*STAGE, "adapter", "adapter.0"), "input_ids", "stage 1: 'input_ids' is not an adapter input"),
+        ((*STAGE, "adapter"), {}, "stage 1: nothing is bound to the input"),
+        ((*STAGE, "weights", "weight.1"), "lm_head.weight.scales", "stage 1: 'weight.1' reads .* has .* B"),
+        ((*STAGE, "cache"), {}, "make 2 parts of the cache, the inference graph 4"),
+        ((*STAGE, "cache", "present.9"), "present.9.key", "has no output .'present.9'"),
+        (("output_layer", "rows"), 4096, "the output layer has 4096 rows, expected 320"),
+        (("output_layer", "graph"), "infer.stage0", "output layer: nothing is bound to the input"),
+        (("output_layer", "weights"), {}, "output layer: nothing is bound to the input"),
+        (("memory", "session_bytes"), -1, "streamed_inference: session_bytes is -1"),
+        (("memory", "peaks", 0, 0, "past_power"), 99, "a memory term has"),
+    ],
+)
+def test_a_chain_that_contradicts_itself_is_refused(
+    bundle: Make, place: tuple[str | int, ...], value: object, message: str
+) -> None:
+    """Before any of it is used."""
+    data = json.loads((bundle("llama", 4) / "manifest.json").read_text())
+    holder = data["streamed_inference"]
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = value
+    with pytest.raises(BundleError, match=message):
+        manifest_from_json(json.dumps(data))
+
+
 def with_memory(manifest: Manifest) -> Manifest:
     """A manifest whose resident graph is large."""
     large = dataclasses.replace(manifest.inference_memory, session_bytes=1000 * MIB)
@@ -192,7 +230,7 @@ def test_a_batch_that_fits_no_way_is_refused(bundle: Make) -> None:
         plan_forward(manifest, caught.value.required_bytes, 50 * MIB, shape=(8, 32), rank=4).role == STREAMED
     )
     without = dataclasses.replace(manifest, streamed_inference=None)
-    with pytest.raises(BudgetError, match="8 rows of 32 tokens need"):
+    with pytest.raises(BudgetError, match=r"8 rows of 32 tokens need .* is in one piece"):
         plan_forward(without, 900 * MIB, 50 * MIB, shape=(8, 32), rank=4)
 
 
