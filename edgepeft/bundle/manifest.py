@@ -102,8 +102,9 @@ class MemoryFormula:
         """Bytes of the tensors alive at the worst moment of one run."""
 
         def value(term: MemoryTerm) -> float:
-            sizes = batch**term.batch_power * seq_len**term.seq_power * rank**term.rank_power
-            return term.bytes * sizes * past**term.past_power
+            sizes: int = batch**term.batch_power * seq_len**term.seq_power * rank**term.rank_power
+            cached: int = past**term.past_power
+            return term.bytes * sizes * cached
 
         return max((int(sum(map(value, terms))) for terms in self.peaks), default=0)
 

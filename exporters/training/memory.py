@@ -126,8 +126,8 @@ class Grid:
     @property
     def powers(self) -> list[tuple[int, int, int, int]]:
         """Exponents of every monomial."""
-        axes = (self.batches, self.sequences, self.ranks, self.pasts)
-        return list(itertools.product(*(range(len(axis)) for axis in axes)))
+        b, s, r, p = (range(len(axis)) for axis in (self.batches, self.sequences, self.ranks, self.pasts))
+        return list(itertools.product(b, s, r, p))
 
     def design(self, sizes: list[tuple[int, int, int, int]]) -> np.ndarray:
         """Every monomial at every size, float64 `[sizes, powers]`."""
