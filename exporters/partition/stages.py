@@ -17,6 +17,7 @@ import onnx_ir as ir
 from ..autodiff import differentiate
 from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
+from ..passes.decode_late import decode_late
 from ..passes.decode_weights import decode_weights
 from .copying import Copier
 from .cuts import Segment
@@ -49,7 +50,10 @@ def build_inference_stage(
     piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value]
 ) -> ir.Model:
     """The forward graph of a stage with its parts of the key/value cache as the outputs `present.*`."""
-    return _extract(piece, signature, presents)[0]
+    model, _ = _extract(piece, signature, presents)
+    decode_late(model.graph)
+    tidy(model)
+    return model
 
 
 def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> StageGraphs:
