@@ -230,6 +230,20 @@ def test_a_model_takes_the_way_that_fits(bundle: Make) -> None:
         assert set(model._sessions._open) == {STREAMED}
 
 
+def test_records_are_predicted_in_stages(bundle: Make) -> None:
+    """A classifier inside a budget gives the scores that it gives without."""
+    opened = open_bundle(bundle("bert", 4))
+    records = [{"input_ids": [5, 9, 11]}, {"input_ids": [7] * 12}, {"input_ids": [3]}]
+    with Model(opened, threads=1) as whole:
+        expected = whole.predict(records, "mine", batch_size=2, seq_len=16)
+    opened = dataclasses.replace(opened, manifest=with_memory(opened.manifest))
+    with Model(opened, memory_budget_bytes=900 * MIB, threads=1) as model:
+        got = model.predict(records, "mine", batch_size=2, seq_len=16)
+        assert set(model._sessions._open) == {STREAMED}
+    for one, other in zip(got, expected, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
 def test_a_batch_that_fits_no_way_is_refused(bundle: Make) -> None:
     """With the smallest budget that would do."""
     manifest = with_memory(open_bundle(bundle("bert", 4)).manifest)
