@@ -29,9 +29,10 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
 
 from .forward import Forward, build_forward
+from .inference_memory import measure_streamed
 from .losses import Loss, loss_for, with_drift
 from .model_info import model_info, saved_module_names
-from .partition import build_partition
+from .partition import build_partition, build_streamed_inference
 from .passes.quantize import Freezer
 from .quantization import BLOCK_SIZES
 from .sources.base import ModelSource
@@ -241,6 +242,10 @@ def _write(
     """Write everything but the manifest, whose memory figures are still empty."""
     loss = losses.judged
     models = {"inference": inference.model}
+    streamed = None
+    if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
+        streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
+        models |= {} if streamed is None else streamed.graphs
     trainable: tuple[str, ...] = ()
     partition = None
     if training is not None:
@@ -288,6 +293,7 @@ def _write(
         verification={},
         files=hash_folder(folder),
         partition=None if partition is None else partition.wiring,
+        streamed_inference=None if streamed is None else streamed.wiring,
     )
 
 
@@ -320,6 +326,9 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
         return dataclasses.replace(tensors, session_bytes=session_bytes)
 
     inference = formula("inference")
+    streamed = manifest.streamed_inference
+    if streamed is not None:
+        streamed = dataclasses.replace(streamed, memory=measure_streamed(folder, length_unit))
 
     def measured(strategy: Strategy) -> Strategy:
         if strategy.exact:
@@ -331,5 +340,6 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     return dataclasses.replace(
         manifest,
         inference_memory=inference,
+        streamed_inference=streamed,
         strategies=tuple(measured(strategy) for strategy in manifest.strategies),
     )

@@ -34,6 +34,7 @@ from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
 from .verify_stages import verify_stages
+from .verify_streamed import verify_streamed
 
 #: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.
 OUTPUT_TOLERANCE = {4: 1e-3, 8: 1e-3, 16: 1e-3, 32: 1e-4}
@@ -128,6 +129,10 @@ class _Check:
                 f"{self.output_name} with {what} differs from PyTorch's by {difference:.2e} of their largest "
                 f"magnitude, tolerance {self.tolerance:.0e}: nothing was written"
             )
+        if self.bundle.manifest.streamed_inference is not None:
+            inputs = self._adapter_feeds(adapter)
+            streamed = verify_streamed(self.bundle, self.batch, inputs, got, self.tolerance)
+            self.figures.setdefault("streamed_outputs", {})[what] = streamed
         if adapter is None:
             self._plain = counted[0]
             if has_drift_penalty(self.bundle.manifest):

@@ -29,6 +29,7 @@ from .sources.base import Pooling
 from .sources.onnx_file import OnnxFile
 from .verify import EFFECT, OUTPUT_TOLERANCE, Arrays, model_feeds, sample_batch
 from .verify_stages import verify_stages
+from .verify_streamed import verify_streamed
 
 #: Largest difference of an output that is computed from the same weights by the same or equal operators,
 #: relative to the outputs' largest magnitude where that is above 1.
@@ -59,6 +60,8 @@ def verify_against_file(
     bundle = open_bundle(folder)
     check = _Check(bundle, source, reference)
     check.outputs()
+    if bundle.manifest.streamed_inference is not None:
+        check.streamed_outputs()
     if bundle.manifest.strategies:
         check.training_outputs()
     compared = dict(adapters) or {"random": _random_adapter(bundle)}
@@ -99,6 +102,13 @@ class _Check:
             self._close("the file, read", original, expected, SAME_WEIGHTS)
             expected = self._graph_output(self.reference, exact=False)
         self._close("no adapter", self._plain, expected, self.tolerance)
+
+    def streamed_outputs(self) -> None:
+        """The outputs of streamed inference, which rounds no activations, as those of the training graph."""
+        expected = self._graph_output(self.reference, exact=True)
+        inputs = graph_inputs(self.bundle, [])
+        difference = verify_streamed(self.bundle, self.batch, inputs, expected, self.tolerance)
+        self.figures["streamed_outputs"] = {"no adapter": difference}
 
     def training_outputs(self) -> None:
         """The training graph's outputs and those of the file's own operators, without rounded activations."""

@@ -4,10 +4,9 @@ import numpy as np
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import UsageError
+from edgepeft.runtime.cache import PAST, PRESENT
 from edgepeft.runtime.session import GraphSession
-
-_PAST = "past_key_values."
-_PRESENT = "present."
+from edgepeft.runtime.streamed import StreamedModel
 
 
 def check_length(manifest: Manifest, prompt_tokens: int, max_new_tokens: int) -> None:
@@ -42,7 +41,7 @@ def empty_cache(session: GraphSession, batch: int) -> dict[str, np.ndarray]:
     return {
         name: np.zeros((batch, int(spec.shape[1]), 0, int(spec.shape[3])), np.dtype(spec.dtype))
         for name, spec in session.inputs.items()
-        if name.startswith(_PAST)
+        if name.startswith(PAST)
     }
 
 
@@ -62,7 +61,7 @@ def greedy(session: GraphSession, manifest: Manifest, prompt: list[int], max_new
         UsageError: see `check_length`.
     """
     check_length(manifest, len(prompt), max_new_tokens)
-    presents = [name for name in session.outputs if name.startswith(_PRESENT)]
+    presents = [name for name in session.outputs if name.startswith(PRESENT)]
     session.bind(empty_cache(session, 1))
     ids = np.array([prompt], np.int64)
     generated: list[int] = []
@@ -77,9 +76,40 @@ def greedy(session: GraphSession, manifest: Manifest, prompt: list[int], max_new
             # The session would keep the last cache alive for as long as it lives.
             session.bind(empty_cache(session, 1))
             return generated
-        session.bind_values({_PAST + name.removeprefix(_PRESENT): value for name, value in outputs.items()})
+        session.bind_values({PAST + name.removeprefix(PRESENT): value for name, value in outputs.items()})
         # A graph without a cache, of an ONNX file that has none, reads the whole text again.
         ids = np.array([[token]] if presents else [[*prompt, *generated]], np.int64)
+
+
+def greedy_streamed(
+    model: StreamedModel, manifest: Manifest, prompt: list[int], max_new_tokens: int, chunk: int
+) -> list[int]:
+    """As `greedy`, the weights streamed and the prompt read `chunk` tokens at a time.
+
+    Raises:
+        UsageError: see `check_length`.
+    """
+    check_length(manifest, len(prompt), max_new_tokens)
+    inputs = {spec.name for spec in manifest.graphs["inference"].inputs}
+    # The last token that is written is not read.
+    cache = model.new_cache(1, len(prompt) + max_new_tokens - 1)
+
+    def batch(ids: list[int]) -> dict[str, np.ndarray]:
+        length = len(ids) + (0 if cache is None else cache.length)
+        feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
+        return {name: value for name, value in feeds.items() if name in inputs}
+
+    unread = list(prompt)
+    while cache is not None and len(unread) > chunk:
+        model.read(batch(unread[:chunk]), cache)
+        unread = unread[chunk:]
+    generated: list[int] = []
+    while True:
+        token = int(model.next_logits(batch(unread), cache)[0].argmax())
+        generated.append(token)
+        if token in manifest.model.eos_token_ids or len(generated) == max_new_tokens:
+            return generated
+        unread = [*prompt, *generated] if cache is None else [token]
 
 
 def greedy_decoder(

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -10,16 +9,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime import generation
-from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve, to_peft_layout
+from edgepeft.runtime.activation import AdapterSpec, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.memory.planner import check_run, run_peak_bytes
-from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.memory.inference import RunPlan, plan_forward, plan_generation, plan_graph
 from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.sessions import Sessions
+from edgepeft.runtime.streamed import StreamedModel
 from edgepeft.runtime.tasks import Task, task_for
 from edgepeft.runtime.training.adapt import OnStep, Update
 from edgepeft.runtime.training.options import TrainingOptions
@@ -27,16 +27,6 @@ from edgepeft.runtime.training.report import AdaptReport
 from edgepeft.sizes import parse_size
 
 FloatArray = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class _OpenSession:
-    """A session, the adapter that is bound in it, and what the process held before it was opened."""
-
-    session: GraphSession
-    adapter: AdapterSpec
-    rank: int
-    process_bytes: int
 
 
 class Model:
@@ -49,7 +39,7 @@ class Model:
         threads: threads of a session; 0 lets onnxruntime choose.
 
     Attributes:
-        predicted_peak_bytes: what the last run was predicted to need; None before there was one.
+        predicted_peak_bytes: the plan's peak for the last run; None before the first.
     """
 
     def __init__(self, bundle: Bundle, memory_budget_bytes: int | None = None, threads: int = 0) -> None:
@@ -57,7 +47,7 @@ class Model:
         self._budget_bytes = memory_budget_bytes
         self._threads = threads
         self._task: Task = task_for(bundle)
-        self._open: dict[str, _OpenSession] = {}
+        self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
         self.predicted_peak_bytes: int | None = None
 
     @property
@@ -91,7 +81,14 @@ class Model:
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
         arrays = check_batch(self.manifest, specs, batch)
         shape = batch_shape(specs, arrays)
-        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
+
+        session, chosen = self._sessions.activated(adapter, plan)
+        self.predicted_peak_bytes = chosen.peak_bytes
+        if isinstance(session, StreamedModel):
+            return {self._task.output: session.forward(arrays)}
         session.bind(arrays)
         session.bind(generation.empty_cache(session, shape[0]))
         outputs = session.run_for([self._task.output])
@@ -124,7 +121,16 @@ class Model:
         role = strategy.graph or "train"
         specs = model_inputs(self.manifest, self.manifest.graphs[role].inputs)
         arrays = check_batch(self.manifest, specs, batch)
-        session = self._activated(role, strategy.memory, adapter, batch_shape(specs, arrays))
+        shape = batch_shape(specs, arrays)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            return plan_graph(
+                role, strategy.memory, self._budget_bytes, process_bytes, shape=shape, rank=rank
+            )
+
+        session, chosen = self._sessions.activated(adapter, plan, check_effect=False)
+        self.predicted_peak_bytes = chosen.peak_bytes
+        assert isinstance(session, GraphSession)
         session.bind(arrays)
         names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
         outputs = session.run_for(["loss", *names])
@@ -166,8 +172,24 @@ class Model:
         decodes = self.manifest.task == "text2text-generation"
         start = {"decoder_input_ids": [[self.manifest.model.decoder_start_token_id]]} if decodes else {}
         check_batch(self.manifest, specs, {"input_ids": [prompt], **start})
-        shape = (1, max(len(prompt), max_new_tokens) if decodes else len(prompt) + max_new_tokens)
-        session = self._activated("inference", self.manifest.inference_memory, adapter, shape)
+
+        def plan(process_bytes: int, rank: int) -> RunPlan:
+            if decodes:
+                shape = 1, max(len(prompt), max_new_tokens)
+                return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
+            return plan_generation(
+                self.manifest,
+                self._budget_bytes,
+                process_bytes,
+                prompt_tokens=len(prompt),
+                max_new_tokens=max_new_tokens,
+                rank=rank,
+            )
+
+        session, chosen = self._sessions.activated(adapter, plan)
+        self.predicted_peak_bytes = chosen.peak_bytes
+        if isinstance(session, StreamedModel):
+            return generation.greedy_streamed(session, self.manifest, prompt, max_new_tokens, chosen.chunk)
         run = generation.greedy_decoder if decodes else generation.greedy
         return run(session, self.manifest, prompt, max_new_tokens)
 
@@ -249,11 +271,7 @@ class Model:
 
     def close(self) -> None:
         """Free the sessions; the next call opens them again."""
-        if self._open:
-            for entry in self._open.values():
-                entry.session.close()
-            self._open.clear()
-            release_freed_memory()
+        self._sessions.close()
 
     def __enter__(self) -> Self:
         return self
@@ -266,33 +284,6 @@ class Model:
     def _require_language_model(self) -> None:
         if not self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
-
-    def _activated(
-        self, role: str, memory: MemoryFormula, adapter: AdapterSpec, shape: tuple[int, int]
-    ) -> GraphSession:
-        """The session of a graph with this adapter's inputs bound, if the budget holds a batch of this
-        shape."""
-        frozen = dict(adapter) if isinstance(adapter, Mapping) else adapter
-        entry = self._open.get(role)
-        inputs = None
-        if entry is None or isinstance(frozen, Path) or frozen != entry.adapter:
-            chosen = resolve(self._bundle, frozen, check_effect=role == "inference")
-            inputs = graph_inputs(self._bundle, chosen)
-            rank = max((len(inputs[slot.scaling_input]) for slot in self.manifest.lora_slots), default=0)
-        else:
-            rank = entry.rank
-        if self._budget_bytes is not None and entry is None:
-            self.close()  # two sessions at once are in no plan
-        # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
-        without_bytes = read_memory().resident_bytes if entry is None else entry.process_bytes
-        self.predicted_peak_bytes = run_peak_bytes(memory, without_bytes, shape=shape, rank=rank)
-        if self._budget_bytes is not None:
-            check_run(memory, self._budget_bytes, without_bytes, shape=shape, rank=rank)
-        session = GraphSession(self._bundle, role, self._threads) if entry is None else entry.session
-        if inputs is not None:
-            session.bind(inputs)
-            self._open[role] = _OpenSession(session, frozen, rank, without_bytes)
-        return session
 
 
 def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:

@@ -104,6 +104,8 @@ def test_imports_follow_the_house_rules(folder: str) -> None:
                     "verify.py",
                     "verify_file.py",
                     "verify_stages.py",
+                    "verify_streamed.py",
+                    "inference_memory.py",
                     "chain_memory.py",
                     "probe.py",
                 }, f"{path} imports {module}"

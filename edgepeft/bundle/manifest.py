@@ -73,12 +73,16 @@ class WeightTensor:
 
 @dataclass(frozen=True)
 class MemoryTerm:
-    """`bytes * batch**batch_power * seq_len**seq_power * rank**rank_power`."""
+    """`bytes * batch**batch_power * seq_len**seq_power * rank**rank_power * past**past_power`.
+
+    `past` is the length of the key/value cache that a run begins with.
+    """
 
     bytes: float
     batch_power: int = 0
     seq_power: int = 0
     rank_power: int = 0
+    past_power: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,15 @@ class MemoryFormula:
     session_bytes: int
     peaks: tuple[tuple[MemoryTerm, ...], ...]
 
-    def activation_bytes(self, batch: int, seq_len: int, rank: int) -> int:
+    def activation_bytes(self, batch: int, seq_len: int, rank: int, past: int = 0) -> int:
         """Bytes of the tensors alive at the worst moment of one run."""
-        return max(
-            (
-                int(
-                    sum(
-                        t.bytes * batch**t.batch_power * seq_len**t.seq_power * rank**t.rank_power
-                        for t in terms
-                    )
-                )
-                for terms in self.peaks
-            ),
-            default=0,
-        )
+
+        def value(term: MemoryTerm) -> float:
+            sizes: int = batch**term.batch_power * seq_len**term.seq_power * rank**term.rank_power
+            cached: int = past**term.past_power
+            return term.bytes * sizes * cached
+
+        return max((int(sum(map(value, terms))) for terms in self.peaks), default=0)
 
     def peak_bytes(self, batch: int, seq_len: int, rank: int) -> int:
         """`session_bytes` and `activation_bytes` together."""
@@ -120,8 +119,9 @@ class Stage:
 
     `forward` makes what `backward` needs, `kept.*`, and `output` the next stage's `hidden` of that; where
     `output` is null, `forward` makes `hidden.out` itself. `backward` is null before the first stage that
-    trains. `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context` outputs of the
-    context graph or inputs of the model.
+    trains, and in inference. `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context`
+    outputs of the context graph or inputs of the model. `cache` says which `present.*` output of the
+    inference graph an output of `forward` is.
     """
 
     forward: str
@@ -130,6 +130,7 @@ class Stage:
     weights: dict[str, str]
     adapter: dict[str, str]
     context: dict[str, str]
+    cache: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,34 @@ class Partition:
 
 
 RESIDENT, CHECKPOINTED, STREAMED, FORWARD_ONLY = "resident", "checkpointed", "streamed", "forward-only"
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The output layer of a language model, a slice of the vocabulary at a time.
+
+    `graph` makes `logits` of `hidden` and rows `[first, last)` of `weights`, of `rows` rows.
+    """
+
+    graph: str
+    weights: dict[str, str]
+    rows: int
+
+
+@dataclass(frozen=True)
+class StreamedInference:
+    """The inference graph as a chain of stages, for budgets that cannot hold it whole.
+
+    `context` and `context_weights` are as in `Partition`. The last stage makes the inference graph's first
+    output, or, where there is an `output_layer`, what that layer is given. `memory` leaves out the key/value
+    cache and the logits.
+    """
+
+    context: str | None
+    context_weights: dict[str, str]
+    stages: tuple[Stage, ...]
+    output_layer: OutputLayer | None
+    memory: MemoryFormula
 
 
 @dataclass(frozen=True)
@@ -274,3 +303,4 @@ class Manifest:
     verification: dict[str, Any]  # what the exporter measured against PyTorch
     files: dict[str, FileEntry]
     partition: Partition | None = None  # null: exported with --no-train, or a model without a cut
+    streamed_inference: StreamedInference | None = None  # null: a model without a cut

@@ -1,6 +1,16 @@
 """What a manifest must satisfy before its chain of stages is run."""
 
-from edgepeft.bundle.manifest import GraphSpec, Manifest, Partition, Stage, VocabularyHead
+from collections.abc import Mapping
+
+from edgepeft.bundle.manifest import (
+    GraphSpec,
+    Manifest,
+    Partition,
+    Stage,
+    StreamedInference,
+    TensorSpec,
+    VocabularyHead,
+)
 from edgepeft.bundle.sizes_on_disk import tensor_bytes
 from edgepeft.errors import BundleError
 
@@ -38,27 +48,90 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
         _check_vocabulary_head(manifest, partition.vocabulary_head)
 
 
+def check_streamed_inference(manifest: Manifest, streamed: StreamedInference) -> None:
+    """Check that every stage's graph exists, that each of its inputs is bound to something and that the cache
+    is made once.
+
+    Raises:
+        BundleError: names the stage, the input or output and what is missing.
+    """
+    what = "streamed inference"
+    _require(len(streamed.stages) >= 1, f"{what} has no stage")
+    inference = manifest.graphs["inference"]
+    adapters = {
+        *(key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
+        *(saved.input for saved in manifest.saved_modules),
+    }
+    shared = {spec.name for spec in inference.inputs} - adapters
+    if streamed.context is not None:
+        context = _graph(manifest, streamed.context, f"{what}, context")
+        known = {*streamed.context_weights, *shared}
+        unbound = [spec.name for spec in context.inputs if spec.name not in known]
+        _require(not unbound, f"{what}, context: nothing is bound to the input {unbound[:1]}")
+        _check_weights(manifest, streamed.context_weights, context, f"{what}, context")
+        shared |= {spec.name for spec in context.outputs}
+    made: list[str] = []
+    for index, stage in enumerate(streamed.stages):
+        where = f"{what}, stage {index}"
+        graph = _graph(manifest, stage.forward, where)
+        _check_bound(stage.adapter, adapters, where, "an adapter input")
+        _check_bound(stage.context, shared, where, "a model input or shared")
+        known = {*stage.weights, *stage.adapter, *stage.context, *(("hidden",) if index else ())}
+        unbound = [spec.name for spec in graph.inputs if spec.name not in known]
+        _require(not unbound, f"{where}: nothing is bound to the input {unbound[:1]}")
+        outputs = {spec.name for spec in graph.outputs}
+        missing = sorted({"hidden.out", *stage.cache} - outputs)
+        _require(not missing, f"{where}: the graph {stage.forward!r} has no output {missing[:1]}")
+        _check_weights(manifest, stage.weights, graph, where)
+        made += stage.cache.values()
+    presents = [spec.name for spec in inference.outputs if spec.name.startswith("present.")]
+    _require(
+        sorted(made) == sorted(presents),
+        f"{what}: its stages make {len(made)} parts of the cache, the inference graph {len(presents)}",
+    )
+    layer = streamed.output_layer
+    if layer is not None:
+        graph = _graph(manifest, layer.graph, f"{what}, output layer")
+        width = inference.outputs[0].shape[-1]
+        _require(layer.rows == width, f"{what}: the output layer has {layer.rows} rows, expected {width}")
+        unbound = [spec.name for spec in graph.inputs if spec.name not in {*layer.weights, "hidden"}]
+        _require(not unbound, f"{what}, output layer: nothing is bound to the input {unbound[:1]}")
+        names = [spec.name for spec in graph.outputs]
+        _require(names == ["logits"], f"{what}, output layer: has the outputs {names[:3]}, expected 'logits'")
+        _check_rows(manifest, layer.weights, layer.rows, layer.graph, f"{what}, output layer")
+
+
+def _check_bound(bound: Mapping[str, str], known: set[str], where: str, expected: str) -> None:
+    for key in bound.values():
+        _require(key in known, f"{where}: {key!r} is not {expected}")
+
+
 def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
     """Rows `[0, rows)` of every weight lie inside its tensor."""
     where = "the vocabulary head"
-    _require(head.rows >= 1, f"{where} has {head.rows} rows")
     for role in (head.scan, head.loss, head.backward, head.backward_of_logits):
         _graph(manifest, role, where)
     for role in (head.scan, head.backward, head.backward_of_logits):
-        specs = {spec.name: spec for spec in _graph(manifest, role, where).inputs}
-        for name, key in head.weights.items():
-            weight, spec = manifest.weights.get(key), specs.get(name)
-            _require(weight is not None, f"{where}: {key!r} is not among the weights")
-            _require(spec is not None, f"{where}: the graph {role!r} has no input {name!r}")
-            assert weight is not None
-            assert spec is not None
-            columns = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
-            _require(len(columns) == len(spec.shape) - 1, f"{where}: {name!r} has rows of no fixed size")
-            expected_bytes = tensor_bytes(spec.dtype, [head.rows, *columns])
-            _require(
-                weight.nbytes == expected_bytes,
-                f"{where}: {name!r} reads {expected_bytes:,} B, {key!r} has {weight.nbytes:,} B",
-            )
+        _check_rows(manifest, head.weights, head.rows, role, where)
+
+
+def _check_rows(manifest: Manifest, weights: Mapping[str, str], rows: int, role: str, where: str) -> None:
+    """`rows` rows of each weight input are exactly the bytes that its weight has."""
+    _require(rows >= 1, f"{where} has {rows} rows")
+    specs: dict[str, TensorSpec] = {spec.name: spec for spec in _graph(manifest, role, where).inputs}
+    for name, key in weights.items():
+        weight, spec = manifest.weights.get(key), specs.get(name)
+        _require(weight is not None, f"{where}: {key!r} is not among the weights")
+        _require(spec is not None, f"{where}: the graph {role!r} has no input {name!r}")
+        assert weight is not None
+        assert spec is not None
+        columns = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
+        _require(len(columns) == len(spec.shape) - 1, f"{where}: {name!r} has rows of no fixed size")
+        expected_bytes = tensor_bytes(spec.dtype, [rows, *columns])
+        _require(
+            weight.nbytes == expected_bytes,
+            f"{where}: {name!r} reads {expected_bytes:,} B, {key!r} has {weight.nbytes:,} B",
+        )
 
 
 def _check_inputs(manifest: Manifest, stage: Stage, role: str, where: str) -> None:

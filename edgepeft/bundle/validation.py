@@ -5,7 +5,7 @@ import re
 from pathlib import PurePosixPath
 
 from edgepeft.bundle.manifest import GraphSpec, Manifest, MemoryFormula, TensorSpec, WeightTensor
-from edgepeft.bundle.partition_validation import check_partition
+from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError
 
@@ -75,6 +75,9 @@ def validate_manifest(manifest: Manifest) -> None:
     _check_adapters(manifest)
     _check_training(manifest)
     _check_formula("inference_memory", manifest.inference_memory)
+    if manifest.streamed_inference is not None:
+        check_streamed_inference(manifest, manifest.streamed_inference)
+        _check_formula("streamed_inference", manifest.streamed_inference.memory)
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -236,7 +239,7 @@ def _check_formula(where: str, formula: MemoryFormula) -> None:
     _require(formula.session_bytes >= 0, f"{where}: session_bytes is {formula.session_bytes}")
     for terms in formula.peaks:
         for term in terms:
-            powers = (term.batch_power, term.seq_power, term.rank_power)
+            powers = (term.batch_power, term.seq_power, term.rank_power, term.past_power)
             _require(
                 math.isfinite(term.bytes)
                 and term.bytes >= 0

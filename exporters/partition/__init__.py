@@ -1,5 +1,6 @@
-"""Cut a forward graph into a chain of stages that train one at a time."""
+"""Cut a forward graph into a chain of stages that run, or train, one at a time."""
 
 from .build import build_partition
+from .inference import build_streamed_inference
 
-__all__ = ["build_partition"]
+__all__ = ["build_partition", "build_streamed_inference"]

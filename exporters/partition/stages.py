@@ -21,6 +21,7 @@ import onnx_ir as ir
 from ..autodiff import differentiate
 from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
+from ..passes.decode_late import decode_late
 from ..passes.decode_weights import decode_weights
 from .copying import Copier
 from .cuts import Segment, ancestors
@@ -51,6 +52,16 @@ def build_stage(piece: Sequence[Segment], signature: Signature, *, trains: bool)
     cotangent = graph_input(graph, COTANGENT, list(output.shape))
     _add_gradients(model, output, cotangent, trained, keep=[output])
     return _split(graph, output)
+
+
+def build_inference_stage(
+    piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value]
+) -> ir.Model:
+    """The forward graph of a stage with its parts of the key/value cache as the outputs `present.*`."""
+    model, _ = _extract(piece, signature, presents)
+    decode_late(model.graph)
+    tidy(model)
+    return model
 
 
 def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> StageGraphs:
@@ -113,11 +124,14 @@ def _part(
         copied.name = name
         copier.graph.outputs.append(copied)
     model = new_model(copier.graph)
+    decode_late(model.graph)
     tidy(model)
     return model
 
 
-def _extract(piece: Sequence[Segment], signature: Signature) -> tuple[ir.Model, list[ir.Value]]:
+def _extract(
+    piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value] = ()
+) -> tuple[ir.Model, list[ir.Value]]:
     """A piece as a model of its own, and of its inputs those that may have a gradient."""
     copier = Copier("stage")
     hidden = piece[0].hidden
@@ -138,6 +152,9 @@ def _extract(piece: Sequence[Segment], signature: Signature) -> tuple[ir.Model, 
     output = copier.values[piece[-1].output]
     output.name = HIDDEN_OUT
     copier.graph.outputs.append(output)
+    for index, present in enumerate(presents):
+        copier.values[present].name = f"present.{index}"
+        copier.graph.outputs.append(copier.values[present])
     model = new_model(copier.graph)
     decode_weights(model.graph)
     tidy(model)

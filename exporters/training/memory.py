@@ -25,6 +25,7 @@ from .feeds import axis_sizes, sample_feeds
 BATCHES, SEQUENCES, RANKS = (2, 4, 6), (4, 7, 10), (1, 3)
 #: Sizes among which the worst nodes are looked for.
 BATCHES_SOUGHT, SEQUENCES_SOUGHT, RANKS_SOUGHT = (1, 4, 16, 64), (16, 64, 256, 1024, 4096), (1, 8, 64)
+PASTS_SOUGHT = (0, 64, 1024, 8192)
 SHAPE_ERROR_BYTES = 1.0
 
 
@@ -47,7 +48,7 @@ def measure_peaks(
     grid = grid_of(spec, batch_unit)
     runs = [
         sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
-        for batch, sequence, rank in grid.sizes
+        for batch, sequence, rank, _ in grid.sizes
     ]
     return fit_peaks(bytes_in_use(graph, folder, runs), grid, length_unit)
 
@@ -75,13 +76,16 @@ def fit_peaks(in_use: np.ndarray, grid: "Grid", length_unit: int = 1) -> Peaks:
     # for.
     coefficients[:, 0] -= coefficients[:, 0].min()
     sought = itertools.product(
-        BATCHES_SOUGHT, SEQUENCES_SOUGHT if len(grid.sequences) > 1 else (1,), RANKS_SOUGHT
+        BATCHES_SOUGHT,
+        SEQUENCES_SOUGHT if len(grid.sequences) > 1 else (1,),
+        RANKS_SOUGHT,
+        PASTS_SOUGHT if len(grid.pasts) > 1 else grid.pasts,
     )
     worst = sorted(set(np.argmax(coefficients @ grid.design(list(sought)).T, axis=0).tolist()))
     return tuple(
         tuple(
-            MemoryTerm(bytes=float(f"{value / length_unit**j:.9g}"), batch_power=i, seq_power=j, rank_power=k)
-            for value, (i, j, k) in zip(coefficients[node], grid.powers, strict=True)
+            MemoryTerm(float(f"{value / length_unit**j:.9g}"), i, j, k, m)
+            for value, (i, j, k, m) in zip(coefficients[node], grid.powers, strict=True)
             if value > 0  # a slice that is shorter by a constant counts in full
         )
         for node in worst
@@ -107,27 +111,29 @@ def grid_of(spec: GraphSpec, batch_unit: int = 1) -> "Grid":
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes that determine a polynomial of batch, sequence and rank."""
+    """Sizes that determine a polynomial of batch, sequence, rank and what the key/value cache holds."""
 
     batches: tuple[int, ...]
     sequences: tuple[int, ...]
     ranks: tuple[int, ...]
+    pasts: tuple[int, ...] = (0,)
 
     @property
-    def sizes(self) -> list[tuple[int, int, int]]:
+    def sizes(self) -> list[tuple[int, int, int, int]]:
         """Every combination."""
-        return list(itertools.product(self.batches, self.sequences, self.ranks))
+        return list(itertools.product(self.batches, self.sequences, self.ranks, self.pasts))
 
     @property
-    def powers(self) -> list[tuple[int, int, int]]:
+    def powers(self) -> list[tuple[int, int, int, int]]:
         """Exponents of every monomial."""
-        return list(
-            itertools.product(range(len(self.batches)), range(len(self.sequences)), range(len(self.ranks)))
-        )
+        b, s, r, p = (range(len(axis)) for axis in (self.batches, self.sequences, self.ranks, self.pasts))
+        return list(itertools.product(b, s, r, p))
 
-    def design(self, sizes: list[tuple[int, int, int]]) -> np.ndarray:
+    def design(self, sizes: list[tuple[int, int, int, int]]) -> np.ndarray:
         """Every monomial at every size, float64 `[sizes, powers]`."""
-        return np.array([[float(b**i * s**j * r**k) for i, j, k in self.powers] for b, s, r in sizes])
+        return np.array(
+            [[float(b**i * s**j * r**k * p**m) for i, j, k, m in self.powers] for b, s, r, p in sizes]
+        )
 
 
 def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.InferenceSession:

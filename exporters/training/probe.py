@@ -3,24 +3,31 @@
     python -m edgepeft.exporters.training.probe BUNDLE ROLE UNIT
 
 opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages, with `forward`
-its forward part) once on a small input, whose length is a multiple of UNIT, and prints how much resident
-memory that added, in bytes.
+its forward part, with `streamed` streamed inference) once on a small input, whose length is a multiple of
+UNIT, and prints how much resident memory that added, in bytes.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from edgepeft.bundle.manifest import MemoryFormula
+import numpy as np
+
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.errors import ExportError
+from edgepeft.runtime.cache import cache_bytes
+from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Sizes of the run that is measured, the sequence in units.
 BATCH, SEQUENCE, RANK = 6, 4, 1
-#: Stand for the chain of stages, and for its forward part, where a graph's role is asked for.
-STAGES, FORWARD = "stages", "forward"
+#: Stand for the chain of stages, for its forward part and for streamed inference, where a graph's role is
+#: asked for.
+STAGES, FORWARD, STREAMED = "stages", "forward", "streamed"
 
 
 def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1) -> int:
@@ -29,7 +36,7 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, lengt
 
     Args:
         bundle: its folder.
-        role: the graph's key in the manifest, `STAGES` or `FORWARD`.
+        role: the graph's key in the manifest, `STAGES`, `FORWARD` or `STREAMED`.
         tensors: what a run of the graph holds; the session's arena keeps it, so it is taken off.
         length_unit: the sequence of the run is a multiple of it.
 
@@ -44,10 +51,28 @@ def measure_session_bytes(bundle: Path, role: str, tensors: MemoryFormula, lengt
     return max(int(json.loads(done.stdout)["resident_bytes"]) - run_bytes, 0)
 
 
+def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.ndarray], past: int) -> None:
+    """Run streamed inference: every stage, and the logits of the last position.
+
+    Args:
+        model: of the manifest's bundle, with an adapter's inputs bound.
+        feeds: at least the model's inputs, the mask as long as what is cached and the tokens together.
+        past: tokens that the cache is to hold already.
+    """
+    batch = {name: feeds[name] for name in model_inputs(manifest, manifest.graphs["inference"].inputs)}
+    rows, *rest = next(iter(batch.values())).shape
+    cache = model.new_cache(rows, past + rest[0])
+    if cache is None:
+        model.forward(batch)
+        return
+    cache.length = past
+    model.next_logits(batch, cache)
+
+
 def main() -> None:
     """Print `{"resident_bytes": …}`."""
     from edgepeft.bundle.reader import open_bundle
-    from edgepeft.runtime.memory.process import read_memory
+    from edgepeft.runtime.memory.process import read_memory, reset_peak
     from edgepeft.runtime.session import GraphSession
 
     bundle = open_bundle(sys.argv[1])
@@ -71,6 +96,18 @@ def main() -> None:
             chain.gradients(batch, state)
         else:
             chain.evaluate(batch)
+    elif role == STREAMED:
+        feeds = sample_feeds(bundle.manifest.graphs["inference"], sizes, rank=RANK)
+        streamed = bundle.manifest.streamed_inference
+        assert streamed is not None
+        model = StreamedModel(bundle)
+        model.bind(feeds)
+        # The kernel's own peak has the weights that are mapped at once.
+        resettable = reset_peak()
+        before = read_memory().resident_bytes
+        sample_run(model, bundle.manifest, feeds, past=0)
+        mapped = -cache_bytes(bundle.manifest, streamed, BATCH, sizes["sequence"])
+        mapped += read_memory().peak_bytes - read_memory().resident_bytes if resettable else 0
     else:
         feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
         session = GraphSession(bundle, role)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
-from ..graph import INT64, append, initializer
 from ..partition.copying import copied_node
 from ..partition.cuts import ancestors
 from ..partition.saved import choose_saved
+from ..passes.decode_late import decode_late
 
 
 def rematerialize(model: ir.Model, loss: ir.Value) -> int:
@@ -34,25 +33,7 @@ def rematerialize(model: ir.Model, loss: ir.Value) -> int:
             if user not in forward and user not in copied:
                 user.replace_input_with(index, copy)
     graph.extend(copied)
-    for node in copied:
-        if node.op_type == "GatherBlockQuantized":
-            _decode_late(graph, node)
+    decode_late(graph)
     TopologicalSortPass()(model)
     RemoveUnusedNodesPass()(model)
     return len(copied)
-
-
-def _decode_late(graph: ir.Graph, node: ir.Node) -> None:
-    """Make the decoding of a weight wait for what the weight is multiplied by.
-
-    It reads nothing that is computed, so onnxruntime would run it long before.
-    """
-    (user, position), *others = node.outputs[0].uses()
-    factor = next((value for i, value in enumerate(user.inputs) if i != position and value is not None), None)
-    indices = node.inputs[1]
-    if others or factor is None or indices is None:
-        return
-    size = append(graph, "Size", [factor], shape=[], dtype=INT64)
-    zero = initializer(graph, "zero_int64", np.array(0, np.int64))
-    nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
-    node.replace_input_with(1, append(graph, "Add", [indices, nothing], shape=indices.shape, dtype=INT64))

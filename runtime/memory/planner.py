@@ -64,7 +64,7 @@ def _resident(
 ) -> Plan:
     inference = manifest.inference_memory
     sizes = (workload.rows, workload.seq_len, workload.rank)
-    inference_bytes = inference.session_bytes + _run_bytes(inference.activation_bytes(*sizes))
+    inference_bytes = inference.session_bytes + run_bytes(inference.activation_bytes(*sizes))
     # A drift penalty has the base model run beside the training graph.
     base_bytes = inference_bytes if has_drift_penalty(manifest) else 0
     return Plan(
@@ -72,7 +72,7 @@ def _resident(
         exact=strategy.exact,
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes,
-        activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes,
+        activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes,
         state_bytes=_state_bytes(workload) + _batch_bytes(manifest, graph, workload),
         evaluation_bytes=inference_bytes + _loss_bytes(manifest, workload),
     )
@@ -94,7 +94,7 @@ def _staged(
         exact=strategy.exact,
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes,
-        activation_bytes=_run_bytes(
+        activation_bytes=run_bytes(
             strategy.memory.activation_bytes(workload.rows, workload.seq_len, workload.rank)
         ),
         state_bytes=_state_bytes(workload) + _batch_bytes(manifest, "train", workload),
@@ -132,7 +132,7 @@ def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, pr
         exact=strategy.exact,
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes,
-        activation_bytes=_run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
+        activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
         state_bytes=_adapter_bytes(workload) + _DIRECTION_BYTES + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # judging is what training does
         relative_step=None,
@@ -185,11 +185,6 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     )
 
 
-def run_peak_bytes(memory: MemoryFormula, process_bytes: int, *, shape: tuple[int, int], rank: int) -> int:
-    """The predicted peak of a process that runs one graph; see `check_run`."""
-    return process_bytes + memory.session_bytes + _run_bytes(memory.activation_bytes(*shape, rank))
-
-
 def check_run(
     memory: MemoryFormula,
     budget_bytes: int,
@@ -210,8 +205,8 @@ def check_run(
     Raises:
         BudgetError: names the smallest budget that would do.
     """
-    activation_bytes = _run_bytes(memory.activation_bytes(*shape, rank))
-    peak_bytes = run_peak_bytes(memory, process_bytes, shape=shape, rank=rank)
+    activation_bytes = run_bytes(memory.activation_bytes(*shape, rank))
+    peak_bytes = process_bytes + memory.session_bytes + activation_bytes
     if peak_bytes <= budget_bytes:
         return
     required_bytes = suggested_budget(peak_bytes)
@@ -225,7 +220,7 @@ def check_run(
     )
 
 
-def _run_bytes(tensor_bytes: int) -> int:
+def run_bytes(tensor_bytes: int) -> int:
     """What a run adds to the process for tensors of so many bytes."""
     return tensor_bytes + int(_ARENA_GAPS * tensor_bytes) + _FIRST_RUN_BYTES
 

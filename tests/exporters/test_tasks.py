@@ -246,6 +246,7 @@ def test_an_encoder_decoder_learns_to_answer(family: str, tmp_path: Path) -> Non
         for index in range(24)
     ]
     with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
+        assert device.manifest.streamed_inference is None  # every decoder layer reads what the encoder made
         report = device.adapt(records, tmp_path / "new", steps=60, batch_size=8, learning_rate=2e-2)
         assert report.losses[-1] < 0.5 * report.losses[0]
         answer = device.generate_ids([20], tmp_path / "new", 2)

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 import edgepeft
-from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.exporters import forward
 from edgepeft.exporters.sources import loading
 from edgepeft.exporters.sources.base import Traced
@@ -218,6 +218,7 @@ def traced_once() -> Iterator[None]:
         patch("edgepeft.exporters.pipeline.measure_peaks", lambda *_: ()),
         patch("edgepeft.exporters.pipeline.measure_chain_peaks", lambda *_: ()),
         patch("edgepeft.exporters.pipeline.measure_session_bytes", lambda *_: 0),
+        patch("edgepeft.exporters.pipeline.measure_streamed", lambda *_: MemoryFormula(0, ())),
     ):
         yield
 

@@ -1,0 +1,121 @@
+"""The inference graph as a chain of stages, for budgets that cannot hold it whole.
+
+Cut and shared like the training graph, with two differences: a stage hands out its part of the key/value
+cache, and the output layer of a language model makes logits rather than a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from edgepeft.bundle.manifest import MemoryFormula, OutputLayer, Stage, StreamedInference
+
+from ..forward import Forward
+from ..graph import tidy
+from ..passes.drop_cache import PRESENT
+from ..passes.input_shapes import take_sizes_from_inputs
+from ..writer import is_weight
+from .build import _ending_with, _name, _name_context, group
+from .context import build_context
+from .cuts import ancestors, cut, dependences
+from .output_layer import build_output_layer
+from .signature import Signature, describe
+from .stages import build_inference_stage
+from .vocabulary_head import find_output_layer
+
+CONTEXT_ROLE, OUTPUT_ROLE, STAGE_ROLE = "infer.context", "infer.output", "infer.stage"
+
+
+@dataclass(frozen=True)
+class StreamedGraphs:
+    """The chain's graphs by role, and the wiring for the manifest, whose memory is still to be measured."""
+
+    wiring: StreamedInference
+    graphs: dict[str, ir.Model]
+
+
+def build_streamed_inference(forward: Forward, *, slice_output: bool) -> StreamedGraphs | None:
+    """Cut an inference graph into stages, equal ones sharing their graphs.
+
+    Args:
+        forward: the graph, its weights frozen; its first output is the task's, the others are the cache.
+        slice_output: run the output layer by slices of its rows where it is a product by a quantized matrix.
+
+    Returns:
+        The chain, or None where the graph has no cut, or makes its cache where no stage does.
+    """
+    model = forward.model.clone()
+    graph = model.graph
+    take_sizes_from_inputs(graph)
+    tidy(model)
+    weight_names = {
+        name
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and is_weight(name, value.const_value)
+    }
+    adapter_names = {
+        *(key for slot in forward.slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
+        *(module.input for module in forward.saved_modules),
+    }
+    depends = dependences(graph, weight_names, adapter_names)
+    pieces = group(cut(graph, graph.outputs[0], depends), weight_names, adapter_names)
+    layer = find_output_layer(pieces[-1], weight_names) if slice_output else None
+    if layer is not None:
+        pieces[-1:] = [] if layer.x is pieces[-1][0].hidden else [_ending_with(pieces[-1], layer.x)]
+    if len(pieces) < 2:
+        return None
+    signatures = [describe(piece, weight_names, adapter_names) for piece in pieces]
+    names = _name_context(signatures)
+    if any(depends[value].hidden for node in ancestors(names) for value in node.outputs):
+        return None  # a size that only a hidden state has
+    graphs: dict[str, ir.Model] = {}
+    roles: dict[object, str] = {}
+    stages: list[Stage] = []
+    for piece, signature in zip(pieces, signatures, strict=True):
+        presents = _presents(signature)
+        kind = signature.text, tuple(place for place, _ in presents)
+        if kind not in roles:
+            role = roles[kind] = f"{STAGE_ROLE}{len(roles)}"
+            graphs[role] = build_inference_stage(piece, signature, [value for _, value in presents])
+        stages.append(
+            Stage(
+                forward=roles[kind],
+                output=None,
+                backward=None,
+                weights={f"weight.{i}": _name(value) for i, value in enumerate(signature.weights)},
+                adapter={f"adapter.{i}": _name(value) for i, value in enumerate(signature.adapter)},
+                context={f"context.{i}": names[value] for i, value in enumerate(signature.context)},
+                cache={f"present.{i}": _name(value) for i, (_, value) in enumerate(presents)},
+            )
+        )
+    cached = [name for stage in stages for name in stage.cache.values()]
+    if sorted(cached) != sorted(_name(value) for value in graph.outputs[1:]):
+        return None
+    context, context_weights = build_context(graph, names, weight_names)
+    if context is not None:
+        graphs[CONTEXT_ROLE] = context
+    output = None
+    if layer is not None:
+        graphs[OUTPUT_ROLE] = build_output_layer(layer)
+        weights = {f"weight.{i}": _name(value) for i, value in enumerate(layer.weights)}
+        output = OutputLayer(OUTPUT_ROLE, weights, layer.rows)
+    wiring = StreamedInference(
+        context=None if context is None else CONTEXT_ROLE,
+        context_weights=context_weights,
+        stages=tuple(stages),
+        output_layer=output,
+        memory=MemoryFormula(session_bytes=0, peaks=()),
+    )
+    return StreamedGraphs(wiring, graphs)
+
+
+def _presents(signature: Signature) -> list[tuple[tuple[int, int], ir.Value]]:
+    """The parts of the cache that a stage makes, each with its node's and output's place in the stage."""
+    return [
+        ((place, output.index() or 0), output)
+        for place, node in enumerate(signature.nodes)
+        for output in node.outputs
+        if output.is_graph_output() and (output.name or "").startswith(PRESENT)
+    ]

@@ -1,0 +1,191 @@
+"""How a batch or a text is run inside the budget: the whole graph where it fits, else its stages."""
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgepeft.bundle.manifest import Manifest, MemoryFormula, StreamedInference
+from edgepeft.errors import BudgetError
+from edgepeft.runtime.cache import cache_bytes, cache_specs
+from edgepeft.runtime.memory.planner import check_run, run_bytes, suggested_budget
+from edgepeft.sizes import format_size
+
+RESIDENT, STREAMED = "inference", "streamed"
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How something is run, and its predicted peak by what it is made of.
+
+    Attributes:
+        role: the graph that is opened whole, or `STREAMED`.
+        process_bytes: what the process holds without it.
+        session_bytes: what opening it adds; of a chain also the weights that are mapped at once.
+        activation_bytes: tensors of a run.
+        cache_bytes: a streamed model's key/value cache; a resident one's is among its activations.
+        chunk: tokens of a prompt that are read at a time; 0 for all of them.
+    """
+
+    role: str
+    process_bytes: int
+    session_bytes: int
+    activation_bytes: int
+    cache_bytes: int = 0
+    chunk: int = 0
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the process."""
+        return self.process_bytes + self.session_bytes + self.activation_bytes + self.cache_bytes
+
+
+def plan_graph(
+    role: str,
+    memory: MemoryFormula,
+    budget_bytes: int | None,
+    process_bytes: int,
+    *,
+    shape: tuple[int, int],
+    rank: int,
+) -> RunPlan:
+    """One graph, opened whole, on a batch of this shape.
+
+    Raises:
+        BudgetError: the budget cannot hold it.
+    """
+    if budget_bytes is not None:
+        check_run(memory, budget_bytes, process_bytes, shape=shape, rank=rank)
+    activation_bytes = run_bytes(memory.activation_bytes(*shape, rank))
+    return RunPlan(role, process_bytes, memory.session_bytes, activation_bytes)
+
+
+def plan_forward(
+    manifest: Manifest, budget_bytes: int | None, process_bytes: int, *, shape: tuple[int, int], rank: int
+) -> RunPlan:
+    """A forward pass over a batch: the inference graph, or its stages where the budget cannot hold it.
+
+    Args:
+        manifest: the bundle's manifest.
+        budget_bytes: limit on the process's resident memory; None for no limit.
+        process_bytes: what it holds without sessions.
+        shape: rows and tokens of the batch.
+        rank: the largest rank of the adapter.
+
+    Raises:
+        BudgetError: neither fits; names the smallest budget that would do.
+    """
+    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank)
+    if resident is not None:
+        return resident
+    streamed = manifest.streamed_inference
+    assert streamed is not None
+    assert budget_bytes is not None
+    rows, tokens = shape
+    output_bytes = 0 if streamed.output_layer is None else 4 * rows * tokens * streamed.output_layer.rows
+    activation_bytes = run_bytes(streamed.memory.activation_bytes(rows, tokens, rank)) + output_bytes
+    plan = RunPlan(STREAMED, process_bytes, streamed.memory.session_bytes, activation_bytes)
+    if plan.peak_bytes > budget_bytes:
+        raise _refusal(
+            plan, budget_bytes, f"{rows} rows of {tokens} tokens need", "smaller batches or shorter texts"
+        )
+    return plan
+
+
+def plan_generation(
+    manifest: Manifest,
+    budget_bytes: int | None,
+    process_bytes: int,
+    *,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    rank: int,
+) -> RunPlan:
+    """A text continued: the inference graph, or its stages with as large chunks of the prompt as fit.
+
+    Args:
+        manifest: a decoder's manifest.
+        budget_bytes: limit on the process's resident memory; None for no limit.
+        process_bytes: what it holds without sessions.
+        prompt_tokens: tokens of the prompt.
+        max_new_tokens: tokens that may be written.
+        rank: the largest rank of the adapter.
+
+    Raises:
+        BudgetError: neither fits; names the smallest budget that would do, and how many tokens fit.
+    """
+    total = prompt_tokens + max_new_tokens
+    resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank)
+    if resident is not None:
+        return resident
+    streamed = manifest.streamed_inference
+    assert streamed is not None
+    assert budget_bytes is not None
+
+    def plan(chunk: int, prompt_tokens: int, total: int) -> RunPlan:
+        return _generation(manifest, streamed, process_bytes, rank, (chunk, prompt_tokens, total))
+
+    chunk = _largest(prompt_tokens, lambda n: plan(n, prompt_tokens, total).peak_bytes <= budget_bytes)
+    if chunk:
+        return plan(chunk, prompt_tokens, total)
+    remedy = "a shorter prompt or a lower --max-new-tokens"
+    fitting = _largest(total, lambda n: plan(1, n, n).peak_bytes <= budget_bytes)
+    if fitting > 1:
+        remedy += f" ({fitting} tokens fit, prompt and answer together)"
+    what = f"{prompt_tokens} tokens and {max_new_tokens} more need"
+    raise _refusal(plan(1, prompt_tokens, total), budget_bytes, what, remedy)
+
+
+def _resident(
+    manifest: Manifest, budget_bytes: int | None, process_bytes: int, shape: tuple[int, int], rank: int
+) -> RunPlan | None:
+    """The whole inference graph; None where only its stages may fit."""
+    memory = manifest.inference_memory
+    try:
+        return plan_graph(RESIDENT, memory, budget_bytes, process_bytes, shape=shape, rank=rank)
+    except BudgetError as error:
+        if manifest.streamed_inference is not None:
+            return None
+        raise BudgetError(
+            f"{error} (the bundle's inference graph is in one piece, so its weights cannot be streamed)",
+            budget_bytes=error.budget_bytes,
+            required_bytes=error.required_bytes,
+        ) from error
+
+
+def _generation(
+    manifest: Manifest,
+    streamed: StreamedInference,
+    process_bytes: int,
+    rank: int,
+    sizes: tuple[int, int, int],
+) -> RunPlan:
+    """Streamed generation with this chunk, prompt and whole length."""
+    chunk, prompt_tokens, total = sizes
+    memory = streamed.memory
+    if cache_specs(manifest):
+        tensor_bytes = max(
+            memory.activation_bytes(1, chunk, rank, prompt_tokens - chunk),
+            memory.activation_bytes(1, 1, rank, total - 1),
+        )
+    else:  # every token reads the whole text again
+        tensor_bytes = memory.activation_bytes(1, total, rank)
+    kept_bytes = cache_bytes(manifest, streamed, 1, total)
+    return RunPlan(STREAMED, process_bytes, memory.session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk)
+
+
+def _largest(count: int, fits: Callable[[int], bool]) -> int:
+    """The largest of 1, …, count that fits, 0 where none does; what is larger than one that does not fit does
+    not fit either."""
+    return bisect.bisect_left(range(1, count + 1), True, key=lambda n: not fits(n))
+
+
+def _refusal(plan: RunPlan, budget_bytes: int, what: str, remedy: str) -> BudgetError:
+    required_bytes = suggested_budget(plan.peak_bytes)
+    return BudgetError(
+        f"{what} {format_size(plan.peak_bytes)} with weights streamed (process "
+        f"{format_size(plan.process_bytes)}, sessions {format_size(plan.session_bytes)}, activations "
+        f"{format_size(plan.activation_bytes)}, key/value cache {format_size(plan.cache_bytes)}), the budget "
+        f"is {format_size(budget_bytes)}: give at least {required_bytes // 2**20}MiB, or {remedy}",
+        budget_bytes=budget_bytes,
+        required_bytes=required_bytes,
+    )
