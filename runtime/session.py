@@ -150,14 +150,19 @@ class GraphSession:
         with self._translated():
             self._session.run_with_iobinding(self._binding)
 
-    def run_for(self, names: Sequence[str]) -> dict[str, ort.OrtValue]:
-        """Run and return these outputs, whose shapes need not be known beforehand."""
+    def run_for(self, names: Sequence[str], *, shrink: bool = False) -> dict[str, ort.OrtValue]:
+        """Run and return these outputs, whose shapes need not be known beforehand; with `shrink`, the arena
+        gives what is free of it back to the system."""
+        options = None
+        if shrink:
+            options = ort.RunOptions()
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         with self._translated():
             # Bound outputs keep the last run's buffers, and its shapes.
             self._binding.clear_binding_outputs()
             for name in names:
                 self._binding.bind_output(name, "cpu")
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, options)
             values = dict(zip(names, self._binding.get_outputs(), strict=True))
             self._binding.clear_binding_outputs()
             return values
@@ -197,6 +202,17 @@ class GraphSession:
                     "sequences"
                 ) from error
             raise EdgePeftError(f"{self._where}: failed: {text}") from error
+
+
+def shrink_shared_arena(bundle: Bundle) -> None:
+    """Give the memory that is free in the arena of a chain's sessions back to the system.
+
+    Any session that shares it can; this one runs the smallest graph that a bundle has.
+    """
+    session = GraphSession(bundle, "grad_norm", threads=1, shared_arena=True)
+    session.bind({"grad": np.zeros(1, np.float32)})
+    session.run_for(["sum_of_squares"], shrink=True)
+    session.close()
 
 
 def _one_line(error: BaseException) -> str:

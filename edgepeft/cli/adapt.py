@@ -105,6 +105,14 @@ def _table(report: dict[str, Any]) -> str:
             f"{records['train']} trained on, {records['held_out']} held out, {records['truncated']} cut "
             "short",
         ],
+        *(
+            [
+                "stepped down",
+                f"after step {change['step']}, at {format_size(change['peak_bytes'])}: {change['before']} to "
+                f"{change['after']}",
+            ]
+            for change in report["stepped_down"]
+        ),
         ["steps", f"{report['steps']} of {seconds['step']:.3f} s, {seconds['total']:.1f} s in all"],
         *(
             []

@@ -55,9 +55,9 @@ def plan(
     from edgepeft.runtime.memory.planner import choose, plans
     from edgepeft.runtime.memory.process import read_memory
     from edgepeft.runtime.tasks import task_for
-    from edgepeft.runtime.training.adapt import workload
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
+    from edgepeft.runtime.training.workload import workload
 
     if device is not None:
         if budget is not None:

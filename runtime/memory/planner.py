@@ -151,7 +151,7 @@ def _adapter_bytes(workload: Workload) -> int:
 
 
 def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
-    """The first plan that fits the budget; without a budget, the first.
+    """The fastest plan that fits the budget; without a budget, the first.
 
     One without exact gradients is chosen only where there is no other.
 
@@ -161,9 +161,9 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     eligible = [plan for plan in candidates if plan.exact] or candidates
     if budget_bytes is None:
         return eligible[0]
-    for plan in eligible:
-        if plan.peak_bytes <= budget_bytes:
-            return plan
+    fitting = [plan for plan in eligible if plan.peak_bytes <= budget_bytes]
+    if fitting:
+        return min(fitting, key=lambda plan: plan.relative_step or 1.0)
     best = min(eligible, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
     others = (plan for plan in candidates if plan not in eligible and plan.peak_bytes <= budget_bytes)

@@ -92,7 +92,7 @@ class MemoryRecorder:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._record, name="edgepeft-memory", daemon=True)
         self._start_s = 0.0
-        self._peak_bytes = 0
+        self._peak_bytes = self._recent_bytes = 0
 
     def __enter__(self) -> Self:
         self.resettable = reset_peak()
@@ -116,15 +116,26 @@ class MemoryRecorder:
     def peak_bytes(self) -> int:
         """Peak resident memory since the block began: the kernel's where it could be reset, else the largest
         sample."""
+        return max(self._peak_bytes, self.recent_peak_bytes)
+
+    @property
+    def recent_peak_bytes(self) -> int:
+        """The same since `forget_peak`."""
         memory = read_memory()
-        self._peak_bytes = max(
-            self._peak_bytes, memory.peak_bytes if self.resettable else memory.resident_bytes
+        self._recent_bytes = max(
+            self._recent_bytes, memory.peak_bytes if self.resettable else memory.resident_bytes
         )
-        return self._peak_bytes
+        return self._recent_bytes
+
+    def forget_peak(self) -> None:
+        """Count `recent_peak_bytes` anew from now."""
+        self._peak_bytes = self.peak_bytes
+        reset_peak()
+        self._recent_bytes = 0
 
     def _sample(self) -> None:
         memory = read_memory()
-        self._peak_bytes = max(self._peak_bytes, memory.resident_bytes)
+        self._recent_bytes = max(self._recent_bytes, memory.resident_bytes)
         seconds = time.perf_counter() - self._start_s
         self.samples.append(Sample(seconds, memory.resident_bytes, memory.anonymous_bytes, memory.file_bytes))
 

@@ -20,19 +20,22 @@ from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import graph_inputs, to_peft_layout
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.memory.plan import Plan, Workload, suggested_budget
+from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.planner import choose, plans
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
+from edgepeft.runtime.session import shrink_shared_arena
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress, checkpoint_path, load_checkpoint, save_checkpoint
 from edgepeft.runtime.training.fingerprint import fingerprint
 from edgepeft.runtime.training.gate import Evaluation, evaluate
 from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.report import REPORT_FILE, AdaptReport, HeldOut, MemoryReport
+from edgepeft.runtime.training.report import REPORT_FILE, AdaptReport, HeldOut, MemoryReport, StepDown
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
 from edgepeft.runtime.training.starting import starting_adapter, trained_names
+from edgepeft.runtime.training.stepping_down import NEAR, cheaper
 from edgepeft.runtime.training.trainer import Schedule, Step, train
+from edgepeft.runtime.training.workload import workload
 from edgepeft.sizes import format_size
 
 CHECKPOINT_STEPS = 10
@@ -48,6 +51,7 @@ class _Prepared:
     adapter: Adapter  # without its tensors
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
+    candidates: list[Plan]
     train_on: list[Example]
     held_out: list[Example]
     total_steps: int
@@ -55,6 +59,14 @@ class _Prepared:
     state: TrainingState
     fingerprint: dict[str, Any]
     progress: Progress
+
+
+class _SteppingDown(Exception):
+    """Leaves the training loop to go on with another plan."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan.label)
+        self.plan = plan
 
 
 class Update:
@@ -102,6 +114,8 @@ class Update:
         self._checkpoint = checkpoint_path(self._output)
         self._recorder = MemoryRecorder()
         self._step_s: list[float] = []
+        self._plan: Plan | None = None  # the present one
+        self._steps_down: list[StepDown] = []
         self._seconds = {"train": 0.0, "evaluate": 0.0}
         _check_output(bundle, self._output)
 
@@ -118,6 +132,7 @@ class Update:
             began_s = time.perf_counter()
             self._recorder.mark("read records")
             prepared = self._prepare()
+            self._plan = prepared.plan
             release_freed_memory()  # the adapter as it was read
             progress = prepared.progress
             resumed_from_step = progress.step
@@ -135,7 +150,8 @@ class Update:
                 started_from=prepared.adapter.origin,
                 output=str(self._output),
                 decision="kept" if kept else "rejected",
-                strategy=prepared.plan.label,
+                strategy=self._present.label,
+                stepped_down=self._steps_down,
                 exact_gradients=prepared.plan.exact,
                 options=dataclasses.asdict(self._options),
                 trained_tensors=len(prepared.state.parameters),
@@ -201,6 +217,7 @@ class Update:
             adapter=adapter.with_tensors({}, adapter.origin),
             untrained=untrained,
             plan=plan,
+            candidates=candidates,
             train_on=[examples[index] for index in train_on],
             held_out=[examples[index] for index in held_out],
             total_steps=total_steps,
@@ -232,17 +249,22 @@ class Update:
             {**prepared.inputs, **prepared.state.parameters},
             prepared.held_out,
             self._options.batch_size,
-            self._strategy(prepared),
+            self._strategy(),
             self._threads,
         )
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
         return result
 
-    def _strategy(self, prepared: _Prepared) -> Strategy:
-        """The chosen strategy."""
+    @property
+    def _present(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def _strategy(self) -> Strategy:
+        """That of the present plan."""
         strategies = self._bundle.manifest.strategies
-        return next(item for item in strategies if item.name == prepared.plan.strategy)
+        return next(item for item in strategies if item.name == self._present.strategy)
 
     def _train(self, prepared: _Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
@@ -261,23 +283,28 @@ class Update:
             last_s = time.perf_counter()
 
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            train(
-                self._bundle,
-                self._strategy(prepared),
-                self._task,
-                prepared.train_on,
-                prepared.inputs,
-                prepared.state,
-                progress,
-                Schedule(self._options, prepared.total_steps, manifest.policy.max_relative_change),
-                after_step,
-                self._threads,
-                prepared.plan.held,
-            )
-        except UpdateRejectedError:
-            self._checkpoint.unlink(missing_ok=True)
-            raise
+        while True:
+            try:
+                train(
+                    self._bundle,
+                    self._strategy(),
+                    self._task,
+                    prepared.train_on,
+                    prepared.inputs,
+                    prepared.state,
+                    progress,
+                    Schedule(self._options, prepared.total_steps, manifest.policy.max_relative_change),
+                    after_step,
+                    self._threads,
+                    self._present.held,
+                )
+            except UpdateRejectedError:
+                self._checkpoint.unlink(missing_ok=True)
+                raise
+            except _SteppingDown as stepping:
+                self._step_down(prepared, stepping.plan)
+            else:
+                break
         release_freed_memory()
         self._seconds["train"] = time.perf_counter() - began_s
 
@@ -285,12 +312,32 @@ class Update:
         save_checkpoint(self._checkpoint, prepared.fingerprint, prepared.state, prepared.progress)
         prepared.state.release()
 
+    def _step_down(self, prepared: _Prepared, plan: Plan) -> None:
+        """Go on with a cheaper plan; the sessions of the last one are closed."""
+        before, self._plan = self._present, plan
+        peak_bytes = self._recorder.recent_peak_bytes
+        self._steps_down.append(StepDown(prepared.progress.step, peak_bytes, before.label, plan.label))
+        if plan.state_in_file and not before.state_in_file:
+            prepared.state.move_to_file(self._output.parent)
+        shrink_shared_arena(self._bundle)
+        release_freed_memory()
+        self._recorder.forget_peak()
+
     def _enforce(self, prepared: _Prepared) -> None:
-        """Stop when the process has gone over the budget, with the work so far in the checkpoint."""
-        if self._budget_bytes is None or (peak_bytes := self._recorder.peak_bytes) <= self._budget_bytes:
+        """Step down near the budget; over it with nothing cheaper left, stop with the work in the
+        checkpoint."""
+        if self._budget_bytes is None:
+            return
+        peak_bytes = self._recorder.recent_peak_bytes
+        if peak_bytes <= NEAR * self._budget_bytes:
+            return
+        plan = cheaper(self._present, prepared.candidates)
+        if plan is not None and prepared.progress.step < prepared.total_steps:
+            raise _SteppingDown(plan)
+        if peak_bytes <= self._budget_bytes:
             return
         self._save(prepared)
-        plan = prepared.plan
+        plan = self._present
         required_bytes = max(plan.smallest_budget_bytes, suggested_budget(peak_bytes))
         raise BudgetError(
             f"step {prepared.progress.step}: the process peaked at {format_size(peak_bytes)}, the budget is "
@@ -318,21 +365,6 @@ class Update:
             timeline=list(self._recorder.samples),
             phases=list(self._recorder.phases),
         )
-
-
-def workload(
-    adapter: Adapter, names: list[str], rows: int, seq_len: int, options: TrainingOptions
-) -> Workload:
-    """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on."""
-    return Workload(
-        rows=rows,
-        seq_len=seq_len,
-        rank=max((adapter.rank(module) for module in adapter.modules), default=0),
-        adapter_values=adapter.parameters,
-        trained_values=sum(adapter.tensors[name].size for name in names),
-        gradient_bytes=4 if options.accumulation_steps == 1 else 8,
-        moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value,
-    )
 
 
 def _check_output(bundle: Bundle, output: Path) -> None:

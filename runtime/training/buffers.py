@@ -57,11 +57,7 @@ class TrainingState:
         of_optimizer = {} if optimizer is None else optimizer.buffers
         layout |= {name: (size // item.values, item.dtype) for name, item in of_optimizer.items()}
         self._file: mmap.mmap | None = None
-        buffers = self._zeros(layout, file_in)
-        self.param, self.grad = buffers["param"], buffers["grad"]
-        self.moments = {name: buffers[name] for name in of_optimizer}
-        self.parameters, self.start = self._views(self.param), self._views(buffers["start"])
-        self.gradients = {} if optimizer is None else self._views(self.grad)
+        self._take(self._zeros(layout, file_in))
         for name, tensor in tensors.items():
             self.parameters[name][...] = tensor
             self.start[name][...] = tensor
@@ -78,6 +74,28 @@ class TrainingState:
             buffers[name] = np.frombuffer(self._file, dtype, count, offset)
             offset += buffers[name].nbytes
         return buffers
+
+    def move_to_file(self, folder: Path) -> None:
+        """Have everything mapped from a nameless file from now on; views handed out before are stale.
+
+        Raises:
+            EdgePeftError: the file cannot be made.
+        """
+        before = self._buffers
+        layout = {name: (len(buffer), buffer.dtype.name) for name, buffer in before.items()}
+        self._take(self._zeros(layout, folder))
+        for name, buffer in before.items():
+            self._buffers[name][...] = buffer
+        self.release()
+
+    def _take(self, buffers: dict[str, Any]) -> None:
+        self._buffers = buffers
+        self.param, self.grad = buffers["param"], buffers["grad"]
+        self.moments = {
+            name: buffer for name, buffer in buffers.items() if name not in ("param", "grad", "start")
+        }
+        self.parameters, self.start = self._views(self.param), self._views(buffers["start"])
+        self.gradients = self._views(self.grad) if len(self.grad) else {}
 
     def release(self) -> None:
         """Take what is mapped out of the process; the system writes it back when it wants the memory."""

@@ -33,6 +33,16 @@ class MemoryReport:
 
 
 @dataclass(frozen=True)
+class StepDown:
+    """A change to a cheaper plan after a step: the peak in bytes that led to it, and both plans' names."""
+
+    step: int
+    peak_bytes: int
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class HeldOut:
     """Mean loss and accuracy (None where the task has none) on the held-out records."""
 
@@ -51,7 +61,8 @@ class AdaptReport:
         started_from: the adapter that training started from.
         output: the folder that holds the new adapter if `decision` is `kept`.
         decision: `kept` or `rejected`.
-        strategy: how it was trained.
+        strategy: how it was trained, at the end.
+        stepped_down: changes of it on the way, because the process came near its budget.
         exact_gradients: whether gradients were computed, or estimated from losses along random directions.
         options: the training options.
         trained_tensors, trained_values: what trained.
@@ -73,6 +84,7 @@ class AdaptReport:
     output: str
     decision: str
     strategy: str
+    stepped_down: list[StepDown]
     exact_gradients: bool
     options: dict[str, Any]
     trained_tensors: int

@@ -1,5 +1,7 @@
 """Cutting a forward graph into stages, and the chain of stages against the one graph they came from."""
 
+import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,9 @@ from edgepeft.exporters.partition.cuts import cut, dependences
 from edgepeft.exporters.partition.signature import find_period
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.inputs import check_batch, model_inputs
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan
+from edgepeft.runtime.memory.process import MemoryRecorder, read_memory
+from edgepeft.runtime.session import shrink_shared_arena
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
 from edgepeft.runtime.training.gradients import GradientSession
@@ -157,23 +162,68 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
         )
 
 
+RECORDS = [{"input_ids": row.tolist()} for row in np.random.default_rng(0).integers(3, 300, (12, 12))]
+
+
 def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resident, in stages, and in stages with the moments in a file: the same losses, step by step."""
+    """Resident, in stages that hold all, some or nothing, and with the state in a file: the same losses."""
     edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
-    rng = np.random.default_rng(0)
-    records = [{"input_ids": rng.integers(3, 300, 12).tolist()} for _ in range(12)]
     reports = {}
-    for label in ("resident", "streamed", "streamed, moments in a file"):
-        monkeypatch.setattr(
-            "edgepeft.runtime.training.adapt.choose",
-            lambda plans, _, label=label: next(plan for plan in plans if plan.label == label),
-        )
+
+    def forced(label: str, held: Held, candidates: list[Plan], budget_bytes: int | None) -> Plan:
+        del budget_bytes
+        plan = next(plan for plan in candidates if plan.label.startswith(label))
+        return dataclasses.replace(plan, held=held)
+
+    for label, held in {
+        "resident": NOTHING_HELD,
+        "checkpointed": Held(stages=100, logits=True, weights=True),
+        "checkpointed,": Held(stages=1, weights=True),
+        "streamed": NOTHING_HELD,
+        "streamed, state in a file": NOTHING_HELD,
+    }.items():
+        monkeypatch.setattr("edgepeft.runtime.training.adapt.choose", functools.partial(forced, label, held))
         with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
             folder = tmp_path / label.replace(" ", "-")
-            reports[label] = device.adapt(records, folder, steps=12, batch_size=4, learning_rate=5e-3)
-        assert reports[label].strategy == label
-    resident, streamed, mapped = reports.values()
-    np.testing.assert_allclose(streamed.losses, resident.losses, rtol=1e-4)
-    assert streamed.held_out_after.loss == pytest.approx(resident.held_out_after.loss, rel=1e-3)
-    assert mapped.losses == streamed.losses
+            reports[label] = device.adapt(RECORDS, folder, steps=12, batch_size=4, learning_rate=5e-3)
+        assert reports[label].strategy.startswith(label.rstrip(","))
+    resident, *chains = reports.values()
+    for chain in chains:
+        np.testing.assert_allclose(chain.losses, resident.losses, rtol=1e-4)
+        assert chain.held_out_after.loss == pytest.approx(resident.held_out_after.loss, rel=1e-3)
+        np.testing.assert_allclose(chain.losses, chains[0].losses, rtol=1e-6)
+    assert chains[-1].losses == chains[-2].losses
     assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_near_its_budget_an_update_steps_down_and_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process seems to hold 99 % of the budget after every step until nothing cheaper is left."""
+    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
+    with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
+        expected = device.adapt(RECORDS, tmp_path / "a", steps=12, batch_size=4, learning_rate=5e-3)
+        assert expected.stepped_down == []
+        monkeypatch.setattr(MemoryRecorder, "recent_peak_bytes", int(0.99 * 2**31))
+        report = device.adapt(RECORDS, tmp_path / "b", steps=12, batch_size=4, learning_rate=5e-3)
+    ways = [change.after.split(",")[0] for change in report.stepped_down]
+    assert ways == sorted(ways)
+    assert set(ways) == {"checkpointed", "streamed"}
+    assert [change.step for change in report.stepped_down] == list(range(1, len(ways) + 1))
+    assert report.strategy == report.stepped_down[-1].after == "streamed, state in a file"
+    np.testing.assert_allclose(report.losses, expected.losses, rtol=1e-4)
+
+
+def test_what_steps_down_gives_its_memory_back(tmp_path: Path) -> None:
+    """The arena that a chain's sessions share keeps what it once had, until it is told to let go."""
+    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
+    bundle = open_bundle(tmp_path / "bundle")
+    inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
+    chain = Chain(bundle, inputs, held=Held(stages=100, logits=True))
+    state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+    ids = np.ones((64, 128), np.int64)
+    chain.gradients({"input_ids": ids, "attention_mask": ids, "labels": ids}, state)
+    chain.close()
+    before = read_memory().resident_bytes
+    shrink_shared_arena(bundle)
+    assert read_memory().resident_bytes < before - 10 * 2**20

@@ -10,7 +10,11 @@ from edgepeft.runtime.cache import KeyValueCache, cache_bytes
 STREAMED = StreamedInference(
     None,
     {},
-    (Stage("a", None, None, {}, {}, {}, cache={"present.0": "present.0.key", "present.1": "present.0.value"}),),
+    (
+        Stage(
+            "a", None, None, {}, {}, {}, cache={"present.0": "present.0.key", "present.1": "present.0.value"}
+        ),
+    ),
     None,
     MemoryFormula(0, ()),
 )

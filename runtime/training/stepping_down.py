@@ -1,0 +1,33 @@
+"""The next cheaper plan, for an update whose process comes near its budget."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from edgepeft.runtime.memory.plan import Held, Plan
+
+NEAR = 0.98
+"""The share of the budget from which on an update steps down."""
+
+
+def cheaper(plan: Plan, candidates: Sequence[Plan]) -> Plan | None:
+    """A plan that holds less: half as many stages, no logits, then what comes next among the candidates.
+
+    Args:
+        plan: the present one.
+        candidates: all plans, cheapest in time first.
+
+    Returns:
+        None where there is none with exact gradients left. Its `activation_bytes` are those of what it was
+        made from.
+    """
+    held = plan.held
+    if held.stages:
+        return dataclasses.replace(plan, held=dataclasses.replace(held, stages=held.stages // 2))
+    if held.logits:
+        return dataclasses.replace(plan, held=dataclasses.replace(held, logits=False))
+    ways = [(item.strategy, item.state_in_file) for item in candidates]
+    later = candidates[ways.index((plan.strategy, plan.state_in_file)) + 1 :]
+    following = next((item for item in later if item.exact), None)
+    if following is None or not plan.exact:
+        return None
+    return dataclasses.replace(following, held=Held(weights=following.held.weights))
