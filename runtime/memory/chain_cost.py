@@ -44,6 +44,13 @@ class ChainCost:
         total = sum(self._kept_bytes(stage) for stage in self._partition.stages[count - held.stages :])
         return int(_GAPS * (total + (self._logits_bytes if held.logits else 0)))
 
+    def spared_bytes(self, stride: int) -> int:
+        """What is not kept of the inputs of stages where only one in `stride` is."""
+        stages = self._partition.stages
+        kept = -(-len(stages) // stride) + stride - 1  # those, and one run of stages computed anew
+        largest = max((self._hidden_bytes(stage) for stage in stages), default=0)
+        return max(len(stages) - kept, 0) * largest
+
     def filled(self, plan: Plan, budget_bytes: int | None) -> Plan:
         """A plan that uses what the budget leaves for the logits and then for stages, the last ones first."""
 
@@ -77,7 +84,7 @@ class ChainCost:
         stages, head = 8 * self._stage_bytes / bits, 8 * self._head_bytes / bits
         other_s = 2 * _OTHER * product_s * (stages + head)
         resident_s = stages * (2 * product_s + decode_s) + head * 2 * product_s + other_s
-        anew = 1 - held.stages / len(self._partition.stages)
+        anew = 1 - held.stages / len(self._partition.stages) + (1 - 1 / held.stride)
         chain_s = (
             stages * 2 * (product_s + decode_s)
             + head * (2 * decode_s + (2 if held.logits else 3) * product_s)
@@ -90,6 +97,11 @@ class ChainCost:
     def _logits_bytes(self) -> int:
         head = self._partition.vocabulary_head
         return 0 if head is None else 4 * head.rows * self._workload.rows * self._workload.seq_len
+
+    def _hidden_bytes(self, stage: Stage) -> int:
+        """What a stage hands to the next."""
+        outputs = self._manifest.graphs[stage.output or stage.forward].outputs
+        return next(self._bytes(spec) for spec in outputs if spec.name == "hidden.out")
 
     def _kept_bytes(self, stage: Stage) -> int:
         if stage.output is None:

@@ -38,11 +38,13 @@ class Held:
         stages: that many of the last stages keep what their backward pass needs.
         logits: the output layer's logits are kept for the backward pass.
         weights: pages of the weight file stay in the process.
+        stride: what enters a stage is kept for one stage in so many, and computed anew for the others.
     """
 
     stages: int = 0
     logits: bool = False
     weights: bool = False
+    stride: int = 1
 
 
 NOTHING_HELD = Held()
@@ -78,6 +80,8 @@ class Plan:
             parts.append(f"{self.held.stages} of {self.stages} stages held")
         if self.state_in_file:
             parts.append("state in a file")
+        if self.held.stride > 1:
+            parts.append(f"1 input in {self.held.stride} kept")
         return ", ".join(parts)
 
     @property

@@ -24,6 +24,8 @@ _BYTES_PER_VALUE = 4 + 4 - 4
 _DIRECTION_BYTES = 4 * CHUNK_VALUES
 # Where the state is mapped, a stage's share of it or a chunk of the optimizer's is in the process at a time.
 _MAPPED_STATE_BYTES = 2**21
+# Of the inputs of stages, one in so many is kept where memory is shorter still.
+_STRIDES = (2, 4)
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
 # Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
@@ -120,7 +122,17 @@ def _staged(
     )
     # Half of what is left is the system's, for pages of weights that it need not read again.
     half = None if budget_bytes is None else (budget_bytes + bare.peak_bytes) // 2
-    return [cost.filled(bare, half), mapped]
+    return [cost.filled(bare, half), mapped, *(_strided(mapped, cost, stride) for stride in _STRIDES)]
+
+
+def _strided(plan: Plan, cost: ChainCost, stride: int) -> Plan:
+    held = Held(stride=stride)
+    return dataclasses.replace(
+        plan,
+        held=held,
+        activation_bytes=plan.activation_bytes - cost.spared_bytes(stride),
+        relative_step=cost.relative_step(held),
+    )
 
 
 def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, process_bytes: int) -> Plan:

@@ -2,6 +2,7 @@
 
 import math
 import mmap
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,13 @@ class MappedWeights:
         offset = self._weights[name].offset + first * count * dtype.itemsize
         flat = np.frombuffer(self._map, dtype, (last - first) * count, offset)
         return flat.reshape([last - first, *columns])
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Have the system read these weights while something else is computed; it may do so or not."""
+        if hasattr(self._map, "madvise"):
+            for weight in (self._weights[name] for name in names):
+                start = weight.offset - weight.offset % mmap.PAGESIZE
+                self._map.madvise(mmap.MADV_WILLNEED, start, weight.offset + weight.nbytes - start)
 
     def release(self) -> None:
         """Take every page out of this process; a later read brings it back from the cache or the disk."""

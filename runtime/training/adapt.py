@@ -251,6 +251,7 @@ class Update:
             self._options.batch_size,
             self._strategy(),
             self._threads,
+            prepared.state.release,
         )
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
@@ -348,7 +349,9 @@ class Update:
         )
 
     def _keep(self, prepared: _Prepared, report: AdaptReport) -> None:
+        shrink_shared_arena(self._bundle)  # makes room for a copy of the adapter
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
+        prepared.state.release()
         tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)

@@ -99,10 +99,12 @@ class Chain:
         lowest = next(index for index, names in enumerate(trained) if names)
         count = len(self._partition.stages)
         entering: dict[int, ort.OrtValue | None] = {}
+        stride = self._held.stride
         kept: dict[int, Values] = {}
         hidden: ort.OrtValue | None = None
         for index, stage in enumerate(self._partition.stages):
-            if index >= lowest:
+            self._prefetch(index + 1)
+            if index >= lowest and (index - lowest) % stride == 0:
                 entering[index] = hidden
             hidden, values = self._forward(stage, context, hidden)
             if index >= max(lowest, count - self._held.stages):
@@ -118,7 +120,10 @@ class Chain:
             loss, cotangent = self._sliced.loss_and_cotangent(hidden, batch["labels"])
         del hidden
         for index in range(len(self._stages) - 1, lowest - 1, -1):
+            if index not in entering:
+                self._enter(entering, context, index)
             stage, hidden = self._stages[index], entering.pop(index)
+            self._prefetch(index - 1)
             values = kept.pop(index) if index in kept else self._kept(stage, context, hidden)
             assert stage.backward is not None
             session = self._bound(stage.backward, stage, context, hidden, values)
@@ -172,6 +177,14 @@ class Chain:
         self._done(session)
         return out, values
 
+    def _enter(
+        self, entering: dict[int, ort.OrtValue | None], context: Mapping[str, Value], index: int
+    ) -> None:
+        """Compute anew what enters the stages up to `index`, from the last one of which it was kept."""
+        first = max(entering)
+        for later in range(first, index):
+            entering[later + 1], _ = self._forward(self._stages[later], context, entering[later])
+
     def _kept(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> Values:
         """What a stage's backward pass needs, computed anew."""
         if stage.output is None:
@@ -180,6 +193,11 @@ class Chain:
         values = session.run_for(list(session.outputs))
         self._done(session)
         return values
+
+    def _prefetch(self, index: int) -> None:
+        """Have the weights of a stage read, if there is such a stage; the first reads rows of its own."""
+        if 0 < index < len(self._stages):
+            self._weights.prefetch(self._stages[index].weights.values())
 
     def _done(self, session: GraphSession) -> None:
         """Let go of what a run was given."""

@@ -13,8 +13,8 @@ from edgepeft.runtime.session import GraphSession
 
 Array = npt.NDArray[np.generic]
 
-SLICE_VALUES = 2**21
-"""Weights of the output layer that are decoded at a time (8 MiB of float32)."""
+SLICE_VALUES = 2**20
+"""Weights of the output layer that are decoded at a time (4 MiB of float32)."""
 _LOWEST = np.finfo(np.float32).min
 
 

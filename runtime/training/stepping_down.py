@@ -25,9 +25,10 @@ def cheaper(plan: Plan, candidates: Sequence[Plan]) -> Plan | None:
         return dataclasses.replace(plan, held=dataclasses.replace(held, stages=held.stages // 2))
     if held.logits:
         return dataclasses.replace(plan, held=dataclasses.replace(held, logits=False))
-    ways = [(item.strategy, item.state_in_file) for item in candidates]
-    later = candidates[ways.index((plan.strategy, plan.state_in_file)) + 1 :]
+    ways = [(item.strategy, item.state_in_file, item.held.stride) for item in candidates]
+    later = candidates[ways.index((plan.strategy, plan.state_in_file, held.stride)) + 1 :]
     following = next((item for item in later if item.exact), None)
     if following is None or not plan.exact:
         return None
-    return dataclasses.replace(following, held=Held(weights=following.held.weights))
+    least = Held(weights=following.held.weights, stride=following.held.stride)
+    return dataclasses.replace(following, held=least)

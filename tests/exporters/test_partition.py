@@ -181,6 +181,7 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
         "checkpointed,": Held(stages=1, weights=True),
         "streamed": NOTHING_HELD,
         "streamed, state in a file": NOTHING_HELD,
+        "streamed, state in a file, 1 input in 2 kept": Held(stride=2),
     }.items():
         monkeypatch.setattr("edgepeft.runtime.training.adapt.choose", functools.partial(forced, label, held))
         with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
@@ -192,7 +193,7 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
         np.testing.assert_allclose(chain.losses, resident.losses, rtol=1e-4)
         assert chain.held_out_after.loss == pytest.approx(resident.held_out_after.loss, rel=1e-3)
         np.testing.assert_allclose(chain.losses, chains[0].losses, rtol=1e-6)
-    assert chains[-1].losses == chains[-2].losses
+    assert chains[-1].losses == chains[-2].losses == chains[-3].losses
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
@@ -210,7 +211,7 @@ def test_near_its_budget_an_update_steps_down_and_learns_the_same(
     assert ways == sorted(ways)
     assert set(ways) == {"checkpointed", "streamed"}
     assert [change.step for change in report.stepped_down] == list(range(1, len(ways) + 1))
-    assert report.strategy == report.stepped_down[-1].after == "streamed, state in a file"
+    assert report.strategy == report.stepped_down[-1].after == "streamed, state in a file, 1 input in 4 kept"
     np.testing.assert_allclose(report.losses, expected.losses, rtol=1e-4)
 
 
