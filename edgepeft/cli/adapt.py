@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, memory_options, table
+from edgepeft.cli.options import (
+    budget_option,
+    bundle_argument,
+    check_floor,
+    json_option,
+    memory_options,
+    table,
+)
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.sizes import format_size
 
@@ -62,6 +69,7 @@ def adapt(bundle: str, data: str, budget: int, output: str, as_json: bool, **opt
     Example:
       edgepeft adapt model.edge --data records.jsonl --budget 256MiB -o my-adapter --steps 100
     """
+    check_floor(budget)
     from edgepeft.runtime import load
 
     with load(bundle, memory_budget=budget) as model, _Progress() as progress:

@@ -4,7 +4,14 @@ import json
 
 import click
 
-from edgepeft.cli.options import adapter_spec, adapters_option, budget_option, bundle_argument, json_option
+from edgepeft.cli.options import (
+    adapter_spec,
+    adapters_option,
+    budget_option,
+    bundle_argument,
+    check_floor,
+    json_option,
+)
 
 
 @click.command(short_help="Continue a text.")
@@ -28,6 +35,7 @@ def generate(
     Example:
       edgepeft generate model.edge --prompt "Dear Sir," --adapter mine=0.7 --adapter other=0.3
     """
+    check_floor(budget)
     from edgepeft.runtime import load
 
     spec = adapter_spec(adapters)

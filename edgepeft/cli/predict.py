@@ -11,6 +11,7 @@ from edgepeft.cli.options import (
     adapters_option,
     budget_option,
     bundle_argument,
+    check_floor,
     json_option,
     table,
 )
@@ -44,6 +45,7 @@ def predict(
     Example:
       edgepeft predict model.edge --data records.jsonl --adapter mine
     """
+    check_floor(budget)
     from edgepeft.runtime import load
 
     spec = adapter_spec(adapters)

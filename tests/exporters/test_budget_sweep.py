@@ -1,0 +1,52 @@
+"""Every budget from plenty to nothing, inside a memory cgroup of its size: done or refused, never killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import edgepeft
+from edgepeft.errors import BudgetError, CgroupError, UpdateRejectedError
+from edgepeft.runtime.memory.cgroup import MemoryCgroup
+
+from . import models
+
+MIB = 2**20
+#: Python itself, without any package, needs about 13 MiB.
+SIZES_MIB = [*range(160, 60, -5), *range(60, 15, -5), 16]
+
+
+@pytest.mark.slow
+def test_no_budget_kills(tmp_path: Path) -> None:
+    """Thirty sizes of budget and cgroup; what is refused is refused before the first step."""
+    edgepeft.export(models.llama(tied=True), tmp_path / "model.edge", rank=4, verify=False)
+    rng = np.random.default_rng(0)
+    rows = rng.integers(3, 300, (12, 24)).tolist()
+    data = tmp_path / "records.jsonl"
+    data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
+    endings = []
+    for size in SIZES_MIB:
+        output = tmp_path / f"adapter-{size}"
+        command = [sys.executable, "-m", "edgepeft.cli", "adapt", str(tmp_path / "model.edge")]
+        command += ["--data", str(data), "--budget", f"{size}MiB", "--steps", "3", "--batch-size", "2"]
+        try:
+            group = MemoryCgroup(size * MIB)
+        except CgroupError as error:
+            pytest.skip(str(error))
+        with group:
+            done = subprocess.run(
+                group.command([*command, "-o", str(output)]), capture_output=True, text=True, check=False
+            )
+            assert group.oom_kills in (None, 0), f"killed at {size} MiB"
+        refused = done.returncode == BudgetError.exit_code
+        assert refused or done.returncode in (0, UpdateRejectedError.exit_code), done.stderr
+        if refused:
+            assert "the budget is" in done.stderr
+            assert not list(tmp_path.glob(f"adapter-{size}*"))
+        endings.append(refused)
+    assert not endings[0]
+    assert endings[-1]
+    assert endings == sorted(endings), "a smaller budget was met where a larger one was refused"
