@@ -8,7 +8,7 @@ import numpy as np
 from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, MemoryFormula, Strategy
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
-from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes
+from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes, row_bytes
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload, suggested_budget
 from edgepeft.sizes import format_size
 
@@ -95,7 +95,7 @@ def _staged(
         strategy=strategy.name,
         exact=strategy.exact,
         process_bytes=process_bytes,
-        session_bytes=strategy.memory.session_bytes,
+        session_bytes=strategy.memory.session_bytes + _embedding_bytes(manifest, workload),
         activation_bytes=run_bytes(
             strategy.memory.activation_bytes(workload.rows, workload.seq_len, workload.rank)
         ),
@@ -139,16 +139,24 @@ def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, pr
     """Without a partition, the loss is that of the inference graph's output."""
     sizes = (workload.rows, workload.seq_len, workload.rank)
     loss_bytes = _loss_bytes(manifest, workload) if manifest.partition is None else 0
+    embedding_bytes = 0 if manifest.partition is None else _embedding_bytes(manifest, workload)
     return Plan(
         strategy=strategy.name,
         exact=strategy.exact,
         process_bytes=process_bytes,
-        session_bytes=strategy.memory.session_bytes,
+        session_bytes=strategy.memory.session_bytes + embedding_bytes,
         activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
         state_bytes=_adapter_bytes(workload) + _DIRECTION_BYTES + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # judging is what training does
         relative_step=None,
     )
+
+
+def _embedding_bytes(manifest: Manifest, workload: Workload) -> int:
+    """What a chain's first stage maps beyond the largest stage, which its session's bytes count."""
+    assert manifest.partition is not None
+    mapped_bytes = row_bytes(manifest, manifest.partition, workload.rows * workload.seq_len)
+    return max(mapped_bytes - largest_stage_bytes(manifest, manifest.partition), 0)
 
 
 def _state_bytes(workload: Workload) -> int:

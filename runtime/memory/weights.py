@@ -2,7 +2,8 @@
 
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -46,10 +47,27 @@ class MappedWeights:
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Have the system read these weights while something else is computed; it may do so or not."""
-        if hasattr(self._map, "madvise"):
-            for weight in (self._weights[name] for name in names):
-                start = weight.offset - weight.offset % mmap.PAGESIZE
-                self._map.madvise(mmap.MADV_WILLNEED, start, weight.offset + weight.nbytes - start)
+        self._advise("MADV_WILLNEED", names)
+
+    @contextmanager
+    def by_rows(self, names: Iterable[str]) -> Iterator[None]:
+        """While a `with` block reads scattered rows of these weights, do not read what lies around them.
+
+        Measured on Qwen2.5-0.5B's embedding with a cold page cache: 128 rows bring 42 MiB into the process
+        without, 1 MiB with.
+        """
+        names = list(names)
+        self._advise("MADV_RANDOM", names)
+        yield
+        self._advise("MADV_NORMAL", names)
+
+    def _advise(self, advice: str, names: Iterable[str]) -> None:
+        option = getattr(mmap, advice, None)
+        if option is None or not hasattr(self._map, "madvise"):
+            return
+        for weight in (self._weights[name] for name in names):
+            start = weight.offset - weight.offset % mmap.PAGESIZE
+            self._map.madvise(option, start, weight.offset + weight.nbytes - start)
 
     def release(self) -> None:
         """Take every page out of this process; a later read brings it back from the cache or the disk."""

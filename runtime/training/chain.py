@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -168,7 +169,10 @@ class Chain:
     ) -> tuple[ort.OrtValue, Values]:
         """What a stage hands on, and what its backward pass needs."""
         session = self._bound(stage.forward, stage, context, hidden)
-        values = session.run_for(list(session.outputs))
+        with ExitStack() as stack:
+            if hidden is None:
+                stack.enter_context(self._weights.by_rows(stage.weights.values()))
+            values = session.run_for(list(session.outputs))
         self._done(session)
         if stage.output is None:
             return values["hidden.out"], {}
