@@ -86,13 +86,8 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
                 else build_stage(piece, signature, trains=trains)
             )
             built[role] = made
-            for name, model in (
-                ("forward", made.forward),
-                ("output", made.output),
-                ("backward", made.backward),
-            ):
-                if model is not None:
-                    graphs[f"{role}.{name}"] = model
+            parts = {"forward": made.forward, "output": made.output, "backward": made.backward}
+            graphs |= {f"{role}.{name}": part for name, part in parts.items() if part is not None}
         role = roles[kind]
         stages.append(
             Stage(

@@ -83,7 +83,7 @@ def _nominal_bytes(value: ir.Value) -> int:
     if value.shape is None:
         return 2**20
     dims = [dim if isinstance(dim, int) else _nominal_size(str(dim.value)) for dim in value.shape]
-    return max(math.prod(dims), 1) * (1 if value.dtype is None else value.dtype.itemsize)
+    return int(max(math.prod(dims), 1) * (1 if value.dtype is None else value.dtype.itemsize))
 
 
 def _nominal_size(axis: str) -> int:

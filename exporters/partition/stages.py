@@ -117,11 +117,11 @@ def _part(
     for node in graph:
         if node in chosen:
             copier.copy(node)
-    for value, name in outputs.items():
+    for value, output_name in outputs.items():
         copied = copier.values[value]
         if copied.is_graph_input():
             copied = append(copier.graph, "Identity", [copied], shape=value.shape, dtype=value.dtype)
-        copied.name = name
+        copied.name = output_name
         copier.graph.outputs.append(copied)
     model = new_model(copier.graph)
     decode_late(model.graph)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from edgepeft.bundle.manifest import Manifest, MemoryFormula, StreamedInference
 from edgepeft.errors import BudgetError
 from edgepeft.runtime.cache import cache_bytes, cache_specs
-from edgepeft.runtime.memory.planner import check_run, run_bytes, suggested_budget
+from edgepeft.runtime.memory.plan import suggested_budget
+from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
 
 RESIDENT, STREAMED = "inference", "streamed"
