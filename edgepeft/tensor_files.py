@@ -21,7 +21,7 @@ from edgepeft.files import atomic_file
 
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_STATE = ("F32", "U8")
+_NAMES = {"float32": "F32", "uint8": "U8"}
 
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -60,7 +60,7 @@ def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
         if name not in file.keys():  # noqa: SIM118
             return None
         dtype = file.get_slice(name).get_dtype()
-        if dtype not in _STATE:
+        if dtype not in _NAMES.values():
             raise AdapterError(f"{path}: tensor {name!r} has dtype {dtype!r}, expected F32 or U8")
         tensor: npt.NDArray[np.generic] = file.get_tensor(name)
         return tensor
@@ -105,12 +105,12 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def write_in_pieces(
     path: Path,
-    tensors: Mapping[str, npt.NDArray[np.float32]],
+    tensors: Mapping[str, npt.NDArray[np.generic]],
     metadata: Mapping[str, str],
     after_piece: Callable[[], None],
 ) -> None:
-    """Write flat float32 tensors as a safetensors file, `after_piece` being called after every mebibyte: for
-    mapped tensors that must not all be in the process at once, as `safetensors` itself would have them.
+    """Write flat tensors, float32 or uint8, as a safetensors file, `after_piece` being called after every few
+    of them: for mapped tensors that must not all be in the process at once, as `safetensors` would have them.
 
     Raises:
         EdgePeftError: the file cannot be written.
@@ -121,7 +121,11 @@ def write_in_pieces(
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic_file(path) as file:

@@ -12,8 +12,7 @@ from edgepeft.runtime.memory.plan import Held, Plan, Workload
 _PRODUCT_S, _DECODE_S, _OTHER = 2 / 210e9, 0.5e-9, 0.5
 # A stage that is computed anew leaves out its last product; of all else a third is forward.
 _ANEW, _ANEW_OTHER = 0.85, 1 / 3
-# `fault_around_bytes` of Linux.
-_AROUND_BYTES = 2**16
+_PAGE_BYTES = 4096
 # Gaps that values of many sizes leave in the arena.
 _GAPS = 1.05
 
@@ -124,10 +123,13 @@ class ChainCost:
 
 
 def row_bytes(manifest: Manifest, partition: Partition, rows: int) -> int:
-    """Pages of the first stage's weights, embeddings, that are in the process while it reads so many rows:
-    where they are in the page cache, the kernel maps 64 KiB around each."""
-    weights = (manifest.weights[key].nbytes for key in set(partition.stages[0].weights.values()))
-    return sum(min(nbytes, rows * _AROUND_BYTES) for nbytes in weights)
+    """Pages of the first stage's weights, embeddings, that are in the process while it reads so many rows."""
+    weights = [manifest.weights[key] for key in set(partition.stages[0].weights.values())]
+    return sum(
+        min(weight.nbytes, rows * (weight.nbytes // max(weight.shape[0], 1) + _PAGE_BYTES))
+        for weight in weights
+        if weight.shape
+    )
 
 
 def largest_stage_bytes(manifest: Manifest, partition: Partition) -> int:

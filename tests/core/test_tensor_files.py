@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from edgepeft.errors import AdapterError
-from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+from edgepeft.tensor_files import read_metadata, read_state, read_tensors, write_in_pieces, write_tensors
 
 
 def test_bytes_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
@@ -108,3 +108,18 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """With the system's reason."""
     with pytest.raises(AdapterError, match=r"nothing: cannot be read \(No such file"):
         read_tensors(tmp_path / "nothing")
+
+
+def test_what_is_written_in_pieces_the_package_reads(tmp_path: Path) -> None:
+    """Of both dtypes; something may happen after every piece, as letting go of mapped pages."""
+    rng = np.random.default_rng(0)
+    tensors = {"param": rng.random(600_000, np.float32), "codes": rng.integers(0, 256, 1024).astype(np.uint8)}
+    pieces: list[None] = []
+    write_in_pieces(tmp_path / "state", tensors, {"step": "3"}, lambda: pieces.append(None))
+    assert len(pieces) == 4
+    found = safetensors.numpy.load_file(tmp_path / "state")
+    assert read_metadata(tmp_path / "state") == {"step": "3"}
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)
+        np.testing.assert_array_equal(read_state(tmp_path / "state", name), tensor)
+    assert read_state(tmp_path / "state", "other") is None
