@@ -13,17 +13,12 @@ import onnx_ir as ir
 from edgepeft.bundle.manifest import MemoryFormula, OutputLayer, Stage, StreamedInference
 
 from ..forward import Forward
-from ..graph import tidy
 from ..passes.drop_cache import PRESENT
-from ..passes.input_shapes import take_sizes_from_inputs
-from ..writer import is_weight
-from .build import _ending_with, _name, _name_context, group
 from .context import build_context
-from .cuts import ancestors, cut, dependences
 from .output_layer import build_output_layer
-from .signature import Signature, describe
+from .pieces import cut_into_pieces, name_of
+from .signature import Signature
 from .stages import build_inference_stage
-from .vocabulary_head import find_output_layer
 
 CONTEXT_ROLE, OUTPUT_ROLE, STAGE_ROLE = "infer.context", "infer.output", "infer.stage"
 
@@ -46,34 +41,14 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
     Returns:
         The chain, or None where the graph has no cut, or makes its cache where no stage does.
     """
-    model = forward.model.clone()
-    graph = model.graph
-    take_sizes_from_inputs(graph)
-    tidy(model)
-    weight_names = {
-        name
-        for name, value in graph.initializers.items()
-        if value.const_value is not None and is_weight(name, value.const_value)
-    }
-    adapter_names = {
-        *(key for slot in forward.slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
-        *(module.input for module in forward.saved_modules),
-    }
-    depends = dependences(graph, weight_names, adapter_names)
-    pieces = group(cut(graph, graph.outputs[0], depends), weight_names, adapter_names)
-    layer = find_output_layer(pieces[-1], weight_names) if slice_output else None
-    if layer is not None:
-        pieces[-1:] = [] if layer.x is pieces[-1][0].hidden else [_ending_with(pieces[-1], layer.x)]
-    if len(pieces) < 2:
+    cut = cut_into_pieces(forward, None, slice_output=slice_output)
+    if cut is None:
         return None
-    signatures = [describe(piece, weight_names, adapter_names) for piece in pieces]
-    names = _name_context(signatures)
-    if any(depends[value].hidden for node in ancestors(names) for value in node.outputs):
-        return None  # a size that only a hidden state has
+    graph, names, layer = cut.graph, cut.names, cut.layer
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
     stages: list[Stage] = []
-    for piece, signature in zip(pieces, signatures, strict=True):
+    for piece, signature in zip(cut.pieces, cut.signatures, strict=True):
         presents = _presents(signature)
         kind = signature.text, tuple(place for place, _ in presents)
         if kind not in roles:
@@ -84,22 +59,22 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
                 forward=roles[kind],
                 output=None,
                 backward=None,
-                weights={f"weight.{i}": _name(value) for i, value in enumerate(signature.weights)},
-                adapter={f"adapter.{i}": _name(value) for i, value in enumerate(signature.adapter)},
+                weights={f"weight.{i}": name_of(value) for i, value in enumerate(signature.weights)},
+                adapter={f"adapter.{i}": name_of(value) for i, value in enumerate(signature.adapter)},
                 context={f"context.{i}": names[value] for i, value in enumerate(signature.context)},
-                cache={f"present.{i}": _name(value) for i, (_, value) in enumerate(presents)},
+                cache={f"present.{i}": name_of(value) for i, (_, value) in enumerate(presents)},
             )
         )
     cached = [name for stage in stages for name in stage.cache.values()]
-    if sorted(cached) != sorted(_name(value) for value in graph.outputs[1:]):
+    if sorted(cached) != sorted(name_of(value) for value in graph.outputs[1:]):
         return None
-    context, context_weights = build_context(graph, names, weight_names)
+    context, context_weights = build_context(graph, names, cut.weight_names)
     if context is not None:
         graphs[CONTEXT_ROLE] = context
     output = None
     if layer is not None:
         graphs[OUTPUT_ROLE] = build_output_layer(layer)
-        weights = {f"weight.{i}": _name(value) for i, value in enumerate(layer.weights)}
+        weights = {f"weight.{i}": name_of(value) for i, value in enumerate(layer.weights)}
         output = OutputLayer(OUTPUT_ROLE, weights, layer.rows)
     wiring = StreamedInference(
         context=None if context is None else CONTEXT_ROLE,

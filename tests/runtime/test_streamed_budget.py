@@ -1,6 +1,7 @@
-"""Inference inside a budget that is smaller than the weight file, in a memory cgroup of that size."""
+"""A budget that is smaller than the weight file, in a memory cgroup of that size: inference and training."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import transformers
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
+from edgepeft.errors import CgroupError
+from edgepeft.runtime.memory.cgroup import MemoryCgroup, drop_page_cache
 from edgepeft.runtime.memory.inference import STREAMED
-
-from ..memory_cgroup import NoCgroupError, run_limited
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -28,6 +29,32 @@ with edgepeft.load(sys.argv[1], memory_budget=int(sys.argv[2]) or None, threads=
     roles = list(model._sessions._open)
     print(json.dumps({"tokens": tokens, "roles": roles, "peak_bytes": read_memory().peak_bytes}))
 """
+
+
+TRAIN = """
+import json, sys
+import edgepeft
+from edgepeft.errors import UpdateRejectedError
+
+records = [{"input_ids": list(range(5 + i, 37 + i))} for i in range(10)]
+with edgepeft.load(sys.argv[1], memory_budget=int(sys.argv[2]) or None, threads=2) as model:
+    try:
+        report = model.adapt(records, sys.argv[3], steps=3, batch_size=1, seq_len=32).to_dict()
+    except UpdateRejectedError as error:
+        report = error.report
+print(json.dumps({"losses": report["losses"], "strategy": report["strategy"]}))
+"""
+
+
+def run(command: list[str], limit_bytes: int) -> subprocess.CompletedProcess[str]:
+    """A command in a cgroup, with a cold page cache where that may be dropped."""
+    try:
+        group = MemoryCgroup(limit_bytes)
+    except CgroupError as error:
+        pytest.skip(str(error))
+    with group:
+        drop_page_cache()
+        return subprocess.run(group.command(command), capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +73,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("large") / "b"
     model = transformers.LlamaForCausalLM(config).eval()
-    edgepeft.export(model, folder, bits=32, rank=4, train=False, verify=False)
+    edgepeft.export(model, folder, bits=32, rank=4, verify=False)
     return folder
 
 
@@ -54,13 +81,21 @@ def test_generation_inside_a_budget_below_the_weight_file(bundle: Path) -> None:
     """The kernel does not kill it, and the tokens are those of the whole graph."""
     assert open_bundle(bundle).manifest.files["weights.bin"].nbytes > BUDGET_BYTES
     command = [sys.executable, "-c", SCRIPT, str(bundle)]
-    try:
-        free = run_limited([*command, "0"], 4096 * MIB)
-        limited = run_limited([*command, str(BUDGET_BYTES)], BUDGET_BYTES)
-    except NoCgroupError as error:
-        pytest.skip(f"no memory cgroup: {error}")
+    free, limited = run([*command, "0"], 4096 * MIB), run([*command, str(BUDGET_BYTES)], BUDGET_BYTES)
     assert free.returncode == limited.returncode == 0, free.stderr + limited.stderr
     whole, streamed = json.loads(free.stdout), json.loads(limited.stdout)
     assert (whole["roles"], streamed["roles"]) == (["inference"], [STREAMED])
     assert streamed["tokens"] == whole["tokens"]
     assert streamed["peak_bytes"] <= BUDGET_BYTES
+
+
+def test_training_inside_a_budget_below_the_weight_file(bundle: Path, tmp_path: Path) -> None:
+    """The kernel does not kill it, and the losses are those of the whole graph."""
+    command = [sys.executable, "-c", TRAIN, str(bundle)]
+    free = run([*command, "0", str(tmp_path / "free")], 4096 * MIB)
+    limited = run([*command, str(BUDGET_BYTES), str(tmp_path / "limited")], BUDGET_BYTES)
+    assert free.returncode == limited.returncode == 0, free.stderr + limited.stderr
+    whole, staged = json.loads(free.stdout), json.loads(limited.stdout)
+    assert whole["strategy"] == "resident"
+    assert staged["strategy"].startswith("streamed")
+    assert staged["losses"] == pytest.approx(whole["losses"], rel=1e-5)
