@@ -78,7 +78,7 @@ class Chain:
         context = self._context(batch)
         hidden: ort.OrtValue | None = None
         for stage in self._partition.stages:
-            hidden, _ = self._forward(stage, context, hidden)
+            hidden = self._forward(stage, context, hidden)[0]
         if self._sliced is not None:
             assert hidden is not None
             return {"loss": np.array(self._sliced.loss(hidden, batch["labels"]), np.float32)}

@@ -72,7 +72,8 @@ def test_it_is_not_chosen_unasked_but_named(switched: Switched, tmp_path: Path) 
     manifest = open_bundle(switched("decoder")).manifest
     sizes = Workload(rows=32, seq_len=64, rank=4, adapter_values=100_000, trained_values=100_000)
     candidates = plans(manifest, sizes, 50 * 2**20)
-    assert [plan.strategy for plan in candidates] == ["resident", "streamed", "streamed", "forward-only"]
+    strategies = ["resident", "checkpointed", "streamed", "streamed", "streamed", "streamed", "forward-only"]
+    assert [plan.strategy for plan in candidates] == strategies
     smallest = min(plan.peak_bytes for plan in candidates if plan.exact)
     estimating = candidates[-1]
     assert estimating.state_bytes < candidates[1].state_bytes - 12 * 100_000
@@ -90,7 +91,7 @@ def test_it_is_not_chosen_unasked_but_named(switched: Switched, tmp_path: Path) 
         for options, message in (
             (
                 {"strategy": "sideways"},
-                "strategy is 'sideways', the bundle has resident, streamed, forward-only",
+                "strategy is 'sideways', the bundle has resident, checkpointed, streamed, forward-only",
             ),
             ({"strategy": "forward-only", "optimizer_state": "8bit"}, "forward-only keeps none"),
         ):

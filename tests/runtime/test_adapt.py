@@ -274,7 +274,9 @@ def test_a_budget_exceeded_on_the_way(
     """The update stops between two steps, and continues from its checkpoint to the same result."""
     steps: list[Step] = []
     monkeypatch.setattr(
-        process.MemoryRecorder, "peak_bytes", property(lambda _: 2**50 if len(steps) == 13 else 2**20)
+        process.MemoryRecorder,
+        "recent_peak_bytes",
+        property(lambda _: 2**50 if len(steps) == 13 else 2**20),
     )
     with edgepeft.load(classifier, memory_budget="4GiB") as model:
         with pytest.raises(BudgetError, match=r"step 14: the process peaked at .*--resume --budget"):
