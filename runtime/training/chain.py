@@ -29,9 +29,9 @@ Values: TypeAlias = dict[str, Any]
 class Chain:
     """The stages of a bundle with an adapter bound.
 
-    A forward pass holds what goes from stage to stage, and of the `kept` last stages what their backward pass
-    needs; the backward pass computes that of the others anew. Equal stages share their sessions, which see
-    their weights as inputs.
+    A forward pass holds what goes from stage to stage, and of the last `held.stages` stages what their
+    backward pass needs; the backward pass computes that of the others anew. Equal stages share their
+    sessions, which see their weights as inputs.
 
     Args:
         bundle: the bundle.
@@ -187,7 +187,7 @@ class Chain:
         """Compute anew what enters the stages up to `index`, from the last one of which it was kept."""
         first = max(entering)
         for later in range(first, index):
-            entering[later + 1], _ = self._forward(self._stages[later], context, entering[later])
+            entering[later + 1] = self._forward(self._stages[later], context, entering[later])[0]
 
     def _kept(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> Values:
         """What a stage's backward pass needs, computed anew."""
