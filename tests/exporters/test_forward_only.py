@@ -100,7 +100,7 @@ def test_it_is_not_chosen_unasked_but_named(switched: Switched, tmp_path: Path) 
         streamed = device.adapt(
             data_of("decoder"), tmp_path / "out", **{**OPTIONS, "strategy": "streamed", "learning_rate": 1e-3}
         )
-        assert streamed.strategy == "streamed"
+        assert streamed.strategy == "streamed, 3 of 3 stages held"
 
         def stop(step: Any) -> None:
             if step.number == 10:
