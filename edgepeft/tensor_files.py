@@ -5,11 +5,11 @@ it does not give as numpy arrays, and errors that name the file.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ from edgepeft.files import atomic_file
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {"float32": "F32", "uint8": "U8"}
+
+
+class Pieces(Protocol):
+    """A flat tensor that can be read in pieces."""
+
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> npt.NDArray[Any]:
+        """Values from `start` to `stop` (exclusive, or the end)."""
 
 
 def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
@@ -105,12 +116,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def write_in_pieces(
     path: Path,
-    tensors: Mapping[str, npt.NDArray[np.generic]],
+    tensors: Mapping[str, Pieces],
     metadata: Mapping[str, str],
-    after_piece: Callable[[], None],
 ) -> None:
-    """Write flat tensors, float32 or uint8, as a safetensors file, `after_piece` being called after every few
-    of them: for mapped tensors that must not all be in the process at once, as `safetensors` would have them.
+    """Write flat tensors, float32 or uint8, as a safetensors file, a piece at a time: for what must not be in
+    memory whole, as `safetensors` would have it.
 
     Raises:
         EdgePeftError: the file cannot be written.
@@ -120,10 +130,10 @@ def write_in_pieces(
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + len(tensor) * tensor.dtype.itemsize
         header[name] = {
             "dtype": _NAMES[tensor.dtype.name],
-            "shape": list(tensor.shape),
+            "shape": [len(tensor)],
             "data_offsets": [begin, end],
         }
     text = json.dumps(header).encode()
@@ -132,8 +142,7 @@ def write_in_pieces(
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             for start in range(0, len(tensor), _PIECE_VALUES):
-                file.write(tensor[start : start + _PIECE_VALUES].data)
-                after_piece()
+                file.write(tensor.read(start, start + _PIECE_VALUES).data)
 
 
 def write_tensors(

@@ -9,6 +9,8 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
+from .passes.run_order import run_in_order
+
 #: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
 #: Integers do under any name: onnxruntime infers shapes from them, which it does not from external data.
 INLINE_BYTES = 1024
@@ -73,6 +75,7 @@ def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file
         )
     try:
         _strip_metadata(model)
+        run_in_order(model.graph)
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
     finally:
         for name, tensor in kept.items():

@@ -17,7 +17,7 @@ from edgepeft.bundle.manifest import Stage, StreamedInference
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError
 from edgepeft.runtime.cache import KeyValueCache, cache_specs
-from edgepeft.runtime.memory.weights import MappedWeights
+from edgepeft.runtime.memory.weights import MappedWeights, bound_weights
 from edgepeft.runtime.session import GraphSession
 
 Array = npt.NDArray[np.generic]
@@ -117,7 +117,7 @@ class StreamedModel:
         if self._streamed.context is not None:
             session = self._session(self._streamed.context)
             _bind(session, {name: context[name] for name in session.inputs if name in context})
-            self._bind_weights(session, self._streamed.context_weights)
+            self._bind_weights(session, self._streamed.context_weights, {}, context)
             context |= session.run_for(list(session.outputs))
         hidden: ort.OrtValue | None = None
         for index, stage in enumerate(self._streamed.stages):
@@ -162,15 +162,21 @@ class StreamedModel:
     def _bound(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> GraphSession:
         """The session of a stage's graph with everything bound."""
         session = self._session(stage.forward)
-        self._bind_weights(session, stage.weights)
+        self._bind_weights(session, stage.weights, stage.lookups, context)
         session.bind({name: self._adapter[key] for name, key in stage.adapter.items()})
         _bind(session, {name: context[key] for name, key in stage.context.items()})
         if hidden is not None:
             session.bind_values({"hidden": hidden})
         return session
 
-    def _bind_weights(self, session: GraphSession, weights: Mapping[str, str]) -> None:
-        session.bind({name: self._weights.view(key, session.inputs[name]) for name, key in weights.items()})
+    def _bind_weights(
+        self,
+        session: GraphSession,
+        weights: Mapping[str, str],
+        lookups: Mapping[str, str],
+        context: Mapping[str, Value],
+    ) -> None:
+        session.bind(bound_weights(self._weights, session.inputs, weights, lookups, context))
 
     def _no_past(self, rows: int) -> dict[str, Array]:
         cache = self.new_cache(rows, 0)

@@ -121,7 +121,8 @@ class Stage:
     `output` is null, `forward` makes `hidden.out` itself. `backward` is null before the first stage that
     trains, and in inference. `weights` names tensors of `weights.bin`, `adapter` adapter inputs, `context`
     outputs of the context graph or inputs of the model. `cache` says which `present.*` output of the
-    inference graph an output of `forward` is.
+    inference graph an output of `forward` is. Of the weight inputs in `lookups` only the rows are read that
+    the values of an input of the model name.
     """
 
     forward: str
@@ -131,6 +132,7 @@ class Stage:
     adapter: dict[str, str]
     context: dict[str, str]
     cache: dict[str, str] = field(default_factory=dict)
+    lookups: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
             _require(key in adapters, f"{where}: {key!r} is no input of a slot or saved module")
         for name in stage.context.values():
             _require(name in shared, f"{where}: {name!r} is neither a model input nor shared")
+        _check_lookups(manifest, stage, where)
         for role in (stage.forward, stage.output, stage.backward):
             if role is not None:
                 _check_inputs(manifest, stage, role, f"{where}, graph {role!r}")
@@ -83,6 +84,7 @@ def check_streamed_inference(manifest: Manifest, streamed: StreamedInference) ->
         missing = sorted({"hidden.out", *stage.cache} - outputs)
         _require(not missing, f"{where}: the graph {stage.forward!r} has no output {missing[:1]}")
         _check_weights(manifest, stage.weights, graph, where)
+        _check_lookups(manifest, stage, where)
         made += stage.cache.values()
     presents = [spec.name for spec in inference.outputs if spec.name.startswith("present.")]
     _require(
@@ -158,6 +160,18 @@ def _check_weights(manifest: Manifest, weights: dict[str, str], graph: GraphSpec
         _require(
             weight.nbytes == expected_bytes,
             f"{where}: {name!r} reads {expected_bytes:,} B, {key!r} has {weight.nbytes:,} B",
+        )
+
+
+def _check_lookups(manifest: Manifest, stage: Stage, where: str) -> None:
+    """Rows are looked up in weights of the stage, by integers that the model is given."""
+    inputs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}
+    for name, source in stage.lookups.items():
+        _require(name in stage.weights, f"{where}: looks rows up in {name!r}, which is bound to no weight")
+        spec = inputs.get(source)
+        _require(
+            spec is not None and spec.dtype in ("int32", "int64"),
+            f"{where}: looks rows of {name!r} up by {source!r}, which is no input of whole numbers",
         )
 
 

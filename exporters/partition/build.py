@@ -12,6 +12,7 @@ from ..forward import Forward
 from ..losses import Loss
 from ..losses.causal_lm import causal_lm_loss
 from .context import build_context
+from .lookups import looked_up
 from .pieces import cut_into_pieces, name_of
 from .stages import StageGraphs, build_head, build_stage
 from .vocabulary_head import build_vocabulary_head
@@ -71,6 +72,7 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
                 weights={f"weight.{i}": name_of(value) for i, value in enumerate(signature.weights)},
                 adapter={f"adapter.{i}": name_of(value) for i, value in enumerate(signature.adapter)},
                 context={f"context.{i}": names[value] for i, value in enumerate(signature.context)},
+                lookups=looked_up(signature),
             )
         )
     context, context_weights = build_context(cut.graph, names, cut.weight_names)

@@ -15,6 +15,7 @@ from edgepeft.bundle.manifest import MemoryFormula, OutputLayer, Stage, Streamed
 from ..forward import Forward
 from ..passes.drop_cache import PRESENT
 from .context import build_context
+from .lookups import looked_up
 from .output_layer import build_output_layer
 from .pieces import cut_into_pieces, name_of
 from .signature import Signature
@@ -63,6 +64,7 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
                 adapter={f"adapter.{i}": name_of(value) for i, value in enumerate(signature.adapter)},
                 context={f"context.{i}": names[value] for i, value in enumerate(signature.context)},
                 cache={f"present.{i}": name_of(value) for i, (_, value) in enumerate(presents)},
+                lookups=looked_up(signature),
             )
         )
     cached = [name for stage in stages for name in stage.cache.values()]

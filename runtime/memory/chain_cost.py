@@ -28,7 +28,7 @@ class ChainCost:
 
     def __init__(self, manifest: Manifest, partition: Partition, workload: Workload) -> None:
         self._manifest, self._partition, self._workload = manifest, partition, workload
-        self._stage_bytes = sum(_weights_of(manifest, stage) for stage in _reading_all(partition))
+        self._stage_bytes = sum(_weights_of(manifest, stage) for stage in partition.stages_and_head)
         head = partition.vocabulary_head
         self._head_bytes = (
             0 if head is None else sum(manifest.weights[key].nbytes for key in head.weights.values())
@@ -123,24 +123,20 @@ class ChainCost:
 
 
 def row_bytes(manifest: Manifest, partition: Partition, rows: int) -> int:
-    """Pages of the first stage's weights, embeddings, that are in the process while it reads so many rows."""
-    weights = [manifest.weights[key] for key in set(partition.stages[0].weights.values())]
+    """Pages of weights that are in the process while so many rows are looked up in them."""
+    weights = {stage.weights[name] for stage in partition.stages for name in stage.lookups}
     return sum(
         min(weight.nbytes, rows * (weight.nbytes // max(weight.shape[0], 1) + _PAGE_BYTES))
-        for weight in weights
-        if weight.shape
+        for weight in map(manifest.weights.__getitem__, weights)
     )
 
 
 def largest_stage_bytes(manifest: Manifest, partition: Partition) -> int:
     """Weights that are in the process at once where their pages do not stay."""
-    return max((_weights_of(manifest, stage) for stage in _reading_all(partition)), default=0)
-
-
-def _reading_all(partition: Partition) -> list[Stage]:
-    """Stages that read their weights whole: the first reads rows of embeddings."""
-    return list(partition.stages_and_head[1:])
+    return max(_weights_of(manifest, stage) for stage in partition.stages_and_head)
 
 
 def _weights_of(manifest: Manifest, stage: Stage) -> int:
-    return sum(manifest.weights[key].nbytes for key in set(stage.weights.values()))
+    """Bytes of the weights that a stage reads whole."""
+    whole = {key for name, key in stage.weights.items() if name not in stage.lookups}
+    return sum(manifest.weights[key].nbytes for key in whole)

@@ -22,8 +22,8 @@ _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
 _BYTES_PER_VALUE = 4 + 4 - 4
 # A piece of the direction that forward-only training goes in.
 _DIRECTION_BYTES = 4 * CHUNK_VALUES
-# Where the state is mapped, a stage's share of it or a chunk of the optimizer's is in the process at a time.
-_MAPPED_STATE_BYTES = 2**21
+# Where the state is in a file, what the optimizer reads of it at a time.
+_READ_BYTES = 8 * 4 * CHUNK_VALUES
 # Of the inputs of stages, one in so many is kept where memory is shorter still.
 _STRIDES = (2, 4)
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
@@ -113,10 +113,10 @@ def _staged(
     mapped = dataclasses.replace(
         bare,
         state_in_file=True,
-        state_bytes=_MAPPED_STATE_BYTES
+        state_bytes=_READ_BYTES
         + _adapter_bytes(workload)
         - 2 * _BYTES_PER_VALUE * workload.trained_values
-        + (workload.gradient_bytes - 4) * workload.trained_values
+        + 2 * 4 * workload.trained_values // len(partition.stages)
         + _OPTIMIZER_BYTES
         + _batch_bytes(manifest, "train", workload),
     )
@@ -153,7 +153,7 @@ def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, pr
 
 
 def _embedding_bytes(manifest: Manifest, workload: Workload) -> int:
-    """What a chain's first stage maps beyond the largest stage, which its session's bytes count."""
+    """What looking rows up takes beyond the largest stage's weights, which the session's bytes count."""
     assert manifest.partition is not None
     mapped_bytes = row_bytes(manifest, manifest.partition, workload.rows * workload.seq_len)
     return max(mapped_bytes - largest_stage_bytes(manifest, manifest.partition), 0)

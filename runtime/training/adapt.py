@@ -208,7 +208,9 @@ class Update:
         inputs = graph_inputs(bundle, [(adapter, 1.0)])
         file_in = self._output.parent if plan.state_in_file else None
         optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
-        state = TrainingState({name: inputs.pop(name) for name in names}, file_in, optimizer)
+        start = {name: inputs.pop(name) for name in names}
+        state = TrainingState(start, file_in, optimizer, adds_up=options.accumulation_steps > 1)
+        del start
         known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
         progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
         # The trained tensors are in the inputs now, so the adapter's own go.
@@ -246,12 +248,11 @@ class Update:
         result = evaluate(
             self._bundle,
             self._task,
-            {**prepared.inputs, **prepared.state.parameters},
+            prepared.state.inputs(prepared.inputs),
             prepared.held_out,
             self._options.batch_size,
             self._strategy(),
             self._threads,
-            prepared.state.release,
         )
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
@@ -311,7 +312,6 @@ class Update:
 
     def _save(self, prepared: _Prepared) -> None:
         save_checkpoint(self._checkpoint, prepared.fingerprint, prepared.state, prepared.progress)
-        prepared.state.release()
 
     def _step_down(self, prepared: _Prepared, plan: Plan) -> None:
         """Go on with a cheaper plan; the sessions of the last one are closed."""
@@ -351,7 +351,6 @@ class Update:
     def _keep(self, prepared: _Prepared, report: AdaptReport) -> None:
         shrink_shared_arena(self._bundle)  # makes room for a copy of the adapter
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
-        prepared.state.release()
         tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)

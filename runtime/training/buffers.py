@@ -1,40 +1,75 @@
-"""One flat float32 buffer each for parameters, gradients and moments, with the tensors as views into them."""
+"""Parameters, gradients and moments as flat buffers, in memory or in a file, with the tensors as parts of
+them."""
 
 import math
-import mmap
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
-from edgepeft.errors import EdgePeftError
+from edgepeft.runtime.memory.planner import CHUNK_VALUES
+from edgepeft.runtime.training.state_file import StateFile
 
+Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
 
 _ALIGNMENT_VALUES = 16  # 64 bytes, what onnxruntime's kernels read fastest
+_NOTHING: Mapping[str, FloatArray] = MappingProxyType({})
+
+
+class Buffer(Protocol):
+    """A flat buffer of numbers, read and written in pieces."""
+
+    dtype: np.dtype[Any]
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> Array:
+        """Entries `start` to `stop` (exclusive, or the end): a view of what is in memory, else a copy."""
+
+    def write(self, start: int, values: Array) -> None:
+        """Replace the entries from `start` on."""
+
+
+class _MemoryBuffer:
+    """A buffer in memory."""
+
+    def __init__(self, array: Array) -> None:
+        self.array, self.dtype = array, array.dtype
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, start: int, stop: int) -> Array:
+        return self.array[start:stop]
+
+    def write(self, start: int, values: Array) -> None:
+        self.array[start : start + len(values)] = values
 
 
 class TrainingState:
     """The trained tensors and what the optimizer keeps of them.
 
-    Graphs read `parameters` and write `gradients` in place; the optimizer runs over the flat buffers. The
-    gaps between tensors stay zero under AdamW, because their gradients are.
+    The optimizer runs over the flat buffers. The gaps between tensors stay zero under AdamW, because their
+    gradients are.
 
     Args:
         tensors: starting values by graph input name, in the graphs' layout.
-        file_in: folder of a nameless file that everything is mapped from; None keeps it in memory.
+        file_in: folder of a nameless file that holds everything; None keeps it in memory.
         optimizer: what the optimizer keeps of each value; None for a way to train that has neither gradients
             nor moments.
+        adds_up: there is room to add up the gradients of several batches.
 
     Attributes:
-        param, grad: float32, flat; no gradients without an optimizer.
-        moments: the optimizer's buffers by the names that its graph gives them, flat.
-        parameters, gradients: views of tensors, by name.
-        start: the values that the update began with, by name.
+        buffers: `param`, `start` (the values that the update began with), float32; `grad` and, with
+            `adds_up`, `total`, float32, of no length without an optimizer; and the optimizer's, by the names
+            that its graph gives them.
+        moments: the names of the optimizer's.
+        size: entries of `param`, gaps included.
         count: values of all tensors.
 
     Raises:
@@ -46,76 +81,80 @@ class TrainingState:
         tensors: Mapping[str, FloatArray],
         file_in: Path | None = None,
         optimizer: OptimizerState | None = OPTIMIZER_STATES["32bit"],
+        *,
+        adds_up: bool = False,
     ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        size, alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
+        self.size, alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
         for name, tensor in tensors.items():
-            self._places[name] = (size, tensor.shape)
-            size += -(-tensor.size // alignment) * alignment
-        layout = {"param": (size, "float32"), "start": (size, "float32")}
-        layout["grad"] = (0 if optimizer is None else size, "float32")
-        of_optimizer = {} if optimizer is None else optimizer.buffers
-        layout |= {name: (size // item.values, item.dtype) for name, item in of_optimizer.items()}
-        self._file: mmap.mmap | None = None
-        self._take(self._zeros(layout, file_in))
-        for name, tensor in tensors.items():
-            self.parameters[name][...] = tensor
-            self.start[name][...] = tensor
-        self.release()
+            self._places[name] = (self.size, tensor.shape)
+            self.size += -(-tensor.size // alignment) * alignment
         self.count = sum(tensor.size for tensor in tensors.values())
+        of_gradients = 0 if optimizer is None else self.size
+        of_optimizer = {} if optimizer is None else optimizer.buffers
+        self.moments = tuple(of_optimizer)
+        self._layout = {"param": (self.size, "float32"), "start": (self.size, "float32")}
+        self._layout["grad"] = (of_gradients, "float32")
+        if adds_up:
+            self._layout["total"] = (of_gradients, "float32")
+        self._layout |= {name: (self.size // item.values, item.dtype) for name, item in of_optimizer.items()}
+        self.buffers: dict[str, Buffer]
+        if file_in is None:
+            self.buffers = {
+                name: _MemoryBuffer(np.zeros(count, dtype)) for name, (count, dtype) in self._layout.items()
+            }
+        else:
+            self.buffers = StateFile(file_in, self._layout).buffers
+        for name, tensor in tensors.items():
+            for kind in ("param", "start"):
+                self.buffers[kind].write(self._places[name][0], tensor.reshape(-1))
 
-    def _zeros(self, layout: Mapping[str, tuple[int, str]], folder: Path | None) -> dict[str, Any]:
-        if folder is None:
-            return {name: np.zeros(count, dtype) for name, (count, dtype) in layout.items()}
-        total = sum(count * np.dtype(dtype).itemsize for count, dtype in layout.values())
-        self._file = _mapped_file(folder, max(total, 1))
-        buffers, offset = {}, 0
-        for name, (count, dtype) in layout.items():
-            buffers[name] = np.frombuffer(self._file, dtype, count, offset)
-            offset += buffers[name].nbytes
-        return buffers
+    @property
+    def parameters(self) -> Mapping[str, FloatArray]:
+        """The trained tensors as they are now, by name: views of what is in memory, else read when they are
+        asked for."""
+        return self._tensors("param")
+
+    @property
+    def gradients(self) -> Mapping[str, FloatArray]:
+        """Their gradients, likewise."""
+        return self._tensors("grad") if len(self.buffers["grad"]) else {}
+
+    def inputs(self, constants: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
+        """All adapter inputs: the trained tensors as they are now, and the constants."""
+        return self._tensors("param", constants)
+
+    def put_gradient(self, name: str, values: FloatArray, *, add: bool = False) -> None:
+        """Keep a tensor's gradient, or add to it."""
+        buffer, (start, _) = self.buffers["grad"], self._places[name]
+        flat = values.reshape(-1)
+        buffer.write(start, buffer.read(start, start + len(flat)) + flat if add else flat)
+
+    def pieces(self) -> Iterator[tuple[int, int]]:
+        """Where pieces of the flat buffers begin and end that fit the processor's cache."""
+        for start in range(0, self.size, CHUNK_VALUES):
+            yield start, min(start + CHUNK_VALUES, self.size)
 
     def move_to_file(self, folder: Path) -> None:
-        """Have everything mapped from a nameless file from now on; views handed out before are stale.
+        """Have everything in a nameless file from now on; views handed out before are stale.
 
         Raises:
             EdgePeftError: the file cannot be made.
         """
-        before = self._buffers
-        layout = {name: (len(buffer), buffer.dtype.name) for name, buffer in before.items()}
-        self._take(self._zeros(layout, folder))
+        before, self.buffers = self.buffers, dict(StateFile(folder, self._layout).buffers)
         for name, buffer in before.items():
-            self._buffers[name][...] = buffer
-        self.release()
-
-    def _take(self, buffers: dict[str, Any]) -> None:
-        self._buffers = buffers
-        self.param, self.grad = buffers["param"], buffers["grad"]
-        self.moments = {
-            name: buffer for name, buffer in buffers.items() if name not in ("param", "grad", "start")
-        }
-        self.parameters, self.start = self._views(self.param), self._views(buffers["start"])
-        self.gradients = self._views(self.grad) if len(self.grad) else {}
-
-    def release(self) -> None:
-        """Take what is mapped out of the process; the system writes it back when it wants the memory."""
-        if self._file is not None and hasattr(self._file, "madvise"):
-            self._file.madvise(mmap.MADV_DONTNEED)
-
-    def _views(self, flat: FloatArray) -> dict[str, FloatArray]:
-        return {
-            name: flat[offset : offset + int(np.prod(shape))].reshape(shape)
-            for name, (offset, shape) in self._places.items()
-        }
+            for start in range(0, len(buffer), CHUNK_VALUES):
+                self.buffers[name].write(start, buffer.read(start, start + CHUNK_VALUES))
 
     def relative_change(self) -> float:
         """L2 norm of the update divided by that of what it started from."""
-        start = change = 0.0
-        for name, before in self.start.items():
-            start += float(np.sum(np.square(before, dtype=np.float64)))
-            change += float(np.sum(np.square(self.parameters[name] - before, dtype=np.float64)))
-            self.release()
-        return math.sqrt(change / start) if start else (0.0 if change == 0.0 else math.inf)
+        norm = change = 0.0
+        for start, stop in self.pieces():
+            before = self.buffers["start"].read(start, stop)
+            norm += float(np.sum(np.square(before, dtype=np.float64)))
+            after = self.buffers["param"].read(start, stop)
+            change += float(np.sum(np.square(after - before, dtype=np.float64)))
+        return math.sqrt(change / norm) if norm else (0.0 if change == 0.0 else math.inf)
 
     def limit_change(self, limit: float) -> bool:
         """Scale the update back to `limit` times the norm of its start; whether that was necessary."""
@@ -123,23 +162,42 @@ class TrainingState:
         if change <= limit:
             return False
         scale = np.float32(limit / change)
-        for name, before in self.start.items():
-            parameter = self.parameters[name]
-            parameter -= before
-            parameter *= scale
-            parameter += before
+        for start, stop in self.pieces():
+            before, after = (self.buffers[name].read(start, stop) for name in ("start", "param"))
+            self.buffers["param"].write(start, before + scale * (after - before))
         return True
 
+    def _tensors(self, kind: str, others: Mapping[str, FloatArray] = _NOTHING) -> Mapping[str, FloatArray]:
+        buffer = self.buffers[kind]
+        tensors = _Tensors(buffer, self._places, others)
+        return dict(tensors) if isinstance(buffer, _MemoryBuffer) else tensors
 
-def _mapped_file(folder: Path, nbytes: int) -> mmap.mmap:
-    """A writable map of zeros in a file without a name, which goes when the map does."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.truncate(nbytes)
-            return mmap.mmap(file.fileno(), nbytes)
-    except OSError as error:
-        raise EdgePeftError(
-            f"{folder}: no file of {nbytes:,} B for the training state can be made there "
-            f"({error.strerror or error}): free the disk, or give a larger --budget"
-        ) from error
+
+class _Tensors(Mapping[str, FloatArray]):
+    """Parts of a buffer in their shapes, read when they are asked for; and other tensors.
+
+    Args:
+        buffer: the buffer.
+        places: where each begins, and its shape.
+        others: where names that have no place are found.
+    """
+
+    def __init__(
+        self,
+        buffer: Buffer,
+        places: Mapping[str, tuple[int, tuple[int, ...]]],
+        others: Mapping[str, FloatArray],
+    ) -> None:
+        self._buffer, self._places, self._others = buffer, places, others
+
+    def __getitem__(self, name: str) -> FloatArray:
+        if name not in self._places:
+            return self._others[name]
+        start, shape = self._places[name]
+        return self._buffer.read(start, start + math.prod(shape)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._others, **self._places})
+
+    def __len__(self) -> int:
+        return len({**self._others, **self._places})

@@ -1,8 +1,6 @@
 """The training graph as a chain of stages that run one at a time, their weights mapped from the bundle."""
 
-from collections import Counter
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -14,7 +12,7 @@ from edgepeft.bundle.manifest import Partition, Stage
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
-from edgepeft.runtime.memory.weights import MappedWeights
+from edgepeft.runtime.memory.weights import MappedWeights, bound_weights
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.heads import SlicedHead
@@ -38,7 +36,6 @@ class Chain:
         inputs: all adapter inputs by name; read at every run.
         threads: threads of a session; 0 lets onnxruntime choose.
         held: what is held beside what must be.
-        release: called after every run; lets go of mapped adapter inputs.
         partition: the stages to run; the bundle's own where None.
         profile: how the files of the sessions' profiles begin; none where empty.
 
@@ -53,7 +50,6 @@ class Chain:
         threads: int = 0,
         *,
         held: Held = NOTHING_HELD,
-        release: Callable[[], None] | None = None,
         partition: Partition | None = None,
         profile: str = "",
     ) -> None:
@@ -64,12 +60,9 @@ class Chain:
         self._partition = partition
         self._inputs = inputs
         self._held = held
-        self._release = release
         self._weights = MappedWeights(bundle, stays=held.weights)
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
-        uses = Counter(name for stage in self._stages for name in stage.adapter.values())
-        self._shared = {name for name, count in uses.items() if count > 1}
         sliced = partition.vocabulary_head
         self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights, held.logits)
 
@@ -111,8 +104,7 @@ class Chain:
             if index >= max(lowest, count - self._held.stages):
                 kept[index] = values
             del values
-        for name in self._shared & state.gradients.keys():
-            state.gradients[name][...] = 0
+        found: set[str] = set()  # what several stages share has a gradient from each
         loss, cotangent = 0.0, None
         if self._sliced is None:
             entering[count] = hidden
@@ -130,14 +122,11 @@ class Chain:
             session = self._bound(stage.backward, stage, context, hidden, values)
             if cotangent is not None:
                 session.bind_values({"cotangent": cotangent})
-            into: dict[str, FloatArray] = {}
-            added: dict[str, FloatArray] = {}
-            for name, key in trained[index].items():
-                (added if key in self._shared else into)[f"grad.{name}"] = state.gradients[key]
             wanted = [name for name in ("loss", "hidden.cotangent") if name in session.outputs]
-            results = session.run_into(into, [*wanted, *added])
-            for name, total in added.items():
-                total += results[name].numpy()
+            results = session.run_for([*wanted, *(f"grad.{name}" for name in trained[index])])
+            for name, key in trained[index].items():
+                state.put_gradient(key, results[f"grad.{name}"].numpy(), add=key in found)
+                found.add(key)
             if "loss" in results:
                 loss = float(results["loss"].numpy())
             cotangent = results.get("hidden.cotangent")
@@ -169,10 +158,7 @@ class Chain:
     ) -> tuple[ort.OrtValue, Values]:
         """What a stage hands on, and what its backward pass needs."""
         session = self._bound(stage.forward, stage, context, hidden)
-        with ExitStack() as stack:
-            if hidden is None:
-                stack.enter_context(self._weights.by_rows(stage.weights.values()))
-            values = session.run_for(list(session.outputs))
+        values = session.run_for(list(session.outputs))
         self._done(session)
         if stage.output is None:
             return values["hidden.out"], {}
@@ -199,16 +185,15 @@ class Chain:
         return values
 
     def _prefetch(self, index: int) -> None:
-        """Have the weights of a stage read, if there is such a stage; the first reads rows of its own."""
-        if 0 < index < len(self._stages):
-            self._weights.prefetch(self._stages[index].weights.values())
+        """Have the weights that a stage reads whole read, if there is such a stage."""
+        if 0 <= index < len(self._stages):
+            stage = self._stages[index]
+            self._weights.prefetch(key for name, key in stage.weights.items() if name not in stage.lookups)
 
     def _done(self, session: GraphSession) -> None:
         """Let go of what a run was given."""
         session.unbind_inputs()
         self._weights.release()
-        if self._release is not None:
-            self._release()
 
     def _context(self, batch: Mapping[str, Array]) -> dict[str, Value]:
         """The batch, and what the stages share."""
@@ -216,7 +201,7 @@ class Chain:
         if self._partition.context is not None:
             session = self.session(self._partition.context)
             session.bind({name: batch[name] for name in session.inputs if name in batch})
-            session.bind(self._views(session, self._partition.context_weights))
+            session.bind(bound_weights(self._weights, session.inputs, self._partition.context_weights))
             context |= session.run_for(list(session.outputs))
         return context
 
@@ -230,7 +215,7 @@ class Chain:
     ) -> GraphSession:
         """The session of a stage's graph with everything bound but a cotangent."""
         session = self.session(role)
-        session.bind(self._views(session, stage.weights))
+        session.bind(bound_weights(self._weights, session.inputs, stage.weights, stage.lookups, context))
         session.bind(
             {name: self._inputs[key] for name, key in stage.adapter.items() if name in session.inputs}
         )
@@ -246,10 +231,3 @@ class Chain:
             else:
                 session.bind({name: value})
         return session
-
-    def _views(self, session: GraphSession, weights: Mapping[str, str]) -> dict[str, Array]:
-        return {
-            name: self._weights.view(key, session.inputs[name])
-            for name, key in weights.items()
-            if name in session.inputs
-        }

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.tensor_files import read_metadata, read_state, write_in_pieces
@@ -52,9 +50,8 @@ def save_checkpoint(
     """
     write_in_pieces(
         path,
-        {"param": state.param, **state.moments},
+        {name: state.buffers[name] for name in ("param", *state.moments)},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
-        state.release,
     )
 
 
@@ -79,15 +76,15 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
                 "give what it was made with, or start over without --resume"
             )
-    for name, buffer in {"param": state.param, **state.moments}.items():
+    for name in ("param", *state.moments):
+        buffer = state.buffers[name]
         try:
             saved_buffer = read_state(path, name)
         except AdapterError as error:
             raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
-        if saved_buffer is None or (saved_buffer.shape, saved_buffer.dtype) != (buffer.shape, buffer.dtype):
+        if saved_buffer is None or (saved_buffer.shape, saved_buffer.dtype) != ((len(buffer),), buffer.dtype):
             raise UsageError(f"{path}: its {name} is not of this update: start over without --resume")
-        np.copyto(buffer, saved_buffer)
-        state.release()
+        buffer.write(0, saved_buffer)
     try:
         progress = Progress(**saved["progress"])
         before = progress.held_out_before

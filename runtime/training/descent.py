@@ -58,7 +58,6 @@ class GradientDescent:
         held: Held = NOTHING_HELD,
     ) -> None:
         self._state = state
-        self._total = np.zeros_like(state.grad) if options.accumulation_steps > 1 else None
         self._drift: Drift | None = None
         with ExitStack() as opened:
             adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
@@ -74,7 +73,7 @@ class GradientDescent:
 
     def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
         """See `Stepper.step`."""
-        loss = accumulate(self._gradients, batches, self._state, self._total, self._drift)
+        loss = accumulate(self._gradients, batches, self._state, self._drift)
         return loss, self._optimizer.step(number, learning_rate)
 
     def close(self) -> None:
@@ -86,10 +85,9 @@ def accumulate(
     gradients: Gradients,
     batches: StepBatches,
     state: TrainingState,
-    total: FloatArray | None,
     drift: Drift | None = None,
 ) -> float:
-    """The loss of micro-batches as one batch, whose gradient lands in `state.grad`.
+    """The loss of micro-batches as one batch, whose gradient lands in `state`.
 
     Losses are means over what counts (a record, a labelled token), so a micro-batch has the weight of its
     items: the result is that of all records in one batch, whatever their lengths. Two losses are not such
@@ -99,21 +97,21 @@ def accumulate(
     Args:
         gradients: computes a micro-batch's gradient into `state`.
         batches: at least one.
-        state: receives the gradient.
-        total: float32 of the size of `state.grad`, overwritten; not needed for one micro-batch.
+        state: receives the gradient; for several micro-batches, one that `adds_up`.
         drift: adds what a drift penalty needs.
     """
     if len(batches) == 1:
         (batch,) = batches
         return gradients.run(batch if drift is None else drift.added_to(batch))
-    assert total is not None
-    total[...] = 0
+    grad, total = state.buffers["grad"], state.buffers["total"]
     items, loss = 0, 0.0
     for batch in batches:
         count = batches.task.items(batch)
         loss += count * gradients.run(batch if drift is None else drift.added_to(batch))
-        state.grad *= np.float32(count)
-        total += state.grad
+        for start, stop in state.pieces():
+            weighted = np.float32(count) * grad.read(start, stop)
+            total.write(start, total.read(start, stop) + weighted if items else weighted)
         items += count
-    np.divide(total, np.float32(items), out=state.grad)
+    for start, stop in state.pieces():
+        grad.write(start, total.read(start, stop) / np.float32(items))
     return loss / items

@@ -58,8 +58,7 @@ class ForwardOnly:
     ) -> None:
         self._state = state
         self._options = options
-        inputs = {**constants, **state.parameters}
-        self._judge = open_judge(bundle, task, inputs, strategy, threads)
+        self._judge = open_judge(bundle, task, state.inputs(constants), strategy, threads)
 
     def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
         """See `Stepper.step`: the loss is the mean of both, the norm the slope's magnitude."""

@@ -1,6 +1,6 @@
 """Losses of an adapter without gradients, and judging it by them on held-out records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -38,7 +38,6 @@ def evaluate(
     batch_size: int,
     strategy: Strategy,
     threads: int = 0,
-    release: Callable[[], None] | None = None,
 ) -> Evaluation:
     """The loss and the share of correct items of examples; sessions are open only meanwhile.
 
@@ -50,9 +49,8 @@ def evaluate(
         batch_size: examples a run.
         strategy: how the adapter trains: in stages, it is judged in stages too.
         threads: threads of a session.
-        release: lets go of mapped adapter inputs; called between stages.
     """
-    judge = open_judge(bundle, task, inputs, strategy, threads, release)
+    judge = open_judge(bundle, task, inputs, strategy, threads)
     total, items, correct = 0.0, 0, 0
     graded = True
     try:
@@ -89,7 +87,6 @@ def open_judge(
     inputs: Mapping[str, FloatArray],
     strategy: Strategy,
     threads: int = 0,
-    release: Callable[[], None] | None = None,
 ) -> Judge:
     """What computes losses: the chain of stages where `strategy` trains without a graph of its own and the
     bundle has stages, else the inference graph.
@@ -100,10 +97,9 @@ def open_judge(
         inputs: the adapter's graph inputs.
         strategy: how the adapter trains.
         threads: threads of a session.
-        release: lets go of mapped adapter inputs; called between stages.
     """
     if strategy.graph is None and bundle.manifest.partition is not None:
-        return _StagedJudge(bundle, inputs, threads, release)
+        return _StagedJudge(bundle, inputs, threads)
     return _ResidentJudge(bundle, task, inputs, threads, exact_products=not strategy.exact)
 
 
@@ -144,14 +140,8 @@ class _ResidentJudge:
 class _StagedJudge:
     """The chain's forward stages and its head."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        inputs: Mapping[str, FloatArray],
-        threads: int,
-        release: Callable[[], None] | None,
-    ) -> None:
-        self._chain = Chain(bundle, inputs, threads, release=release)
+    def __init__(self, bundle: Bundle, inputs: Mapping[str, FloatArray], threads: int) -> None:
+        self._chain = Chain(bundle, inputs, threads)
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
         """The loss of a batch and the task's output, where the head makes it whole."""

@@ -99,8 +99,7 @@ class ChainGradients:
         held: Held,
     ) -> None:
         self._state = state
-        inputs = {**constants, **state.parameters}
-        self._chain = Chain(bundle, inputs, threads, held=held, release=state.release)
+        self._chain = Chain(bundle, state.inputs(constants), threads, held=held)
 
     def run(self, batch: Mapping[str, Array]) -> float:
         """Compute the batch's loss and its gradients, which land in the state."""

@@ -47,14 +47,11 @@ class AdamW:
         self._adamw = GraphSession(bundle, optimizer.role, threads=1)
         self._grad_norm = GraphSession(bundle, "grad_norm", threads=1)
         # What the graph reads and writes, and how many values share an entry of it.
-        self._buffers: dict[str, tuple[npt.NDArray[np.generic], int]] = {"param": (state.param, 1)}
-        self._buffers |= {
-            name: (state.moments[name], item.values) for name, item in optimizer.buffers.items()
-        }
+        self._shares = {"param": 1} | {name: item.values for name, item in optimizer.buffers.items()}
         # The graph's outputs must not overwrite what it still reads, so they go through these.
-        self._scratch = {
-            name: np.empty(CHUNK_VALUES // values, buffer.dtype)
-            for name, (buffer, values) in self._buffers.items()
+        self._scratch: dict[str, npt.NDArray[np.generic]] = {
+            name: np.empty(CHUNK_VALUES // values, state.buffers[name].dtype)
+            for name, values in self._shares.items()
         }
         self._scalars = {
             name: np.zeros((), np.float32)
@@ -79,19 +76,18 @@ class AdamW:
         self._scalars["step"][...] = number
         limit = self._options.max_grad_norm
         self._scalars["clip_coef"][...] = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        state = self._state
-        for start in range(0, len(state.param), CHUNK_VALUES):
+        buffers = self._state.buffers
+        for start, stop in self._state.pieces():
             pieces = {
-                name: buffer[start // values : (start + CHUNK_VALUES) // values]
-                for name, (buffer, values) in self._buffers.items()
+                name: buffers[name].read(start // values, stop // values)
+                for name, values in self._shares.items()
             }
-            self._adamw.bind({"grad": state.grad[start : start + CHUNK_VALUES], **pieces})
+            self._adamw.bind({"grad": buffers["grad"].read(start, stop), **pieces})
             scratch = {name: self._scratch[name][: len(piece)] for name, piece in pieces.items()}
             self._adamw.bind_outputs({f"{name}_out": values for name, values in scratch.items()})
             self._adamw.run()
-            for name, piece in pieces.items():
-                piece[...] = scratch[name]
-            state.release()
+            for name, values in self._shares.items():
+                buffers[name].write(start // values, scratch[name])
         return norm
 
     def close(self) -> None:
@@ -101,8 +97,7 @@ class AdamW:
 
     def _norm(self) -> float:
         total = 0.0
-        for start in range(0, len(self._state.grad), CHUNK_VALUES):
-            self._grad_norm.bind({"grad": self._state.grad[start : start + CHUNK_VALUES]})
+        for start, stop in self._state.pieces():
+            self._grad_norm.bind({"grad": self._state.buffers["grad"].read(start, stop)})
             total += float(self._grad_norm.run_for(["sum_of_squares"])["sum_of_squares"].numpy())
-            self._state.release()
         return math.sqrt(total)

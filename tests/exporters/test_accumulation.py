@@ -52,16 +52,17 @@ def test_micro_batches_give_the_gradient_of_the_big_batch(
     found, plain = [], []
     way = next(item for item in bundle.manifest.strategies if item.name == strategy)
     for size, parts in ((11, 1), (2, 6)):
-        state = TrainingState(start)
+        state = TrainingState(start, adds_up=True)
         options = TrainingOptions(batch_size=size, accumulation_steps=parts)
         batches = step_batches(task, examples, options, 0)
         assert len(batches) == parts
         gradients = open_gradients(bundle, way, inputs, state)
-        loss = accumulate(gradients, batches, state, np.zeros_like(state.grad))
-        found.append((loss, state.grad.copy()))
+        loss = accumulate(gradients, batches, state)
+        grad = state.buffers["grad"]
+        found.append((loss, grad.read(0, state.size).copy()))
         for batch in batches:
             gradients.run(batch)
-            plain.append(state.grad.copy())
+            plain.append(grad.read(0, state.size).copy())
         gradients.close()
     (loss, whole), (same_loss, added) = found
     assert same_loss == pytest.approx(loss, rel=1e-6)

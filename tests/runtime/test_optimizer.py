@@ -32,7 +32,7 @@ def test_adamw_is_torchs(classifier: Path, decay: float, clip: float) -> None:
     for step in range(1, 8):
         for name, shape in shapes.items():
             gradient = np.array(rng.standard_normal(shape) * 10.0 ** (step - 4), np.float32)
-            state.gradients[name][...] = gradient
+            state.put_gradient(name, gradient)
             theirs[name].grad = torch.from_numpy(gradient.copy())
         expected_norm = torch.nn.utils.get_total_norm([value.grad for value in theirs.values()])
         if clip:
@@ -51,11 +51,11 @@ def test_views_share_the_buffer_and_start_is_kept() -> None:
     """Tensors are aligned views; the gaps stay zero."""
     state = TrainingState({"a": np.ones((2, 3), np.float32), "b": np.full(5, 2, np.float32)})
     state.parameters["a"][1, 2] = 9
-    assert state.param[5] == 9
-    assert state.start["a"][1, 2] == 1
+    param, start = (state.buffers[name].read(0, state.size) for name in ("param", "start"))
+    assert (param[5], start[5]) == (9, 1)
     assert state.count == 11
-    assert [view.ctypes.data % 64 for view in state.parameters.values()] == [state.param.ctypes.data % 64] * 2
-    assert state.param.sum() == 5 + 9 + 10
+    assert [view.ctypes.data % 64 for view in state.parameters.values()] == [param.ctypes.data % 64] * 2
+    assert param.sum() == 5 + 9 + 10
 
 
 def test_an_update_is_scaled_back_to_its_limit() -> None:
@@ -131,19 +131,23 @@ def test_the_split_is_fixed_and_complete() -> None:
 
 
 def test_a_state_in_a_file_is_the_same_state(classifier: Path, tmp_path: Path) -> None:
-    """Bit for bit, though their pages leave the process after every step; the file has no name."""
+    """Bit for bit, also where gradients are added and the update is limited; the file has no name."""
     rng = np.random.default_rng(0)
     start = {"a": rng.standard_normal((70, 9), np.float32), "b": rng.standard_normal(5, np.float32)}
     states = TrainingState(start), TrainingState(start, file_in=tmp_path / "new")
     optimizers = [AdamW(open_bundle(classifier), state, AdamWOptions(weight_decay=0.1)) for state in states]
     for step in range(1, 6):
-        gradient = rng.standard_normal(len(states[0].grad), np.float32)
+        gradient = rng.standard_normal(states[0].size, np.float32)
         for state, optimizer in zip(states, optimizers, strict=True):
-            state.grad[...] = gradient
+            state.buffers["grad"].write(0, gradient)
+            state.put_gradient("b", gradient[:5], add=True)
             optimizer.step(step, 1e-2)
-    np.testing.assert_array_equal(states[0].param, states[1].param)
-    for name, moments in states[0].moments.items():
-        np.testing.assert_array_equal(moments, states[1].moments[name])
+            assert state.limit_change(0.005 / step)
+    for name, buffer in states[0].buffers.items():
+        in_file = states[1].buffers[name]
+        np.testing.assert_array_equal(buffer.read(0, states[0].size), in_file.read(0, states[0].size))
+    for name, tensor in states[0].parameters.items():
+        np.testing.assert_array_equal(tensor, states[1].parameters[name])
     assert not list((tmp_path / "new").iterdir())
     for optimizer in optimizers:
         optimizer.close()
@@ -153,3 +157,15 @@ def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(EdgePeftError, match="taken: no file of 320 B for the training state"):
         TrainingState({"a": np.ones(3, np.float32)}, file_in=tmp_path / "taken")
+
+
+def test_a_disk_that_is_full_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the file is made: its room is taken then, not when a step first writes there."""
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(EdgePeftError, match=r"No space left on device.*free the disk"):
+        TrainingState({"a": np.ones(3, np.float32)}, file_in=tmp_path)
+    assert not list(tmp_path.iterdir())

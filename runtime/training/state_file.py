@@ -1,0 +1,112 @@
+"""A training state in a file without a name: read and written in pieces, never mapped.
+
+Mapped, every page of it that a step touches costs a fault, and one more before it is written. Copied, none
+of them counts as the process's memory.
+"""
+
+import io
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.errors import EdgePeftError
+
+Array = npt.NDArray[Any]
+
+
+class StateFile:
+    """Buffers of zeros in a file that goes when they do.
+
+    Args:
+        folder: where the file is made; made itself where it is missing.
+        layout: entries and dtype of each buffer, by name.
+
+    Attributes:
+        buffers: by name.
+        folder: the folder.
+
+    Raises:
+        EdgePeftError: the file cannot be made, or has no room on the disk.
+    """
+
+    def __init__(self, folder: Path, layout: Mapping[str, tuple[int, str]]) -> None:
+        sizes = {name: count * np.dtype(dtype).itemsize for name, (count, dtype) in layout.items()}
+        self.folder = folder
+        file = _new_file(folder, sum(sizes.values()))
+        weakref.finalize(self, file.close)
+        self.buffers: dict[str, FileBuffer] = {}
+        offset = 0
+        for name, (count, dtype) in layout.items():
+            self.buffers[name] = FileBuffer(self, file, offset, count, np.dtype(dtype))
+            offset += sizes[name]
+
+
+class FileBuffer:
+    """A part of a `StateFile`; see `Buffer`."""
+
+    def __init__(
+        self, home: StateFile, file: io.FileIO, offset: int, count: int, dtype: np.dtype[Any]
+    ) -> None:
+        self.dtype = dtype
+        self._home = home  # which closes the file when nobody holds it any more
+        self._file, self._offset, self._count = file, offset, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, start: int, stop: int) -> Array:
+        """See `Buffer.read`."""
+        values = np.empty(min(stop, self._count) - start, self.dtype)
+        self._seek(start)
+        unread = values.view(np.uint8).data
+        while unread:
+            got = self._file.readinto(unread)
+            if not got:
+                raise EdgePeftError(f"{self._home.folder}: the file of the training state has become shorter")
+            unread = unread[got:]
+        return values
+
+    def write(self, start: int, values: Array) -> None:
+        """See `Buffer.write`.
+
+        Raises:
+            EdgePeftError: the disk takes no more.
+        """
+        self._seek(start)
+        unwritten = np.ascontiguousarray(values, self.dtype).view(np.uint8).data
+        try:
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError as error:
+            raise EdgePeftError(
+                f"{self._home.folder}: the training state cannot be written ({error.strerror or error}): "
+                "free the disk, or give a larger --budget"
+            ) from error
+
+    def _seek(self, start: int) -> None:
+        self._file.seek(self._offset + start * self.dtype.itemsize)
+
+
+def _new_file(folder: Path, nbytes: int) -> io.FileIO:
+    """A file of zeros without a name, its room on the disk taken."""
+    file: io.FileIO | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed with its last buffer)
+        file.truncate(nbytes)
+        if nbytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        if file is not None:
+            file.close()
+        raise EdgePeftError(
+            f"{folder}: no file of {nbytes:,} B for the training state can be made there "
+            f"({error.strerror or error}): free the disk, or give a larger --budget"
+        ) from error
+    return file
