@@ -67,8 +67,7 @@ class MappedWeights:
         """
         weight = self._weights[name]
         if name not in self._looked_up:
-            self._looked_up[name] = mmap.mmap(-1, weight.nbytes)
-            _advise(self._looked_up[name], "MADV_NOHUGEPAGE")
+            self._looked_up[name] = _nothing(weight.nbytes)
         memory = self._looked_up[name]
         shape = [int(dim) for dim in spec.shape]
         row_bytes = weight.nbytes // shape[0]
@@ -120,6 +119,15 @@ def bound_weights(
         for name, key in weights.items()
         if name in inputs
     }
+
+
+def _nothing(nbytes: int) -> mmap.mmap:
+    """Zeros that cost memory where they are written; shared ones would stay after `MADV_DONTNEED`."""
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(memory, "MADV_NOHUGEPAGE")
+    return memory
 
 
 def _array(memory: mmap.mmap, spec: TensorSpec, offset: int, nbytes: int) -> Array:

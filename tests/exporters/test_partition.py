@@ -129,6 +129,15 @@ def test_a_chain_gives_the_gradients_of_the_one_graph(kind: str, bits: int, tmp_
     assert len(layers) == 2
     assert layers[0].forward == layers[1].forward  # equal layers share a graph
     assert (wiring.vocabulary_head is not None) == (kind == "decoder" and bits == 4)
+    # Of word and token-type embeddings rows are read; the positions' are not the caller's to name.
+    looked_up = {
+        key.split(".weight")[0]: wiring.stages[0].lookups[name]
+        for name, key in wiring.stages[0].weights.items()
+        if name in wiring.stages[0].lookups
+    }
+    assert set(looked_up.values()) == {"input_ids", *(["token_type_ids"] if kind != "decoder" else [])}
+    assert not any("position" in key for key in looked_up)
+    assert not any(stage.lookups for stage in wiring.stages_and_head[1:])
 
 
 def test_the_backward_pass_ends_at_the_lowest_trained_stage(tmp_path: Path) -> None:
