@@ -31,7 +31,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_rows_are_looked_up_and_forgotten(table: tuple[Bundle, np.ndarray]) -> None:
-    """What is asked for is there, by whatever index; all else is zeros, and so is everything after a release."""
+    """By whatever index; all else is zeros, and so is everything after a release."""
     bundle, values = table
     weights = MappedWeights(bundle)
     indices = np.array([[3, 3, ROWS - 1], [-2, 70, 0]])
