@@ -112,6 +112,8 @@ def _staged(
         return [cost.filled(bare, budget_bytes)]
     mapped = dataclasses.replace(
         bare,
+        held=Held(cached=False),
+        session_bytes=bare.session_bytes + largest_stage_bytes(manifest, partition),
         state_in_file=True,
         state_bytes=_READ_BYTES
         + _adapter_bytes(workload)
@@ -126,7 +128,7 @@ def _staged(
 
 
 def _strided(plan: Plan, cost: ChainCost, stride: int) -> Plan:
-    held = Held(stride=stride)
+    held = dataclasses.replace(plan.held, stride=stride)
     return dataclasses.replace(
         plan,
         held=held,

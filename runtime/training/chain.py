@@ -11,8 +11,10 @@ import onnxruntime as ort
 from edgepeft.bundle.manifest import Partition, Stage
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.runtime.memory.chain_cost import largest_stage_bytes
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
-from edgepeft.runtime.memory.weights import MappedWeights, bound_weights
+from edgepeft.runtime.memory.read_weights import ReadWeights
+from edgepeft.runtime.memory.weights import MappedWeights, Weights, bound_weights
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.heads import SlicedHead
@@ -60,7 +62,11 @@ class Chain:
         self._partition = partition
         self._inputs = inputs
         self._held = held
-        self._weights = MappedWeights(bundle, stays=held.weights)
+        self._weights: Weights
+        if held.cached:
+            self._weights = MappedWeights(bundle, stays=held.weights)
+        else:  # a stage's, and the next one's
+            self._weights = ReadWeights(bundle, 2 * largest_stage_bytes(bundle.manifest, partition))
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
         sliced = partition.vocabulary_head

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from edgepeft.bundle.manifest import VocabularyHead
-from edgepeft.runtime.memory.weights import MappedWeights
+from edgepeft.runtime.memory.weights import Weights
 from edgepeft.runtime.session import GraphSession
 
 Array = npt.NDArray[np.generic]
@@ -36,12 +36,12 @@ class SlicedHead:
     Args:
         head: its wiring.
         sessions: opens its graphs.
-        weights: the mapped weight file.
+        weights: of the weight file.
         holds_logits: the logits of every slice are kept for the backward pass, not computed twice.
     """
 
     def __init__(
-        self, head: VocabularyHead, sessions: Sessions, weights: MappedWeights, holds_logits: bool = False
+        self, head: VocabularyHead, sessions: Sessions, weights: Weights, holds_logits: bool = False
     ) -> None:
         self._head, self._sessions, self._weights = head, sessions, weights
         self._holds_logits = holds_logits
@@ -116,10 +116,10 @@ class SlicedHead:
         return [(first, min(first + step, self._head.rows)) for first in range(0, self._head.rows, step)]
 
     def _bind_slice(self, session: GraphSession, first: int, last: int) -> None:
-        session.bind(
-            {
-                name: self._weights.rows(key, session.inputs[name], first, last)
-                for name, key in self._head.weights.items()
-            }
-        )
+        following = min(2 * last - first, self._head.rows)
+        for name, key in self._head.weights.items():
+            spec = session.inputs[name]
+            session.bind({name: self._weights.rows(key, spec, first, last)})
+            if last < following:
+                self._weights.prefetch_rows(key, spec, last, following)
         session.bind({"first": np.array(first, np.int64)})

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from edgepeft.runtime.memory.plan import Held, Plan
+from edgepeft.runtime.memory.plan import Plan
 
 NEAR = 0.98
 """The share of the budget from which on an update steps down."""
@@ -30,5 +30,5 @@ def cheaper(plan: Plan, candidates: Sequence[Plan]) -> Plan | None:
     following = next((item for item in later if item.exact), None)
     if following is None or not plan.exact:
         return None
-    least = Held(weights=following.held.weights, stride=following.held.stride)
+    least = dataclasses.replace(following.held, stages=0, logits=False)
     return dataclasses.replace(following, held=least)

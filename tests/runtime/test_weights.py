@@ -1,20 +1,30 @@
-"""Weights that are mapped, and rows that are looked up in them."""
+"""Weights that are mapped or read, and rows that are looked up in them."""
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from edgepeft.bundle.manifest import TensorSpec, WeightTensor
 from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import BundleError
 from edgepeft.runtime.memory.process import read_memory
-from edgepeft.runtime.memory.weights import MappedWeights
+from edgepeft.runtime.memory.read_weights import ReadWeights
+from edgepeft.runtime.memory.weights import MappedWeights, Weights
 
 ROWS, COLUMNS, OFFSET = 16_384, 1024, 4096
 SPEC = TensorSpec("table", "float32", (ROWS, COLUMNS))
 MIB = 2**20
+OPEN: dict[str, Callable[[Bundle], Weights]] = {
+    "mapped": MappedWeights,
+    "read": lambda bundle: ReadWeights(bundle, 8 * MIB),
+}
 
 
 @pytest.fixture(scope="module")
@@ -30,27 +40,75 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(manifest=manifest, file=lambda _: path), values
 
 
-def test_rows_are_looked_up_and_forgotten(table: tuple[Bundle, np.ndarray]) -> None:
+@pytest.mark.parametrize("way", OPEN)
+def test_rows_are_looked_up_and_forgotten(table: tuple[Bundle, np.ndarray], way: str) -> None:
     """By whatever index; all else is zeros, and so is everything after a release."""
     bundle, values = table
-    weights = MappedWeights(bundle)
+    weights = OPEN[way](bundle)
     indices = np.array([[3, 3, ROWS - 1], [-2, 70, 0]])
     found = weights.looked_up("table", SPEC, indices)
     np.testing.assert_array_equal(found[indices], values[indices])
     assert not found[[1, 2, 71]].any()
     weights.release()
     assert not found[indices].any()
-    again = weights.looked_up(
-        "table", SPEC, np.array([5, ROWS, -ROWS - 1])
-    )  # onnxruntime refuses the last two
+    # onnxruntime refuses the last two.
+    again = weights.looked_up("table", SPEC, np.array([5, ROWS, -ROWS - 1]))
     np.testing.assert_array_equal(again[5], values[5])
 
 
-def test_a_view_is_the_file(table: tuple[Bundle, np.ndarray]) -> None:
+@pytest.mark.parametrize("way", OPEN)
+def test_a_view_is_the_file(table: tuple[Bundle, np.ndarray], way: str) -> None:
     bundle, values = table
-    weights = MappedWeights(bundle)
+    weights = OPEN[way](bundle)
     np.testing.assert_array_equal(weights.view("table", SPEC), values)
     np.testing.assert_array_equal(weights.rows("table", SPEC, 7, 9), values[7:9])
+
+
+ROW = st.tuples(st.integers(0, 40), st.integers(1, 9))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=st.lists(st.tuples(st.sampled_from(["rows", "prefetch", "release"]), ROW), max_size=40))
+def test_buffers_hold_what_they_are_asked_for(
+    table: tuple[Bundle, np.ndarray], steps: list[tuple[str, tuple[int, int]]]
+) -> None:
+    """Rows that overlap, of many sizes, wanted again and announced for nothing, with room for ten of them:
+    what was handed out since the last release never changes."""
+    bundle, values = table
+    weights = ReadWeights(bundle, 10 * 4096)
+    handed: list[tuple[np.ndarray, np.ndarray]] = []
+    for step, (first, count) in steps:
+        if step == "rows":
+            handed.append((weights.rows("table", SPEC, first, first + count), values[first : first + count]))
+        elif step == "prefetch":
+            weights.prefetch_rows("table", SPEC, first, first + count)
+        else:
+            weights.release()
+            handed.clear()
+        for found, expected in handed:
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_a_system_that_cannot_read_past_its_cache(
+    table: tuple[Bundle, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, values = table
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    np.testing.assert_array_equal(ReadWeights(bundle, MIB).rows("table", SPEC, 7, 9), values[7:9])
+
+
+def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
+    """While it is open; what was read beside the graphs is reported where it is wanted."""
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(OFFSET + 4 * 4096))
+    manifest = SimpleNamespace(
+        weights={"table": WeightTensor("float32", (4, COLUMNS), OFFSET, 4 * 4096)}, weights_file="weights.bin"
+    )
+    weights = ReadWeights(cast(Bundle, SimpleNamespace(manifest=manifest, file=lambda _: path)), MIB)
+    os.truncate(path, OFFSET + 4096)
+    weights.prefetch(["table"])
+    with pytest.raises(BundleError, match="has become shorter"):
+        weights.rows("table", TensorSpec("table", "float32", (4, COLUMNS)), 0, 4)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
