@@ -79,19 +79,21 @@ class ChatTemplate:
             raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
         return "".join(parts)
 
+    def prompt(self, messages: object, where: str) -> str:
+        """The messages as text, up to where the assistant's answer begins.
+
+        Raises:
+            DataError: the messages are no conversation, or the template refuses them.
+        """
+        return self.render(_checked(messages, where), where, prompt=True)
+
     def split(self, messages: object, where: str) -> tuple[str, str]:
         """Text up to the assistant's last message, and that message as the template writes it.
 
         Raises:
             DataError: the messages are not a conversation that ends with the assistant.
         """
-        if not isinstance(messages, list | tuple) or not all(
-            isinstance(item, Mapping)
-            and isinstance(item.get("role"), str)
-            and isinstance(item.get("content"), str)
-            for item in messages
-        ):
-            raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
+        messages = _checked(messages, where)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(
                 f"{where}: the last of at least two messages must be the assistant's, it is what is learned"
@@ -104,6 +106,21 @@ class ChatTemplate:
                 "beginning, so the answer cannot be cut out: use prompt and completion"
             )
         return prompt, whole[len(prompt) :]
+
+
+def _checked(messages: object, where: str) -> Sequence[Mapping[str, Any]]:
+    if (
+        not isinstance(messages, list | tuple)
+        or not messages
+        or not all(
+            isinstance(item, Mapping)
+            and isinstance(item.get("role"), str)
+            and isinstance(item.get("content"), str)
+            for item in messages
+        )
+    ):
+        raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
+    return messages
 
 
 def _read_config(bundle: Bundle) -> dict[str, Any]:
