@@ -1,30 +1,21 @@
 """One call at a time, whatever the thread."""
 
 import functools
-import threading
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Any, TypeVar, cast
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-class Locked(Protocol):
-    """Something with a lock."""
+def one_at_a_time(method: Method) -> Method:
+    """A method that waits until no other thread is in one of the object's methods; it may call others.
 
-    _lock: threading.RLock
-
-
-Self_ = TypeVar("Self_", bound=Locked)
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def one_at_a_time(
-    method: Callable[Concatenate[Self_, Parameters], Result],
-) -> Callable[Concatenate[Self_, Parameters], Result]:
-    """A method that waits until no other thread is in one of the object's methods; it may call others."""
+    The object has an `RLock` in its attribute `_lock`.
+    """
 
     @functools.wraps(method)
-    def call(self: Self_, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._lock:
             return method(self, *args, **kwargs)
 
-    return call
+    return cast(Method, call)

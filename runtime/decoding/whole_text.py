@@ -92,7 +92,8 @@ def whole_text(session: GraphSession | StreamedModel, manifest: Manifest, rows: 
         feeds: dict[str, Array] = {"input_ids": array, "attention_mask": np.ones_like(array)}
         feeds = {name: value for name, value in feeds.items() if name in names}
         if isinstance(session, StreamedModel):
-            return session.next_logits(feeds, None)[0]
+            logits: FloatArray = session.next_logits(feeds, None)[0]
+            return logits
         return _last_logits(session, feeds)
 
     return WholeTextDecoder(run, rows)
