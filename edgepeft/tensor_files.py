@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 class TensorFile:
-    """An open safetensors file whose tensors are read when they are asked for.
+    """A safetensors file whose tensors are read when they are asked for; it is open as long as this lives.
 
     Args:
         path: the file.
@@ -142,16 +142,12 @@ class TensorFile:
                         f"{', '.join(_DTYPES)}"
                     )
                 self.specs[name] = np.dtype(_DTYPES[part.get_dtype()]), tuple(part.get_shape())
-            self._stack = stack.pop_all()
+            self._open = stack.pop_all()
 
     def part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[np.generic]:
         """Some of a tensor; nothing else is read."""
         value: npt.NDArray[np.generic] = self._file.get_slice(name)[index]
         return value
-
-    def close(self) -> None:
-        """Let the file go."""
-        self._stack.close()
 
 
 def write_in_pieces(

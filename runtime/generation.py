@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.runtime.decoding.base import Decoder, FloatArray
+from edgepeft.runtime.decoding.base import Array, Decoder, FloatArray
 from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
 from edgepeft.runtime.decoding.options import Completion, FinishReason, GenerationOptions
 from edgepeft.runtime.decoding.prompt_cache import PromptCache
@@ -69,6 +69,10 @@ class Generation:
         options: how.
         decode: the text of token ids; None where only the ids are asked for.
         cache: keys and values of what the prompts begin with.
+        keep: whether to keep the first row's at the end.
+
+    Attributes:
+        kept: these, with the tokens that they stand for; None before the end, or where nothing was read.
     """
 
     def __init__(
@@ -79,8 +83,12 @@ class Generation:
         options: GenerationOptions,
         decode: Decode | None,
         cache: PromptCache | None = None,
+        *,
+        keep: bool = False,
     ) -> None:
         self._decoder, self._cache = decoder, cache
+        self._keep = keep
+        self.kept: tuple[list[int], dict[str, Array]] | None = None
         self._rows = [_Row(manifest, prompt, options, row, decode) for row, prompt in enumerate(prompts)]
         self._begun = False
         self._seconds = [0.0, 0.0]
@@ -112,7 +120,7 @@ class Generation:
         else:
             logits = [self._read_prompt(index, row) for index, row in enumerate(self._rows)]
             self._begun = True
-            self._release_cache()
+            self._cache = None
         pieces = [
             row.take(values) if row.reason is None else ""
             for row, values in zip(self._rows, logits, strict=True)
@@ -137,9 +145,14 @@ class Generation:
 
     def close(self) -> None:
         """Free what generating holds; rows that have not ended are cancelled."""
+        first = self._rows[0]
+        if self._keep and self._decoder.lengths[0]:
+            read = [*first.prompt, *first.ids][: self._decoder.lengths[0]]
+            self.kept = read, self._decoder.snapshot(0)
+        self._keep = False
         for row in self._rows:
             row.reason = row.reason or "cancelled"
-        self._release_cache()
+        self._cache = None
         self._decoder.close()
 
     def _read_prompt(self, index: int, row: _Row) -> FloatArray:
@@ -148,8 +161,3 @@ class Generation:
             if row.cached:
                 self._decoder.restore(index, self._cache.state(row.cached))
         return self._decoder.read(index, row.prompt[row.cached :])
-
-    def _release_cache(self) -> None:
-        if self._cache is not None:
-            self._cache.close()
-            self._cache = None

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,7 @@ from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.cache import cache_specs, growing_cache_bytes
 from edgepeft.runtime.decoding.choose import decoder_for
 from edgepeft.runtime.decoding.options import Completion, GenerationOptions, check_lengths
-from edgepeft.runtime.decoding.prompt_cache import PromptCache, origin, save_prompt_cache
+from edgepeft.runtime.decoding.prompt_cache import PromptCache, open_prompt_cache, origin
 from edgepeft.runtime.generation import Generation
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan, plan_forward, plan_generation
@@ -20,6 +21,17 @@ from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.tasks import Task
 
 Messages = Sequence[Mapping[str, Any]]
+CacheSpec = PromptCache | str | Path | None
+"""A prompt cache, or its file."""
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A generation, what its keys and values depend on, and the bytes that they take at most."""
+
+    generation: Generation
+    made_by: Mapping[str, str]
+    held_bytes: int
 
 
 class TextStream(Iterator[str]):
@@ -29,11 +41,10 @@ class TextStream(Iterator[str]):
     threads. At its end, or once it is closed, or when nothing refers to it any more, its memory is free.
     """
 
-    def __init__(
-        self, generation: Generation, sessions: Sessions, lock: threading.RLock, held_bytes: int
-    ) -> None:
-        self._generation, self._sessions, self._lock = generation, sessions, lock
-        self.held_bytes = held_bytes
+    def __init__(self, begun: _Begun, sessions: Sessions, lock: threading.RLock) -> None:
+        self._generation, self._made_by = begun.generation, begun.made_by
+        self._sessions, self._lock = sessions, lock
+        self.held_bytes = begun.held_bytes
         sessions.lend(self)
 
     @property
@@ -47,6 +58,14 @@ class TextStream(Iterator[str]):
             if not self._generation.ended:
                 raise UsageError("the stream has not ended: read it to its end or close it first")
             return self._generation.completions[0]
+
+    @property
+    def prompt_cache(self) -> PromptCache | None:
+        """What a stream with `keep` has read, once it has ended, for the next `prompt_cache`; None where
+        nothing was read."""
+        with self._lock:
+            kept = self._generation.kept
+            return None if kept is None else PromptCache.of(kept[0], self._made_by, kept[1])
 
     def __next__(self) -> str:
         """The next piece, never empty, of whole characters."""
@@ -108,93 +127,106 @@ class Generator:
         prompt: str | Sequence[str] | None,
         messages: Messages | None,
         adapter: AdapterSpec,
-        prompt_cache: str | Path | None,
+        prompt_cache: CacheSpec,
         options: Mapping[str, object],
     ) -> str | list[str]:
         """See `edgepeft.runtime.model.Model.generate`."""
         chosen = GenerationOptions.of(options)
         if prompt is None or isinstance(prompt, str):
-            generation, _ = self._begin([self._encode(prompt, messages)], adapter, chosen, prompt_cache)
-            return generation.run()[0].text
+            begun = self._begin([self._encode(prompt, messages)], adapter, chosen, prompt_cache)
+            return begun.generation.run()[0].text
         prompts = [self._encode(text, messages) for text in prompt]
-        generation, _ = self._begin(prompts, adapter, chosen, prompt_cache)
-        return [completion.text for completion in generation.run()]
+        begun = self._begin(prompts, adapter, chosen, prompt_cache)
+        return [completion.text for completion in begun.generation.run()]
 
     def stream(
         self,
         prompt: str | None,
         messages: Messages | None,
         adapter: AdapterSpec,
-        prompt_cache: str | Path | None,
+        prompt_cache: CacheSpec,
+        keep: bool,
         options: Mapping[str, object],
     ) -> TextStream:
         """See `edgepeft.runtime.model.Model.stream`."""
         chosen = GenerationOptions.of(options)
         ids = self._encode(prompt, messages)
-        generation, held_bytes = self._begin([ids], adapter, chosen, prompt_cache)
-        return TextStream(generation, self._sessions, self._lock, held_bytes)
+        begun = self._begin([ids], adapter, chosen, prompt_cache, keep=keep)
+        return TextStream(begun, self._sessions, self._lock)
 
     def ids(
         self,
         prompt: Sequence[int],
         adapter: AdapterSpec,
-        prompt_cache: str | Path | None,
+        prompt_cache: CacheSpec,
         options: Mapping[str, object],
     ) -> list[int]:
         """See `edgepeft.runtime.model.Model.generate_ids`."""
         chosen = GenerationOptions.of(options)
-        generation, _ = self._begin([prompt], adapter, chosen, prompt_cache, as_text=bool(chosen.stop))
-        return generation.run()[0].ids
+        begun = self._begin([prompt], adapter, chosen, prompt_cache, as_text=bool(chosen.stop))
+        return begun.generation.run()[0].ids
 
-    def save_prompt(
-        self, prompt: str | None, messages: Messages | None, adapter: AdapterSpec, path: Path
-    ) -> int:
-        """See `edgepeft.runtime.model.Model.save_prompt`."""
+    def read_prompt(self, prompt: str | None, messages: Messages | None, adapter: AdapterSpec) -> PromptCache:
+        """See `edgepeft.runtime.model.Model.read_prompt`."""
         ids = self._encode(prompt, messages)
-        self._check([ids], 1)
+        self._check([ids], 0)
         self._require_cache()
         # The snapshot is as large as another row's cache.
-        session, inputs, plan = self._sessions.borrowed(adapter, self._planned([ids], 1, rows=2))
+        session, inputs, plan = self._sessions.borrowed(adapter, self._planned([ids], 0, rows=2))
         decoder = decoder_for(session, self._manifest, plan, [len(ids)])
         try:
             decoder.read(0, ids)
-            save_prompt_cache(path, origin(self._manifest, inputs), ids, decoder.snapshot(0))
+            return PromptCache.of(ids, origin(self._manifest, inputs), decoder.snapshot(0))
         finally:
             decoder.close()
-        return len(ids)
 
     def _begin(
         self,
         prompts: Sequence[Sequence[int]],
         adapter: AdapterSpec,
         options: GenerationOptions,
-        prompt_cache: str | Path | None,
+        prompt_cache: CacheSpec,
         *,
         as_text: bool = True,
-    ) -> tuple[Generation, int]:
-        """A generation that has read nothing yet, and the bytes that its caches hold at most."""
+        keep: bool = False,
+    ) -> _Begun:
+        """A generation that has read nothing yet."""
         self._check(prompts, options.max_new_tokens)
-        cache = None if prompt_cache is None else self._open_cache(Path(prompt_cache))
-        planned = self._planned(prompts, options.max_new_tokens, rows=len(prompts))
+        if keep or prompt_cache is not None:
+            self._require_cache()
+        cache = (
+            open_prompt_cache(Path(prompt_cache), self._manifest)
+            if isinstance(prompt_cache, str | Path)
+            else prompt_cache
+        )
+        rows, cached_bytes = len(prompts) + keep, 0 if cache is None else cache.held_bytes
+        planned = self._planned(prompts, options.max_new_tokens, rows, cached_bytes)
         session, inputs, plan = self._sessions.borrowed(adapter, planned)
+        made_by = {} if cache is None and not keep else origin(self._manifest, inputs)
         if cache is not None:
-            cache.check_origin(origin(self._manifest, inputs))
+            cache.check_origin(made_by)
         # The last token that is written is not read.
         capacities = [len(prompt) + options.max_new_tokens - 1 for prompt in prompts]
-        decoder = decoder_for(session, self._manifest, plan, capacities)
         generation = Generation(
-            decoder, self._manifest, prompts, options, self._task.text.decode if as_text else None, cache
+            decoder_for(session, self._manifest, plan, capacities),
+            self._manifest,
+            prompts,
+            options,
+            self._task.text.decode if as_text else None,
+            cache,
+            keep=keep,
         )
-        growing = growing_cache_bytes(self._manifest, len(prompts), max(capacities))
-        return generation, plan.cache_bytes if plan.role == STREAMED else growing
+        growing_bytes = growing_cache_bytes(self._manifest, rows, max(capacities))
+        return _Begun(generation, made_by, plan.cache_bytes if plan.role == STREAMED else growing_bytes)
 
     def _planned(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows: int
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, rows: int, cached_bytes: int = 0
     ) -> Callable[[int, int], RunPlan]:
-        """Plans for `Sessions.borrowed`."""
+        """Plans for `Sessions.borrowed`: rows of the longest prompt, beside a cache that is in memory."""
         longest = max(map(len, prompts))
 
         def plan(process_bytes: int, rank: int) -> RunPlan:
+            process_bytes += cached_bytes
             if self._decodes:
                 shape = 1, max(longest, max_new_tokens)
                 return plan_forward(self._manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
@@ -229,10 +261,6 @@ class Generator:
         answer = {"decoder_input_ids": [[start]]} if self._decodes else {}
         for prompt in prompts:
             check_batch(self._manifest, specs, {"input_ids": [prompt], **answer})
-
-    def _open_cache(self, path: Path) -> PromptCache:
-        self._require_cache()
-        return PromptCache(path, self._manifest)
 
     def _require_cache(self) -> None:
         if self._decodes or not cache_specs(self._manifest):

@@ -16,7 +16,8 @@ from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.decoding.growing import empty_cache
-from edgepeft.runtime.generator import Generator, Messages, TextStream
+from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.generator import CacheSpec, Generator, Messages, TextStream
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
 from edgepeft.runtime.loss import loss_and_gradients
 from edgepeft.runtime.memory.inference import RunPlan, plan_forward
@@ -131,7 +132,7 @@ class Model:
         adapter: AdapterSpec = None,
         *,
         messages: Messages | None = None,
-        prompt_cache: str | Path | None = None,
+        prompt_cache: CacheSpec = None,
         **options: Any,
     ) -> str: ...
 
@@ -141,7 +142,7 @@ class Model:
         prompt: Sequence[str],
         adapter: AdapterSpec = None,
         *,
-        prompt_cache: str | Path | None = None,
+        prompt_cache: CacheSpec = None,
         **options: Any,
     ) -> list[str]: ...
 
@@ -152,7 +153,7 @@ class Model:
         adapter: AdapterSpec = None,
         *,
         messages: Messages | None = None,
-        prompt_cache: str | Path | None = None,
+        prompt_cache: CacheSpec = None,
         **options: Any,
     ) -> str | list[str]:
         """Continue a text or several, or answer a conversation.
@@ -162,8 +163,8 @@ class Model:
             adapter: as for `forward`.
             messages: instead of a prompt, a conversation for the base model's chat template, `{"role",
                 "content"}` each.
-            prompt_cache: a file of `save_prompt`; what prompts have in common with its beginning is not read
-                again.
+            prompt_cache: of `read_prompt` or a stream with `keep`, or its file; what prompts have in common
+                with it is not read again.
             **options: see `GenerationOptions`: `max_new_tokens`, `temperature`, `seed`, `stop`, ….
 
         Returns:
@@ -185,7 +186,8 @@ class Model:
         adapter: AdapterSpec = None,
         *,
         messages: Messages | None = None,
-        prompt_cache: str | Path | None = None,
+        prompt_cache: CacheSpec = None,
+        keep: bool = False,
         **options: Any,
     ) -> TextStream:
         """Continue a text, or answer a conversation, piece by piece as the model writes it.
@@ -193,6 +195,7 @@ class Model:
         Args:
             prompt: the text to continue.
             adapter, messages, prompt_cache, **options: as for `generate`.
+            keep: have a `prompt_cache` of prompt and answer at the end, for what continues them.
 
         Returns:
             An iterator over pieces of text, with the `result` at its end; `close` ends it before.
@@ -200,7 +203,7 @@ class Model:
         Raises:
             As `generate`, before the first piece.
         """
-        return self._generator.stream(prompt, messages, adapter, prompt_cache, options)
+        return self._generator.stream(prompt, messages, adapter, prompt_cache, keep, options)
 
     @one_at_a_time
     def generate_ids(
@@ -208,7 +211,7 @@ class Model:
         prompt: Sequence[int],
         adapter: AdapterSpec = None,
         *,
-        prompt_cache: str | Path | None = None,
+        prompt_cache: CacheSpec = None,
         **options: Any,
     ) -> list[int]:
         """Continue token ids; see `generate`. The end-of-sequence token is included if it was reached; no
@@ -216,29 +219,21 @@ class Model:
         return self._generator.ids(prompt, adapter, prompt_cache, options)
 
     @one_at_a_time
-    def save_prompt(
-        self,
-        prompt: str | None,
-        path: str | Path,
-        adapter: AdapterSpec = None,
-        *,
-        messages: Messages | None = None,
-    ) -> int:
-        """Read a prompt and keep what the model made of it in a file, for `prompt_cache`.
+    def read_prompt(
+        self, prompt: str | None = None, adapter: AdapterSpec = None, *, messages: Messages | None = None
+    ) -> PromptCache:
+        """Read a prompt, or a conversation, that others begin with: once for all of them.
 
         Args:
-            prompt: the text, or None for messages.
-            path: the file; it holds only for this bundle and this adapter.
-            adapter, messages: as for `generate`.
+            prompt, adapter, messages: as for `generate`.
 
         Returns:
-            How many tokens the prompt has.
+            What `prompt_cache` takes; `save` writes it to a file.
 
         Raises:
             UsageError: the model has no key/value cache; and see `generate`.
-            EdgePeftError: the file cannot be written.
         """
-        return self._generator.save_prompt(prompt, messages, adapter, Path(path))
+        return self._generator.read_prompt(prompt, messages, adapter)
 
     @one_at_a_time
     def predict(

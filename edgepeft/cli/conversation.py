@@ -1,7 +1,7 @@
 """A conversation at the terminal: a line is a message, the answer comes as it is written."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -21,16 +21,22 @@ def lines() -> Iterator[str]:
     click.echo()
 
 
-def converse(messages: list[dict[str, str]], open_stream: Callable[[list[dict[str, str]]], Any]) -> None:
+def converse(model: Any, messages: list[dict[str, str]], prompt_cache: Any, asked: dict[str, Any]) -> None:
     """Answer line after line; an interrupt ends an answer, and at the prompt the conversation.
 
     Args:
+        model: the loaded bundle.
         messages: what was said before, such as a system message; the conversation is added to it.
-        open_stream: the stream of the answer to a conversation.
+        prompt_cache: what the conversation begins with, if that was read before; then every answer goes on
+            from the one before.
+        asked: what else `Model.stream` takes.
     """
     for line in lines():
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": write(open_stream(messages)).text})
+        stream = model.stream(messages=messages, prompt_cache=prompt_cache, keep=True, **asked)
+        prompt_cache = None
+        messages.append({"role": "assistant", "content": write(stream).text})
+        prompt_cache = stream.prompt_cache
 
 
 def write(stream: Any) -> Any:

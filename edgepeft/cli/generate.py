@@ -84,22 +84,19 @@ def generate(
 
     with load(bundle, memory_budget=budget) as model:
         if text is None:
-            cached = {**options, "prompt_cache": prompt_cache}
-            converse(messages, lambda said: model.stream(messages=said, adapter=spec, **cached))
+            converse(model, messages, prompt_cache, {**options, "adapter": spec})
             return
         asked: dict[str, Any] = (
-            {"prompt": None, "messages": [*messages, {"role": "user", "content": text}]}
-            if chat
-            else {"prompt": text}
+            {"messages": [*messages, {"role": "user", "content": text}]} if chat else {"prompt": text}
         )
         if save_prompt_cache:
-            tokens = model.save_prompt(**asked, path=save_prompt_cache, adapter=spec)
-            summary = {"file": save_prompt_cache, "prompt_tokens": tokens}
-            nbytes = Path(save_prompt_cache).stat().st_size
+            read = model.read_prompt(**asked, adapter=spec)
+            read.save(save_prompt_cache)
+            summary = {"prompt_tokens": len(read.ids), "nbytes": Path(save_prompt_cache).stat().st_size}
             click.echo(
-                json.dumps({**summary, "nbytes": nbytes}, indent=1)
+                json.dumps({"file": save_prompt_cache, **summary}, indent=1)
                 if as_json
-                else f"{save_prompt_cache}: {tokens} tokens, {nbytes:,} B"
+                else f"{save_prompt_cache}: {summary['prompt_tokens']} tokens, {summary['nbytes']:,} B"
             )
             return
         answer = model.stream(**asked, adapter=spec, prompt_cache=prompt_cache, **options)

@@ -124,7 +124,7 @@ def test_stop_texts_are_those_of_transformers(device: Model) -> None:
 
 def test_a_prompt_cache_changes_nothing(device: Model, tmp_path: Path) -> None:
     """All of the prompt, its beginning, more than it; in a batch too."""
-    device.save_prompt("XYZ 123?", tmp_path / "prompt")
+    device.read_prompt("XYZ 123?").save(tmp_path / "prompt")
     prompts = ["XYZ 123?", "XYZ 123? !", "XY.", "a"]
     expected = [device.generate(text, max_new_tokens=COUNT) for text in prompts]
     for text, answer, cached in zip(prompts, expected, (7, 8, 2, 0), strict=True):
@@ -146,6 +146,6 @@ def test_an_encoder_decoder_answers_as_in_transformers(bundle: Callable[[str], P
             answers = device.generate(TEXTS, **options)
             assert answers == [device.generate(text, **options) for text in TEXTS]
         with pytest.raises(UsageError, match="no key/value cache"):
-            device.save_prompt("a", tmp_path / "prompt")
+            device.read_prompt("a")
         with pytest.raises(UsageError, match="no key/value cache"):
             device.generate("a", prompt_cache=tmp_path / "prompt")

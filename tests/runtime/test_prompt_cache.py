@@ -11,7 +11,7 @@ import safetensors.numpy
 import edgepeft
 from edgepeft.bundle.writer import hash_file
 from edgepeft.errors import UsageError
-from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.decoding.prompt_cache import open_prompt_cache
 from edgepeft.runtime.model import Model
 
 from . import tiny
@@ -24,11 +24,13 @@ PROMPT = "w5 w9 w2 w7"
 @pytest.fixture
 def saved(bundle: Path, tmp_path: Path) -> Path:
     with edgepeft.load(bundle) as model:
-        assert model.save_prompt(PROMPT, tmp_path / "prompt", "one") == 4
+        cache = model.read_prompt(PROMPT, "one")
+        assert len(cache.ids) == 4
+        cache.save(tmp_path / "prompt")
     return tmp_path / "prompt"
 
 
-def result(model: Model, prompt: str, path: Path | None) -> tuple[str, int]:
+def result(model: Model, prompt: str, path: Any) -> tuple[str, int]:
     stream = model.stream(prompt, "one", max_new_tokens=6, prompt_cache=path)
     return "".join(stream), stream.result.cached_tokens
 
@@ -53,11 +55,37 @@ def test_the_answer_is_the_same(bundle: Path, saved: Path, prompt: str, cached: 
         assert model.generate(prompts, "one", max_new_tokens=6, prompt_cache=saved) == texts
 
 
+def test_what_a_stream_has_read_goes_on(bundle: Path) -> None:
+    """Prompt and answer but the last token, whether it ended or was closed; for the same adapter."""
+    with edgepeft.load(bundle) as model:
+        stream = model.stream(PROMPT, "one", max_new_tokens=4, keep=True)
+        assert stream.prompt_cache is None
+        answer = "".join(stream)
+        cache = stream.prompt_cache
+        assert cache is not None
+        assert cache.ids == [5, 9, 2, 7, *stream.result.ids[:-1]]
+        assert cache.held_bytes == len(cache.ids) * 2 * tiny.WIDTH * 4
+        following = f"{PROMPT} {answer} w8"
+        expected, _ = result(model, following, None)
+        for _ in range(2):  # it is not used up
+            assert result(model, following, cache) == (expected, len(cache.ids))
+        with pytest.raises(UsageError, match="was made with another adapter"):
+            model.generate(following, "two", prompt_cache=cache, max_new_tokens=2)
+        closed = model.stream(PROMPT, "one", max_new_tokens=4, keep=True)
+        next(closed)
+        closed.close()
+        assert closed.prompt_cache is not None
+        assert closed.prompt_cache.ids == [5, 9, 2, 7]
+        unread = model.stream(PROMPT, "one", max_new_tokens=4, keep=True)
+        unread.close()
+        assert unread.prompt_cache is None
+
+
 def test_messages_are_kept_too(bundle: Path, tmp_path: Path) -> None:
     """The beginning that two conversations share is read once."""
     system = {"role": "system", "content": "w7 w7 w2"}
     with edgepeft.load(bundle) as model:
-        model.save_prompt(None, tmp_path / "system", messages=[system])
+        model.read_prompt(messages=[system]).save(tmp_path / "system")
         messages = [system, {"role": "user", "content": "w5 w9"}]
         stream = model.stream(messages=messages, max_new_tokens=6, prompt_cache=tmp_path / "system")
         assert "".join(stream) == model.generate(messages=messages, max_new_tokens=6)
@@ -70,7 +98,7 @@ def test_another_adapter_or_bundle_is_refused(bundle: Path, saved: Path, tmp_pat
     weights = bytearray((other / "weights.bin").read_bytes())
     with edgepeft.load(bundle) as model:
         for adapter in (None, "two", {"one": 0.5}):
-            with pytest.raises(UsageError, match="was saved with another adapter"):
+            with pytest.raises(UsageError, match="was made with another adapter"):
                 model.generate(PROMPT, adapter, prompt_cache=saved, max_new_tokens=2)
         copied = bundle / "adapters" / "one"
         assert model.generate(PROMPT, copied, prompt_cache=saved, max_new_tokens=2)
@@ -79,7 +107,7 @@ def test_another_adapter_or_bundle_is_refused(bundle: Path, saved: Path, tmp_pat
     data = json.loads((other / "manifest.json").read_text())
     data["files"]["weights.bin"]["sha256"] = hash_file(other / "weights.bin").sha256
     (other / "manifest.json").write_text(json.dumps(data))
-    with edgepeft.load(other) as model, pytest.raises(UsageError, match="was saved with another bundle"):
+    with edgepeft.load(other) as model, pytest.raises(UsageError, match="was made with another bundle"):
         model.generate(PROMPT, prompt_cache=saved, max_new_tokens=2)
 
 
@@ -88,14 +116,15 @@ def test_a_context_that_is_too_short_is_said_first(bundle: Path, saved: Path) ->
     with edgepeft.load(bundle) as model:
         with pytest.raises(UsageError, match="context holds 16"):
             model.generate(PROMPT, "one", prompt_cache=saved.parent / "none", max_new_tokens=13)
-        with pytest.raises(UsageError, match="16 tokens and 1 more"):
-            model.save_prompt(" ".join(["w1"] * 16), saved)
+        with pytest.raises(UsageError, match="17 tokens and 0 more"):
+            model.read_prompt(" ".join(["w1"] * 17))
+        assert len(model.read_prompt(" ".join(["w1"] * 16)).ids) == 16
 
 
-def test_a_model_without_keys_and_values_is_refused(classifier: Path, tmp_path: Path) -> None:
+def test_a_model_without_keys_and_values_is_refused(classifier: Path) -> None:
     """A classifier generates nothing at all."""
     with edgepeft.load(classifier) as model, pytest.raises(UsageError, match="generates no text"):
-        model.save_prompt("w1", tmp_path / "prompt")
+        model.read_prompt("w1")
 
 
 KEY = np.zeros((1, 4, tiny.WIDTH), np.float32)
@@ -162,4 +191,4 @@ def test_damaged_metadata_is_refused(bundle: Path, tmp_path: Path) -> None:
     for text in ("{", "[" * 100_000):
         safetensors.numpy.save_file(GOOD, tmp_path / "prompt", {"edgepeft_prompt": text})
         with edgepeft.load(bundle) as model, pytest.raises(UsageError, match="is no prompt cache"):
-            PromptCache(tmp_path / "prompt", model.manifest)
+            open_prompt_cache(tmp_path / "prompt", model.manifest)
