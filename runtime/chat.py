@@ -30,20 +30,22 @@ class ChatTemplate:
             import jinja2
             import jinja2.ext
             import jinja2.sandbox
+
+            from edgepeft.runtime.chat_extension import Generation
         except ImportError as error:
             raise MissingExtraError("jinja2", "chat", "reading messages") from error
         config = _read_config(bundle)
         source = (
             bundle.file(_TEMPLATE_FILE).read_text("utf-8")
             if _TEMPLATE_FILE in bundle.manifest.files
-            else config.get("chat_template")
+            else _template(config.get("chat_template"))
         )
         if not isinstance(source, str):
             raise BundleError(
                 f"{bundle.path}: the model has no chat template: use prompt and completion instead"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(
             value, ensure_ascii=False, **options
@@ -132,6 +134,14 @@ def _read_config(bundle: Bundle) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is not JSON ({error})") from error
     return config if isinstance(config, dict) else {}
+
+
+def _template(value: object) -> object:
+    """The template, of a tokenizer configuration that may list several by name."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        return named.get("default")
+    return value
 
 
 def _token(value: object) -> str:
