@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
@@ -156,15 +156,18 @@ class Generator:
 
     def ids(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | Sequence[Sequence[int]],
         adapter: AdapterSpec,
         prompt_cache: CacheSpec,
         options: Mapping[str, object],
-    ) -> list[int]:
+    ) -> list[int] | list[list[int]]:
         """See `edgepeft.runtime.model.Model.generate_ids`."""
         chosen = GenerationOptions.of(options)
-        begun = self._begin([prompt], adapter, chosen, prompt_cache, as_text=bool(chosen.stop))
-        return begun.generation.run()[0].ids
+        several = len(prompt) > 0 and isinstance(prompt[0], Sequence)
+        prompts = cast(Sequence[Sequence[int]], prompt if several else [prompt])
+        begun = self._begin(prompts, adapter, chosen, prompt_cache, as_text=bool(chosen.stop))
+        answers = [completion.ids for completion in begun.generation.run()]
+        return answers if several else answers[0]
 
     def read_prompt(self, prompt: str | None, messages: Messages | None, adapter: AdapterSpec) -> PromptCache:
         """See `edgepeft.runtime.model.Model.read_prompt`."""

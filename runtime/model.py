@@ -126,25 +126,10 @@ class Model:
         return loss_and_gradients(self._bundle, self._sessions, self._budget_bytes, batch, adapter)
 
     @overload
-    def generate(
-        self,
-        prompt: str | None = None,
-        adapter: AdapterSpec = None,
-        *,
-        messages: Messages | None = None,
-        prompt_cache: CacheSpec = None,
-        **options: Any,
-    ) -> str: ...
+    def generate(self, prompt: str | None = None, adapter: AdapterSpec = None, **options: Any) -> str: ...
 
     @overload
-    def generate(
-        self,
-        prompt: Sequence[str],
-        adapter: AdapterSpec = None,
-        *,
-        prompt_cache: CacheSpec = None,
-        **options: Any,
-    ) -> list[str]: ...
+    def generate(self, prompt: Sequence[str], adapter: AdapterSpec = None, **options: Any) -> list[str]: ...
 
     @one_at_a_time
     def generate(
@@ -205,17 +190,27 @@ class Model:
         """
         return self._generator.stream(prompt, messages, adapter, prompt_cache, keep, options)
 
+    @overload
+    def generate_ids(
+        self, prompt: Sequence[int], adapter: AdapterSpec = None, **options: Any
+    ) -> list[int]: ...
+
+    @overload
+    def generate_ids(
+        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpec = None, **options: Any
+    ) -> list[list[int]]: ...
+
     @one_at_a_time
     def generate_ids(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | Sequence[Sequence[int]],
         adapter: AdapterSpec = None,
         *,
         prompt_cache: CacheSpec = None,
         **options: Any,
-    ) -> list[int]:
-        """Continue token ids; see `generate`. The end-of-sequence token is included if it was reached; no
-        tokenizer is needed, except for `stop`."""
+    ) -> list[int] | list[list[int]]:
+        """Continue token ids, or several lists of them; see `generate`. The end-of-sequence token is included
+        if it was reached; no tokenizer is needed, except for `stop`."""
         return self._generator.ids(prompt, adapter, prompt_cache, options)
 
     @one_at_a_time

@@ -43,7 +43,7 @@ class Sampler:
         if self._options.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = candidates(logits, self._options)
-        cumulative = probabilities.cumsum()
+        cumulative = probabilities.cumsum(dtype=np.float64)
         if not cumulative[-1] > 0:
             raise EdgePeftError(
                 f"{np.isnan(logits).sum()} of the model's {logits.size} logits are not numbers, so no token "
@@ -64,8 +64,8 @@ def penalized(logits: FloatArray, seen: Iterable[int], penalty: float) -> FloatA
     return result
 
 
-def candidates(logits: FloatArray, options: GenerationOptions) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    """The tokens that may be drawn, ascending, and their probabilities, which sum to 1.
+def candidates(logits: FloatArray, options: GenerationOptions) -> tuple[IntArray, FloatArray]:
+    """The tokens that may be drawn, ascending, and their probabilities, float32.
 
     Args:
         logits: float32 `[vocab]`.
@@ -80,11 +80,10 @@ def candidates(logits: FloatArray, options: GenerationOptions) -> tuple[IntArray
     if options.top_p is not None and options.top_p < 1:
         removed = 1 - options.top_p
         # Those below an equal share of what is removed are all removed: only the others are sorted.
-        likely = np.flatnonzero(probabilities > removed / probabilities.size)
-        order = likely[probabilities[likely].argsort(kind="stable")]
-        kept = probabilities[order].cumsum() > removed - (1 - probabilities[order].sum())
-        kept[-1] = True
-        chosen = np.sort(order[kept])
+        likely = np.sort(probabilities[probabilities > removed / probabilities.size])
+        kept = likely.cumsum(dtype=np.float64) > removed - (1 - likely.sum(dtype=np.float64))
+        least = likely[kept.argmax()] if kept.any() else likely[-1]
+        chosen = np.flatnonzero(probabilities >= least)  # and those that equal the least likely of them
         tokens, probabilities = tokens[chosen], probabilities[chosen]
     if options.min_p is not None:
         chosen = np.flatnonzero(probabilities >= options.min_p * probabilities.max())
@@ -92,7 +91,7 @@ def candidates(logits: FloatArray, options: GenerationOptions) -> tuple[IntArray
     return tokens, probabilities / probabilities.sum()
 
 
-def _softmax(scores: FloatArray) -> npt.NDArray[np.float64]:
-    powers = np.exp((scores - scores.max()).astype(np.float64))
-    result: npt.NDArray[np.float64] = powers / powers.sum()
+def _softmax(scores: FloatArray) -> FloatArray:
+    powers = np.exp(scores - scores.max())
+    result: FloatArray = powers / powers.sum()
     return result

@@ -149,6 +149,9 @@ def test_a_batch_gets_what_its_prompts_get_alone(bundle: Path, options: dict[str
             own = {**options, "seed": options["seed"] + index} if options else {}
             alone.append(model.generate(prompt, "two", max_new_tokens=9, **own))
         assert model.generate(prompts, "two", max_new_tokens=9, **options) == alone
+        ids = [model._task.text.encode(prompt)[0] for prompt in prompts]
+        texts = map(model._task.text.decode, model.generate_ids(ids, "two", max_new_tokens=9, **options))
+        assert list(texts) == alone
         assert len({len(text.split()) for text in alone}) > 2, "the answers all have one length: another seed"
         assert model.generate(prompts[:1], "two", max_new_tokens=9, **options) == alone[:1]
 
