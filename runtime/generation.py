@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.decoding.base import Array, Decoder, FloatArray
 from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
 from edgepeft.runtime.decoding.options import Completion, FinishReason, GenerationOptions
@@ -11,6 +12,9 @@ from edgepeft.runtime.decoding.prompt_cache import PromptCache
 from edgepeft.runtime.decoding.sampling import Sampler
 
 Decode = Callable[[list[int]], str]
+
+# Tokens of a prompt that are read before somebody else has a turn, or the stream may be closed.
+_PIECE = 512
 
 
 class _Row:
@@ -25,6 +29,7 @@ class _Row:
         decode: Decode | None,
     ) -> None:
         self.prompt = list(prompt)
+        self.read = 0  # tokens of the prompt
         self.ids: list[int] = []
         self.text = ""
         self.reason: FinishReason | None = None
@@ -90,8 +95,9 @@ class Generation:
         self._keep = keep
         self.kept: tuple[list[int], dict[str, Array]] | None = None
         self._rows = [_Row(manifest, prompt, options, row, decode) for row, prompt in enumerate(prompts)]
-        self._begun = False
-        self._seconds = [0.0, 0.0]
+        # Without a cache, a prompt is read with every token, and an encoder reads it whole.
+        self._piece = _PIECE if cache_specs(manifest) else max(map(len, prompts))
+        self._prefill_s = self._decode_s = 0.0
 
     @property
     def ended(self) -> bool:
@@ -103,35 +109,33 @@ class Generation:
         """What every row has so far, in the order of the prompts; one that has not ended is cancelled."""
         return [
             Completion(
-                row.text, row.ids, row.reason or "cancelled", len(row.prompt), row.cached, *self._seconds
+                text=row.text,
+                ids=row.ids,
+                finish_reason=row.reason or "cancelled",
+                prompt_tokens=len(row.prompt),
+                cached_tokens=row.cached,
+                prefill_s=self._prefill_s,
+                decode_s=self._decode_s,
             )
             for row in self._rows
         ]
 
     def advance(self) -> list[str]:
-        """One more token for every row that has not ended; the text that each adds.
-
-        The first call reads the prompts.
-        """
+        """Read on in a prompt, or one more token for every row that has not ended; the text that each row
+        gets."""
         began_s = time.perf_counter()
-        phase = int(self._begun)
-        if self._begun:
-            logits: Sequence[FloatArray] = list(self._decoder.step([row.ids[-1] for row in self._rows]))
-        else:
-            logits = [self._read_prompt(index, row) for index, row in enumerate(self._rows)]
-            self._begun = True
-            self._cache = None
-        pieces = [
-            row.take(values) if row.reason is None else ""
-            for row, values in zip(self._rows, logits, strict=True)
-        ]
+        unread = next((index for index, row in enumerate(self._rows) if not row.ids), None)
+        pieces = self._step() if unread is None else self._read(unread)
         if self.ended:
             self.close()
         else:
             for index, row in enumerate(self._rows):
                 if row.reason is not None:
                     self._decoder.truncate(index, 0)
-        self._seconds[phase] += time.perf_counter() - began_s
+        if unread is None:
+            self._decode_s += time.perf_counter() - began_s
+        else:
+            self._prefill_s += time.perf_counter() - began_s
         return pieces
 
     def run(self) -> list[Completion]:
@@ -155,9 +159,26 @@ class Generation:
         self._cache = None
         self._decoder.close()
 
-    def _read_prompt(self, index: int, row: _Row) -> FloatArray:
-        if self._cache is not None:
-            row.cached = self._cache.common_prefix(row.prompt)
+    def _read(self, index: int) -> list[str]:
+        """Some more of a row's prompt; after the last of it, the first token."""
+        row = self._rows[index]
+        if row.read == 0 and self._cache is not None:
+            row.read = row.cached = self._cache.common_prefix(row.prompt)
             if row.cached:
                 self._decoder.restore(index, self._cache.state(row.cached))
-        return self._decoder.read(index, row.prompt[row.cached :])
+        piece = row.prompt[row.read : row.read + self._piece]
+        logits = self._decoder.read(index, piece)
+        row.read += len(piece)
+        pieces = [""] * len(self._rows)
+        if row.read == len(row.prompt):
+            pieces[index] = row.take(logits)
+            if row is self._rows[-1]:
+                self._cache = None
+        return pieces
+
+    def _step(self) -> list[str]:
+        logits = self._decoder.step([row.ids[-1] for row in self._rows])
+        return [
+            row.take(values) if row.reason is None else ""
+            for row, values in zip(self._rows, logits, strict=True)
+        ]

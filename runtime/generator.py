@@ -71,7 +71,7 @@ class TextStream(Iterator[str]):
         """The next piece, never empty, of whole characters."""
         piece = ""
         while not piece:
-            # Other threads may have the model between two tokens.
+            # Other threads may have the model between two tokens, or pieces of the prompt.
             with self._lock:
                 if self._generation.ended:
                     self._sessions.give_back(self)

@@ -112,6 +112,23 @@ def test_a_closed_stream_is_cancelled_and_holds_nothing(bundle: Path) -> None:
         assert len(model._sessions._borrowers) == 0
 
 
+def test_a_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same answers, alone, in a batch and after a prompt cache; and it may be closed in between."""
+    prompts = ["w5 w9 w2 w7 w1", "w3", "w4 w4 w4 w1 w2 w3"]
+    with endless(bundle) as model:
+        expected = model.generate(prompts, "one", max_new_tokens=6)
+        cache = model.read_prompt(prompts[0], "one")
+        monkeypatch.setattr("edgepeft.runtime.generation._PIECE", 2)
+        assert model.generate(prompts, "one", max_new_tokens=6) == expected
+        assert model.generate(prompts, "one", max_new_tokens=6, prompt_cache=cache) == expected
+        stream = model.stream(prompts[0], "one", max_new_tokens=6, keep=True)
+        assert stream._generation.advance() == [""]
+        stream.close()
+        assert (stream.result.finish_reason, stream.result.ids) == ("cancelled", [])
+        assert stream.prompt_cache is not None
+        assert stream.prompt_cache.ids == [5, 9]
+
+
 def test_calls_between_two_pieces_change_nothing(bundle: Path) -> None:
     """Two streams in turn, and a forward pass of a third adapter."""
     with endless(bundle) as model:
