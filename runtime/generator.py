@@ -74,13 +74,14 @@ class TextStream(Iterator[str]):
             # Other threads may have the model between two tokens, or pieces of the prompt.
             with self._lock:
                 if self._generation.ended:
-                    self._sessions.give_back(self)
                     raise StopIteration
                 try:
                     (piece,) = self._generation.advance()
                 except BaseException:
                     self.close()
                     raise
+                if self._generation.ended:
+                    self._sessions.give_back(self)
         return piece
 
     def close(self) -> None:

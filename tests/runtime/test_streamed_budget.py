@@ -80,7 +80,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generation_inside_a_budget_below_the_weight_file(bundle: Path) -> None:
-    """The kernel does not kill it, and the tokens are those of the whole graph, of one prompt and of three."""
+    """The kernel does not kill it, and the tokens are those of the whole graph; one prompt and three."""
     assert open_bundle(bundle).manifest.files["weights.bin"].nbytes > BUDGET_BYTES
     command = [sys.executable, "-c", SCRIPT, str(bundle)]
     free, limited = run([*command, "0"], 4096 * MIB), run([*command, str(BUDGET_BYTES)], BUDGET_BYTES)

@@ -55,6 +55,9 @@ def test_the_pieces_are_the_text(bundle: Path) -> None:
             assert all(pieces)
             result = stream.result
             assert (result.finish_reason, len(result.ids), result.prompt_tokens) == ("length", 6, 2)
+            again = model.stream("w5 w9", "one", max_new_tokens=6, **options)
+            assert [next(again) for _ in pieces] == pieces
+            assert (again.result.text, len(model._sessions._borrowers)) == (text, 0)
             assert result.prefill_s > 0
             assert result.decode_s > 0
 
