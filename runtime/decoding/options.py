@@ -45,6 +45,9 @@ class GenerationOptions:
         """
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            _check(name, value, "a whole number", value is None or type(value) is int)
         _check("max_new_tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1)
         _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
         penalty = self.repetition_penalty

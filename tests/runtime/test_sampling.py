@@ -120,6 +120,8 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
         ({"top_p": 0.9}, "top_p chooses among draws, and at temperature 0 nothing is drawn"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0, expected more than 0"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
+        ({"seed": "x"}, "seed is 'x', expected a whole number"),
         ({"stop": ["a", ""]}, "stop is .*, expected texts that are not empty"),
         ({"heat": 1}, "takes no option 'heat': it takes max_new_tokens, temperature"),
     ],
