@@ -156,8 +156,8 @@ class Model:
             The continuation without the prompt; of an encoder-decoder, what it answers. A list for several.
 
         Raises:
-            UsageError: the bundle is no language model, prompt and answer do not fit its context, or an
-                option or the prompt cache cannot be used.
+            UsageError: the bundle is no language model, or an option or the prompt cache cannot be used.
+            ContextError: prompt and answer do not fit the model's context.
             DataError: the chat template refuses the messages.
             MissingExtraError: `tokenizers`, or `jinja2` for messages, is not installed.
             BudgetError: the memory budget cannot hold it.

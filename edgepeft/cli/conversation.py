@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from edgepeft.errors import ContextError
+
 PROMPT = "> "
 
 
@@ -33,10 +35,34 @@ def converse(model: Any, messages: list[dict[str, str]], prompt_cache: Any, aske
     """
     for line in lines():
         messages.append({"role": "user", "content": line})
-        stream = model.stream(messages=messages, prompt_cache=prompt_cache, keep=True, **asked)
+        try:
+            stream = _fitting(model, messages, {**asked, "prompt_cache": prompt_cache})
+        except ContextError as error:
+            click.echo(f"error: {error}", err=True)
+            messages.pop()
+            continue
         prompt_cache = None
         messages.append({"role": "assistant", "content": write(stream).text})
         prompt_cache = stream.prompt_cache
+
+
+def _fitting(model: Any, messages: list[dict[str, str]], asked: dict[str, Any]) -> Any:
+    """The stream of the answer to as much of a conversation as the model's context holds: its oldest messages
+    are taken out of it, but the system's."""
+    kept = list(messages)
+    while True:
+        try:
+            stream = model.stream(messages=kept, keep=True, **asked)
+        except ContextError:
+            oldest = next(index for index, message in enumerate(kept) if message["role"] != "system")
+            if oldest == len(kept) - 1:
+                raise
+            del kept[oldest : oldest + 2]
+        else:
+            if len(kept) < len(messages):
+                click.echo("(the beginning no longer fits the model's context and is left out)", err=True)
+                messages[:] = kept
+            return stream
 
 
 def write(stream: Any) -> Any:

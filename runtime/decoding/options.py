@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.errors import UsageError
+from edgepeft.errors import ContextError, UsageError
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
@@ -112,7 +112,8 @@ def check_lengths(manifest: Manifest, prompts: Sequence[Sequence[int]], max_new_
     """Refuse what the model's context cannot hold, before any work is done.
 
     Raises:
-        UsageError: a prompt is empty, or a prompt and its answer do not fit the context.
+        UsageError: a prompt is empty.
+        ContextError: a prompt and its answer do not fit the context.
     """
     if not prompts:
         raise UsageError("there are no prompts: give the model something to continue")
@@ -127,13 +128,13 @@ def _check_length(manifest: Manifest, the_prompt: str, prompt_tokens: int, max_n
     limit = manifest.model.max_length
     if manifest.task == "text2text-generation":
         if max(prompt_tokens, max_new_tokens) > limit:
-            raise UsageError(
+            raise ContextError(
                 f"{the_prompt} has {prompt_tokens} tokens and {max_new_tokens} are asked for, the model "
                 f"takes and writes at most {limit} each: shorten the prompt or lower --max-new-tokens"
             )
         return
     if prompt_tokens + max_new_tokens > limit:
-        raise UsageError(
+        raise ContextError(
             f"{the_prompt} has {prompt_tokens} tokens and {max_new_tokens} more are asked for, the model's "
             f"context holds {limit}: shorten the prompt or lower --max-new-tokens to "
             f"{max(limit - prompt_tokens, 0)}"

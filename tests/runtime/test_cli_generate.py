@@ -127,6 +127,27 @@ def test_a_conversation(
     assert capsys.readouterr().out.split("\n")[:2] == [expected[2]["content"], expected[4]["content"]]
 
 
+def test_a_conversation_leaves_its_beginning_out(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the context, of 16 tokens, is full; a message that does not fit alone changes nothing."""
+    typed: Iterator[str] = iter(["w5 w6", " ".join(["w3"] * 14), "w9 w9 w9 w8", "w4 w4 w4 w4"])
+    monkeypatch.setattr(builtins, "input", lambda _: next(typed, None) or _end())
+    said = [{"role": "system", "content": "w7"}]
+    with endless(bundle) as model:
+        converse(model, said, None, {"max_new_tokens": 6})
+        assert said[0]["content"] == "w7"
+        assert [message["content"] for message in said if message["role"] == "user"] == ["w4 w4 w4 w4"]
+        assert said[2]["content"] == model.generate(messages=said[:2], max_new_tokens=6)
+    refused, *left_out = capsys.readouterr().err.splitlines()
+    assert refused.startswith("error: the prompt has 16 tokens and 6 more are asked for")
+    assert [line[:14] for line in left_out] == ["(the beginning"] * 2
+
+
+def _end() -> str:
+    raise EOFError
+
+
 def test_an_interrupt_ends_an_answer_and_not_the_conversation(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
