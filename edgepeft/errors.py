@@ -2,6 +2,7 @@
 
     EdgePeftError
     ├── UsageError            an argument is wrong (exit 2); also a ValueError
+    │   └── ContextError      prompt and answer do not fit the model's context
     ├── MissingExtraError     an optional dependency is not installed; also an ImportError
     ├── BundleError           a bundle is missing, damaged, too new or unsafe
     ├── AdapterError          an adapter does not fit, or has no effect
@@ -29,6 +30,10 @@ class UsageError(EdgePeftError, ValueError):
     """An argument has a value that cannot be used."""
 
     exit_code = 2
+
+
+class ContextError(UsageError):
+    """Prompt and answer do not fit the model's context; a conversation may leave out its beginning."""
 
 
 class MissingExtraError(EdgePeftError, ImportError):

@@ -4,9 +4,9 @@ The safetensors package checks the header before it hands anything out; what is 
 it does not give as numpy arrays, and errors that name the file.
 """
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from edgepeft.files import atomic_file
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _NAMES = {"float32": "F32", "uint8": "U8"}
+_DTYPES = {"F32": "float32", "F16": "float16", "I8": "int8", "U8": "uint8"}
+_MAX_HEADER_BYTES = 2**24
 
 
 class Pieces(Protocol):
@@ -88,7 +90,7 @@ def _with_bfloat16(
     return dict(sorted(tensors.items()))
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file, its header checked.
 
@@ -112,6 +114,51 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     with _opened(path) as file:
         return dict(file.metadata() or {})
+
+
+class TensorFile:
+    """A safetensors file whose tensors are read when they are asked for; it is open as long as this lives.
+
+    Args:
+        path: the file.
+
+    Attributes:
+        metadata: the texts in its `__metadata__`.
+        specs: dtype and shape of every tensor, by name.
+
+    Raises:
+        AdapterError: the file is missing or damaged, its header is too long, or it holds a dtype that numpy
+            has not.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            with Path(path).open("rb") as file:
+                header_bytes = int.from_bytes(file.read(8), "little")
+        except OSError as error:
+            raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
+        if header_bytes > _MAX_HEADER_BYTES:
+            raise AdapterError(
+                f"{path}: its header has {header_bytes:,} B, expected at most {_MAX_HEADER_BYTES:,}"
+            )
+        with contextlib.ExitStack() as stack:
+            self._file = stack.enter_context(_opened(path))
+            self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+            self.specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+            for name in self._file.keys():  # noqa: SIM118
+                part = self._file.get_slice(name)
+                if part.get_dtype() not in _DTYPES:
+                    raise AdapterError(
+                        f"{path}: tensor {name!r} has dtype {part.get_dtype()!r}, expected one of "
+                        f"{', '.join(_DTYPES)}"
+                    )
+                self.specs[name] = np.dtype(_DTYPES[part.get_dtype()]), tuple(part.get_shape())
+            self._open = stack.pop_all()
+
+    def part(self, name: str, index: tuple[slice, ...]) -> npt.NDArray[np.generic]:
+        """Some of a tensor; nothing else is read."""
+        value: npt.NDArray[np.generic] = self._file.get_slice(name)[index]
+        return value
 
 
 def write_in_pieces(

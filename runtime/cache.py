@@ -1,7 +1,7 @@
 """The key/value cache of a streamed model: memory of a fixed size, taken before the first token."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,11 @@ def cache_specs(manifest: Manifest) -> dict[str, TensorSpec]:
         for spec in manifest.graphs["inference"].inputs
         if spec.name.startswith(PAST)
     }
+
+
+def growing_cache_bytes(manifest: Manifest, rows: int, tokens: int) -> int:
+    """What keys and values of so many rows and tokens take where there is no room beside them."""
+    return sum(_nbytes(spec, rows, tokens) for spec in cache_specs(manifest).values())
 
 
 def cache_bytes(manifest: Manifest, streamed: StreamedInference, rows: int, tokens: int) -> int:
@@ -66,6 +71,24 @@ class KeyValueCache:
         """Take what the stage has written in the place of what it has read."""
         self._free += [self._held[name] for name in self._written]
         self._held |= self._written
+
+    def truncate(self, length: int) -> None:
+        """Forget what came after the first `length` tokens."""
+        for name, slot in self._held.items():
+            kept = self._view(name, slot, self.length)[:, :, :length].copy()
+            self._view(name, slot, length)[:] = kept
+        self.length = length
+
+    def snapshot(self) -> dict[str, Array]:
+        """Copies of the first row's parts, `[kv_heads, length, head_dim]` each."""
+        return {name: self._view(name, slot, self.length)[0].copy() for name, slot in self._held.items()}
+
+    def restore(self, state: Mapping[str, Array]) -> None:
+        """Hold what the only row's `snapshot` gave."""
+        for name, slot in self._held.items():
+            part = state[name]
+            self.length = part.shape[1]
+            self._view(name, slot, self.length)[0] = part
 
     def _view(self, name: str, slot: npt.NDArray[np.uint8], length: int) -> Array:
         spec = self._specs[name]

@@ -30,20 +30,22 @@ class ChatTemplate:
             import jinja2
             import jinja2.ext
             import jinja2.sandbox
+
+            from edgepeft.runtime.chat_extension import Generation
         except ImportError as error:
             raise MissingExtraError("jinja2", "chat", "reading messages") from error
         config = _read_config(bundle)
         source = (
             bundle.file(_TEMPLATE_FILE).read_text("utf-8")
             if _TEMPLATE_FILE in bundle.manifest.files
-            else config.get("chat_template")
+            else _template(config.get("chat_template"))
         )
         if not isinstance(source, str):
             raise BundleError(
                 f"{bundle.path}: the model has no chat template: use prompt and completion instead"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(
             value, ensure_ascii=False, **options
@@ -79,19 +81,21 @@ class ChatTemplate:
             raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
         return "".join(parts)
 
+    def prompt(self, messages: object, where: str) -> str:
+        """The messages as text, up to where the assistant's answer begins.
+
+        Raises:
+            DataError: the messages are no conversation, or the template refuses them.
+        """
+        return self.render(_checked(messages, where), where, prompt=True)
+
     def split(self, messages: object, where: str) -> tuple[str, str]:
         """Text up to the assistant's last message, and that message as the template writes it.
 
         Raises:
             DataError: the messages are not a conversation that ends with the assistant.
         """
-        if not isinstance(messages, list | tuple) or not all(
-            isinstance(item, Mapping)
-            and isinstance(item.get("role"), str)
-            and isinstance(item.get("content"), str)
-            for item in messages
-        ):
-            raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
+        messages = _checked(messages, where)
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise DataError(
                 f"{where}: the last of at least two messages must be the assistant's, it is what is learned"
@@ -106,6 +110,21 @@ class ChatTemplate:
         return prompt, whole[len(prompt) :]
 
 
+def _checked(messages: object, where: str) -> Sequence[Mapping[str, Any]]:
+    if (
+        not isinstance(messages, list | tuple)
+        or not messages
+        or not all(
+            isinstance(item, Mapping)
+            and isinstance(item.get("role"), str)
+            and isinstance(item.get("content"), str)
+            for item in messages
+        )
+    ):
+        raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
+    return messages
+
+
 def _read_config(bundle: Bundle) -> dict[str, Any]:
     if _CONFIG_FILE not in bundle.manifest.files:
         return {}
@@ -115,6 +134,14 @@ def _read_config(bundle: Bundle) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path}: is not JSON ({error})") from error
     return config if isinstance(config, dict) else {}
+
+
+def _template(value: object) -> object:
+    """The template, of a tokenizer configuration that may list several by name."""
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        return named.get("default")
+    return value
 
 
 def _token(value: object) -> str:

@@ -1,132 +1,184 @@
-"""Greedy generation with a key/value cache that stays in onnxruntime's own memory between tokens."""
+"""One loop for all ways to generate: any decoder, one row or several, greedy or drawn."""
 
-import numpy as np
+import time
+from collections.abc import Callable, Sequence
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.errors import UsageError
-from edgepeft.runtime.cache import PAST, PRESENT
-from edgepeft.runtime.session import GraphSession
-from edgepeft.runtime.streamed import StreamedModel
+from edgepeft.runtime.cache import cache_specs
+from edgepeft.runtime.decoding.base import Array, Decoder, FloatArray
+from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
+from edgepeft.runtime.decoding.options import Completion, FinishReason, GenerationOptions
+from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.decoding.sampling import Sampler
+
+Decode = Callable[[list[int]], str]
+
+# Tokens of a prompt that are read before somebody else has a turn, or the stream may be closed.
+_PIECE = 512
 
 
-def check_length(manifest: Manifest, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse what the model's context cannot hold, before any work is done.
+class _Row:
+    """One prompt and its answer so far."""
 
-    Raises:
-        UsageError: the prompt is empty, nothing is asked for, or the two do not fit the context.
-    """
-    if max_new_tokens < 1:
-        raise UsageError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-    if prompt_tokens < 1:
-        raise UsageError("the prompt has no tokens: give the model something to continue")
-    limit = manifest.model.max_length
-    if manifest.task == "text2text-generation":
-        if max(prompt_tokens, max_new_tokens) > limit:
-            raise UsageError(
-                f"the prompt has {prompt_tokens} tokens and {max_new_tokens} are asked for, the model takes "
-                f"and writes at most {limit} each: shorten the prompt or lower --max-new-tokens"
-            )
-        return
-    if prompt_tokens + max_new_tokens > limit:
-        raise UsageError(
-            f"the prompt has {prompt_tokens} tokens and {max_new_tokens} more are asked for, the model's "
-            f"context holds {limit}: shorten the prompt or lower --max-new-tokens to "
-            f"{max(limit - prompt_tokens, 0)}"
-        )
+    def __init__(
+        self,
+        manifest: Manifest,
+        prompt: Sequence[int],
+        options: GenerationOptions,
+        row: int,
+        decode: Decode | None,
+    ) -> None:
+        self.prompt = list(prompt)
+        self.read = 0  # tokens of the prompt
+        self.ids: list[int] = []
+        self.text = ""
+        self.reason: FinishReason | None = None
+        self.cached = 0
+        self._options, self._ends = options, manifest.model.eos_token_ids
+        self._sampler = Sampler(options, row)
+        self._text = None if decode is None else Detokenizer(decode)
+        self._stops = StopTexts(options.stop)
+        # An encoder-decoder's penalty counts what the decoder has said, its start token included.
+        start = manifest.model.decoder_start_token_id
+        self._seen = set(prompt if start is None else [start])
+
+    def take(self, logits: FloatArray) -> str:
+        """Choose the next token; the text that it adds to the answer."""
+        token = self._sampler.choose(logits, self._seen)
+        self.ids.append(token)
+        self._seen.add(token)
+        piece = ""
+        if token in self._ends:
+            self.reason = "eos"
+        elif self._text is not None:
+            piece = self._stops.add(self._text.add(token))
+        if self.reason is None and len(self.ids) == self._options.max_new_tokens:
+            self.reason = "length"
+        if self.reason is not None and self._text is not None:
+            piece += self._stops.add(self._text.finish())
+        if self._stops.found:
+            self.reason = "stop"
+        if self.reason is not None:
+            piece += self._stops.finish()
+        self.text += piece
+        return piece
 
 
-def empty_cache(session: GraphSession, batch: int) -> dict[str, np.ndarray]:
-    """Cache inputs of length 0, `[batch, kv_heads, 0, head_dim]` float32 each; none for a model without a
-    cache."""
-    return {
-        name: np.zeros((batch, int(spec.shape[1]), 0, int(spec.shape[3])), np.dtype(spec.dtype))
-        for name, spec in session.inputs.items()
-        if name.startswith(PAST)
-    }
-
-
-def greedy(session: GraphSession, manifest: Manifest, prompt: list[int], max_new_tokens: int) -> list[int]:
-    """The most likely continuation token by token, until an end-of-sequence token or `max_new_tokens`.
+class Generation:
+    """Answers to one or several prompts, a token at a time.
 
     Args:
-        session: the inference graph, with an adapter's inputs bound.
+        decoder: with as many rows as there are prompts, all of them empty; it is closed at the end.
         manifest: the bundle's manifest.
-        prompt: token ids.
-        max_new_tokens: tokens to generate at most.
+        prompts: token ids.
+        options: how.
+        decode: the text of token ids; None where only the ids are asked for.
+        cache: keys and values of what the prompts begin with.
+        keep: whether to keep the first row's at the end.
 
-    Returns:
-        The new token ids, the end-of-sequence token included if it was reached.
-
-    Raises:
-        UsageError: see `check_length`.
+    Attributes:
+        kept: these, with the tokens that they stand for; None before the end, or where nothing was read.
     """
-    check_length(manifest, len(prompt), max_new_tokens)
-    presents = [name for name in session.outputs if name.startswith(PRESENT)]
-    session.bind(empty_cache(session, 1))
-    ids = np.array([prompt], np.int64)
-    generated: list[int] = []
-    while True:
-        length = len(prompt) + len(generated)
-        feeds = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64)}
-        session.bind({name: value for name, value in feeds.items() if name in session.inputs})
-        outputs = session.run_for(["logits", *presents])
-        token = int(outputs.pop("logits").numpy()[0, -1].argmax())
-        generated.append(token)
-        if token in manifest.model.eos_token_ids or len(generated) == max_new_tokens:
-            # The session would keep the last cache alive for as long as it lives.
-            session.bind(empty_cache(session, 1))
-            return generated
-        session.bind_values({PAST + name.removeprefix(PRESENT): value for name, value in outputs.items()})
-        # A graph without a cache, of an ONNX file that has none, reads the whole text again.
-        ids = np.array([[token]] if presents else [[*prompt, *generated]], np.int64)
 
+    def __init__(
+        self,
+        decoder: Decoder,
+        manifest: Manifest,
+        prompts: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        decode: Decode | None,
+        cache: PromptCache | None = None,
+        *,
+        keep: bool = False,
+    ) -> None:
+        self._decoder, self._cache = decoder, cache
+        self._keep = keep
+        self.kept: tuple[list[int], dict[str, Array]] | None = None
+        self._rows = [_Row(manifest, prompt, options, row, decode) for row, prompt in enumerate(prompts)]
+        # Without a cache, a prompt is read with every token, and an encoder reads it whole.
+        self._piece = _PIECE if cache_specs(manifest) else max(map(len, prompts))
+        self._prefill_s = self._decode_s = 0.0
 
-def greedy_streamed(
-    model: StreamedModel, manifest: Manifest, prompt: list[int], max_new_tokens: int, chunk: int
-) -> list[int]:
-    """As `greedy`, the weights streamed and the prompt read `chunk` tokens at a time.
+    @property
+    def ended(self) -> bool:
+        """Whether every row has its answer."""
+        return all(row.reason is not None for row in self._rows)
 
-    Raises:
-        UsageError: see `check_length`.
-    """
-    check_length(manifest, len(prompt), max_new_tokens)
-    inputs = {spec.name for spec in manifest.graphs["inference"].inputs}
-    # The last token that is written is not read.
-    cache = model.new_cache(1, len(prompt) + max_new_tokens - 1)
+    @property
+    def completions(self) -> list[Completion]:
+        """What every row has so far, in the order of the prompts; one that has not ended is cancelled."""
+        return [
+            Completion(
+                text=row.text,
+                ids=row.ids,
+                finish_reason=row.reason or "cancelled",
+                prompt_tokens=len(row.prompt),
+                cached_tokens=row.cached,
+                prefill_s=self._prefill_s,
+                decode_s=self._decode_s,
+            )
+            for row in self._rows
+        ]
 
-    def batch(ids: list[int]) -> dict[str, np.ndarray]:
-        length = len(ids) + (0 if cache is None else cache.length)
-        feeds = {"input_ids": np.array([ids], np.int64), "attention_mask": np.ones((1, length), np.int64)}
-        return {name: value for name, value in feeds.items() if name in inputs}
+    def advance(self) -> list[str]:
+        """Read on in a prompt, or one more token for every row that has not ended; the text that each row
+        gets."""
+        began_s = time.perf_counter()
+        unread = next((index for index, row in enumerate(self._rows) if not row.ids), None)
+        pieces = self._step() if unread is None else self._read(unread)
+        if self.ended:
+            self.close()
+        else:
+            for index, row in enumerate(self._rows):
+                if row.reason is not None:
+                    self._decoder.truncate(index, 0)
+        if unread is None:
+            self._decode_s += time.perf_counter() - began_s
+        else:
+            self._prefill_s += time.perf_counter() - began_s
+        return pieces
 
-    unread = list(prompt)
-    while cache is not None and len(unread) > chunk:
-        model.read(batch(unread[:chunk]), cache)
-        unread = unread[chunk:]
-    generated: list[int] = []
-    while True:
-        token = int(model.next_logits(batch(unread), cache)[0].argmax())
-        generated.append(token)
-        if token in manifest.model.eos_token_ids or len(generated) == max_new_tokens:
-            return generated
-        unread = [*prompt, *generated] if cache is None else [token]
+    def run(self) -> list[Completion]:
+        """All answers."""
+        try:
+            while not self.ended:
+                self.advance()
+        finally:
+            self.close()
+        return self.completions
 
+    def close(self) -> None:
+        """Free what generating holds; rows that have not ended are cancelled."""
+        first = self._rows[0]
+        if self._keep and self._decoder.lengths[0]:
+            read = [*first.prompt, *first.ids][: self._decoder.lengths[0]]
+            self.kept = read, self._decoder.snapshot(0)
+        self._keep = False
+        for row in self._rows:
+            row.reason = row.reason or "cancelled"
+        self._cache = None
+        self._decoder.close()
 
-def greedy_decoder(
-    session: GraphSession, manifest: Manifest, prompt: list[int], max_new_tokens: int
-) -> list[int]:
-    """The most likely answer of an encoder-decoder, as `greedy`. Without a cache: every token costs a run of
-    the whole graph."""
-    check_length(manifest, len(prompt), max_new_tokens)
-    ids = np.array([prompt], np.int64)
-    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    session.bind({name: value for name, value in feeds.items() if name in session.inputs})
-    start = manifest.model.decoder_start_token_id
-    assert start is not None  # checked with the manifest
-    generated: list[int] = []
-    while len(generated) < max_new_tokens:
-        session.bind({"decoder_input_ids": np.array([[start, *generated]], np.int64)})
-        generated.append(int(session.run_for(["logits"])["logits"].numpy()[0, -1].argmax()))
-        if generated[-1] in manifest.model.eos_token_ids:
-            break
-    return generated
+    def _read(self, index: int) -> list[str]:
+        """Some more of a row's prompt; after the last of it, the first token."""
+        row = self._rows[index]
+        if row.read == 0 and self._cache is not None:
+            row.read = row.cached = self._cache.common_prefix(row.prompt)
+            if row.cached:
+                self._decoder.restore(index, self._cache.state(row.cached))
+        piece = row.prompt[row.read : row.read + self._piece]
+        logits = self._decoder.read(index, piece)
+        row.read += len(piece)
+        pieces = [""] * len(self._rows)
+        if row.read == len(row.prompt):
+            pieces[index] = row.take(logits)
+            if row is self._rows[-1]:
+                self._cache = None
+        return pieces
+
+    def _step(self) -> list[str]:
+        logits = self._decoder.step([row.ids[-1] for row in self._rows])
+        return [
+            row.take(values) if row.reason is None else ""
+            for row, values in zip(self._rows, logits, strict=True)
+        ]

@@ -1,10 +1,11 @@
 """A loaded bundle: forward passes, gradients, generation, prediction and adaptation."""
 
 import dataclasses
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +13,15 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime import generation
-from edgepeft.runtime.activation import AdapterSpec, to_peft_layout
+from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.decoding.growing import empty_cache
+from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.generator import CacheSpec, Generator, Messages, TextStream
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.memory.inference import RunPlan, plan_forward, plan_generation, plan_graph
-from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.loss import loss_and_gradients
+from edgepeft.runtime.memory.inference import RunPlan, plan_forward
+from edgepeft.runtime.serialized import one_at_a_time
 from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.streamed import StreamedModel
 from edgepeft.runtime.tasks import Task, task_for
@@ -33,22 +37,24 @@ class Model:
     """A bundle, ready to run. Sessions are opened when they are first needed; close it or use it in a `with`
     block.
 
+    Any number of threads may call it: calls run one after the other, each with the adapter that it names. A
+    stream takes its turn for every token; `adapt`, and a call whose memory budget needs sessions closed, are
+    refused while one is open.
+
     Args:
         bundle: an opened bundle.
         memory_budget_bytes: limit on the whole process's resident memory; None for no limit.
         threads: threads of a session; 0 lets onnxruntime choose.
-
-    Attributes:
-        predicted_peak_bytes: the plan's peak for the last run; None before the first.
     """
 
     def __init__(self, bundle: Bundle, memory_budget_bytes: int | None = None, threads: int = 0) -> None:
         self._bundle = bundle
         self._budget_bytes = memory_budget_bytes
         self._threads = threads
+        self._lock = threading.RLock()
         self._task: Task = task_for(bundle)
         self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
-        self.predicted_peak_bytes: int | None = None
+        self._generator = Generator(bundle, self._task, self._sessions, self._lock, memory_budget_bytes)
 
     @property
     def manifest(self) -> Manifest:
@@ -56,10 +62,16 @@ class Model:
         return self._bundle.manifest
 
     @property
+    def predicted_peak_bytes(self) -> int | None:
+        """The plan's peak for the last run; None before the first."""
+        return None if self._sessions.plan is None else self._sessions.plan.peak_bytes
+
+    @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the bundle's adapters."""
         return self._bundle.adapter_names()
 
+    @one_at_a_time
     def forward(self, batch: Mapping[str, object], adapter: AdapterSpec = None) -> dict[str, FloatArray]:
         """Run the model on a batch.
 
@@ -85,15 +97,15 @@ class Model:
         def plan(process_bytes: int, rank: int) -> RunPlan:
             return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
 
-        session, chosen = self._sessions.activated(adapter, plan)
-        self.predicted_peak_bytes = chosen.peak_bytes
+        session, _ = self._sessions.activated(adapter, plan)
         if isinstance(session, StreamedModel):
             return {self._task.output: session.forward(arrays)}
         session.bind(arrays)
-        session.bind(generation.empty_cache(session, shape[0]))
+        session.bind(empty_cache(session, shape[0]))
         outputs = session.run_for([self._task.output])
         return {name: value.numpy() for name, value in outputs.items()}
 
+    @one_at_a_time
     def loss_and_gradients(
         self, batch: Mapping[str, object], adapter: str | Path | None = None
     ) -> tuple[float, dict[str, FloatArray]]:
@@ -111,88 +123,114 @@ class Model:
             UsageError: an input cannot be used, or the bundle was exported without training graphs.
             AdapterError: the adapter is missing, damaged or does not fit.
         """
-        if not self.manifest.strategies:
-            raise UsageError(
-                "the bundle was exported with --no-train, so it has no gradients: export it again without"
-            )
-        if isinstance(adapter, Mapping):
-            raise UsageError("gradients are of one adapter, not of a mixture: name one")
-        strategy = self.manifest.strategies[0]
-        role = strategy.graph or "train"
-        specs = model_inputs(self.manifest, self.manifest.graphs[role].inputs)
-        arrays = check_batch(self.manifest, specs, batch)
-        shape = batch_shape(specs, arrays)
+        return loss_and_gradients(self._bundle, self._sessions, self._budget_bytes, batch, adapter)
 
-        def plan(process_bytes: int, rank: int) -> RunPlan:
-            return plan_graph(
-                role, strategy.memory, self._budget_bytes, process_bytes, shape=shape, rank=rank
-            )
+    @overload
+    def generate(self, prompt: str | None = None, adapter: AdapterSpec = None, **options: Any) -> str: ...
 
-        session, chosen = self._sessions.activated(adapter, plan, check_effect=False)
-        self.predicted_peak_bytes = chosen.peak_bytes
-        assert isinstance(session, GraphSession)
-        session.bind(arrays)
-        names = {f"grad.{name}": name for name in self.manifest.policy.trainable}
-        outputs = session.run_for(["loss", *names])
-        loss = float(outputs.pop("loss").numpy())
-        gradients = {names[output]: value.numpy() for output, value in outputs.items()}
-        return loss, to_peft_layout(self._bundle, gradients)
+    @overload
+    def generate(self, prompt: Sequence[str], adapter: AdapterSpec = None, **options: Any) -> list[str]: ...
 
-    def generate(self, prompt: str, adapter: AdapterSpec = None, max_new_tokens: int = 64) -> str:
-        """Continue a text greedily.
+    @one_at_a_time
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        adapter: AdapterSpec = None,
+        *,
+        messages: Messages | None = None,
+        prompt_cache: CacheSpec = None,
+        **options: Any,
+    ) -> str | list[str]:
+        """Continue a text or several, or answer a conversation.
+
+        Args:
+            prompt: the text to continue, or several, each of which gets what it gets alone.
+            adapter: as for `forward`.
+            messages: instead of a prompt, a conversation for the base model's chat template, `{"role",
+                "content"}` each.
+            prompt_cache: of `read_prompt` or a stream with `keep`, or its file; what prompts have in common
+                with it is not read again.
+            **options: see `GenerationOptions`: `max_new_tokens`, `temperature`, `seed`, `stop`, ….
+
+        Returns:
+            The continuation without the prompt; of an encoder-decoder, what it answers. A list for several.
+
+        Raises:
+            UsageError: the bundle is no language model, or an option or the prompt cache cannot be used.
+            ContextError: prompt and answer do not fit the model's context.
+            DataError: the chat template refuses the messages.
+            MissingExtraError: `tokenizers`, or `jinja2` for messages, is not installed.
+            BudgetError: the memory budget cannot hold it.
+        """
+        return self._generator.texts(prompt, messages, adapter, prompt_cache, options)
+
+    @one_at_a_time
+    def stream(
+        self,
+        prompt: str | None = None,
+        adapter: AdapterSpec = None,
+        *,
+        messages: Messages | None = None,
+        prompt_cache: CacheSpec = None,
+        keep: bool = False,
+        **options: Any,
+    ) -> TextStream:
+        """Continue a text, or answer a conversation, piece by piece as the model writes it.
 
         Args:
             prompt: the text to continue.
-            adapter: as for `forward`.
-            max_new_tokens: tokens to write at most; an end-of-sequence token ends earlier.
+            adapter, messages, prompt_cache, **options: as for `generate`.
+            keep: have a `prompt_cache` of prompt and answer at the end, for what continues them.
 
         Returns:
-            The continuation without the prompt; of an encoder-decoder, what it answers.
+            An iterator over pieces of text, with the `result` at its end; `close` ends it before.
 
         Raises:
-            UsageError: the bundle is no language model, or prompt and answer do not fit its context.
-            MissingExtraError: `tokenizers` is not installed.
+            As `generate`, before the first piece.
         """
-        self._require_language_model()
-        ids, _ = self._task.text.encode(prompt)
-        return self._task.text.decode(self.generate_ids(ids, adapter, max_new_tokens))
+        return self._generator.stream(prompt, messages, adapter, prompt_cache, keep, options)
 
+    @overload
     def generate_ids(
-        self, prompt: list[int], adapter: AdapterSpec = None, max_new_tokens: int = 64
-    ) -> list[int]:
-        """Continue token ids greedily; see `generate`. The end-of-sequence token is included if it was
-        reached.
+        self, prompt: Sequence[int], adapter: AdapterSpec = None, **options: Any
+    ) -> list[int]: ...
+
+    @overload
+    def generate_ids(
+        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpec = None, **options: Any
+    ) -> list[list[int]]: ...
+
+    @one_at_a_time
+    def generate_ids(
+        self,
+        prompt: Sequence[int] | Sequence[Sequence[int]],
+        adapter: AdapterSpec = None,
+        *,
+        prompt_cache: CacheSpec = None,
+        **options: Any,
+    ) -> list[int] | list[list[int]]:
+        """Continue token ids, or several lists of them; see `generate`. The end-of-sequence token is included
+        if it was reached; no tokenizer is needed, except for `stop`."""
+        return self._generator.ids(prompt, adapter, prompt_cache, options)
+
+    @one_at_a_time
+    def read_prompt(
+        self, prompt: str | None = None, adapter: AdapterSpec = None, *, messages: Messages | None = None
+    ) -> PromptCache:
+        """Read a prompt, or a conversation, that others begin with: once for all of them.
+
+        Args:
+            prompt, adapter, messages: as for `generate`.
+
+        Returns:
+            What `prompt_cache` takes; `save` writes it to a file.
 
         Raises:
-            UsageError: the bundle is no language model, or prompt and answer do not fit its context.
+            UsageError: the model has no key/value cache; and see `generate`.
         """
-        self._require_language_model()
-        generation.check_length(self.manifest, len(prompt), max_new_tokens)
-        specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
-        decodes = self.manifest.task == "text2text-generation"
-        start = {"decoder_input_ids": [[self.manifest.model.decoder_start_token_id]]} if decodes else {}
-        check_batch(self.manifest, specs, {"input_ids": [prompt], **start})
+        return self._generator.read_prompt(prompt, messages, adapter)
 
-        def plan(process_bytes: int, rank: int) -> RunPlan:
-            if decodes:
-                shape = 1, max(len(prompt), max_new_tokens)
-                return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
-            return plan_generation(
-                self.manifest,
-                self._budget_bytes,
-                process_bytes,
-                prompt_tokens=len(prompt),
-                max_new_tokens=max_new_tokens,
-                rank=rank,
-            )
-
-        session, chosen = self._sessions.activated(adapter, plan)
-        self.predicted_peak_bytes = chosen.peak_bytes
-        if isinstance(session, StreamedModel):
-            return generation.greedy_streamed(session, self.manifest, prompt, max_new_tokens, chosen.chunk)
-        run = generation.greedy_decoder if decodes else generation.greedy
-        return run(session, self.manifest, prompt, max_new_tokens)
-
+    @one_at_a_time
     def predict(
         self,
         source: RecordSource,
@@ -232,6 +270,7 @@ class Model:
                 results.append(self._task.finish(result, example))
         return results
 
+    @one_at_a_time
     def adapt(
         self, source: RecordSource, output: str | Path, *, on_step: OnStep | None = None, **options: Any
     ) -> AdaptReport:
@@ -257,6 +296,7 @@ class Model:
         unknown = sorted(options.keys() - known)
         if unknown:
             raise UsageError(f"adapt takes no option {unknown[0]!r}: it takes {', '.join(sorted(known))}")
+        self._sessions.check_unused("training needs its memory")
         self.close()
         return Update(
             self._bundle,
@@ -269,8 +309,9 @@ class Model:
             on_step,
         ).run()
 
+    @one_at_a_time
     def close(self) -> None:
-        """Free the sessions; the next call opens them again."""
+        """Free the sessions and end open streams; the next call opens sessions again."""
         self._sessions.close()
 
     def __enter__(self) -> Self:
@@ -280,10 +321,6 @@ class Model:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def _require_language_model(self) -> None:
-        if not self.manifest.task.endswith("-generation"):
-            raise UsageError(f"a {self.manifest.task} bundle generates no text: use predict")
 
 
 def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:

@@ -1,8 +1,10 @@
 """onnxruntime sessions over a bundle's graphs: one place for their options, bindings and errors."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +115,13 @@ class GraphSession:
         self._session = session
         self._binding = session.io_binding()
         self._outputs_kept: dict[str, Array] = {}
+
+    def with_own_bindings(self) -> Self:
+        """The same session, with inputs and outputs that are bound apart from this one's."""
+        other = copy.copy(self)
+        other._binding = self._session.io_binding()
+        other._outputs_kept = {}
+        return other
 
     def bind(self, values: Mapping[str, Array]) -> None:
         """Use these arrays as inputs from now on; their memory is read at every run.

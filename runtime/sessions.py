@@ -1,13 +1,16 @@
 """The open sessions of a loaded bundle, and the adapter that is bound in each."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
@@ -18,12 +21,26 @@ FloatArray = npt.NDArray[np.float32]
 AnySession = GraphSession | StreamedModel
 
 
+class Borrower(Protocol):
+    """Something that goes on using a session between calls, and the bytes that it holds meanwhile."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its own that stay between calls."""
+        ...
+
+    def close(self) -> None:
+        """End, and give back."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Open:
     """A session, the adapter that is bound in it, and what the process held before it was opened."""
 
     session: AnySession
     adapter: AdapterSpec
+    inputs: dict[str, FloatArray]
     rank: int
     process_bytes: int
 
@@ -39,11 +56,16 @@ class Sessions:
         bundle: the bundle.
         threads: threads of a session; 0 lets onnxruntime choose.
         one_at_a_time: close what is open before another is opened: two at once are in no plan.
+
+    Attributes:
+        plan: the last one that was chosen.
     """
 
     def __init__(self, bundle: Bundle, threads: int, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads, self._one_at_a_time = bundle, threads, one_at_a_time
         self._open: dict[str, _Open] = {}
+        self.plan: RunPlan | None = None
+        self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
 
     def activated(
         self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
@@ -71,21 +93,54 @@ class Sessions:
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         opened = next(iter(self._open.values()), None)
         process_bytes = read_memory().resident_bytes if opened is None else opened.process_bytes
-        plan = choose(process_bytes, rank)
+        plan = choose(process_bytes + sum(borrower.held_bytes for borrower in self._borrowers), rank)
+        self.plan = plan
         entry = self._open.get(plan.role)
         if entry is not None and entry.has(frozen):
             return entry.session, plan
         if inputs is None:
             inputs = self._adapter_inputs(frozen, check_effect)
         if entry is None and self._one_at_a_time:
+            self.check_unused("this call needs the memory in another way")
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
         session.bind(inputs)
-        self._open[plan.role] = _Open(session, frozen, rank, process_bytes)
+        self._open[plan.role] = _Open(session, frozen, inputs, rank, process_bytes)
         return session, plan
 
+    def borrowed(
+        self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan]
+    ) -> tuple[AnySession, dict[str, FloatArray], RunPlan]:
+        """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there."""
+        session, plan = self.activated(adapter, choose)
+        inputs = self._open[plan.role].inputs
+        own = session.with_own_bindings()
+        own.bind(inputs)
+        return own, inputs, plan
+
+    def lend(self, borrower: Borrower) -> None:
+        """Keep the sessions open for a borrower, and count what it holds, until it gives back or is gone."""
+        self._borrowers.add(borrower)
+
+    def give_back(self, borrower: Borrower) -> None:
+        """The borrower uses no session any more."""
+        self._borrowers.discard(borrower)
+
+    def check_unused(self, why: str) -> None:
+        """Refuse to close sessions that something goes on using.
+
+        Raises:
+            UsageError: a stream is open.
+        """
+        if self._borrowers:
+            raise UsageError(
+                f"a stream of this model is open and {why}: read it to its end or close it first"
+            )
+
     def close(self) -> None:
-        """Free the sessions and give their memory back to the system."""
+        """Free the sessions, end what borrows them, and give their memory back to the system."""
+        for borrower in list(self._borrowers):
+            borrower.close()
         if self._open:
             for entry in self._open.values():
                 entry.session.close()

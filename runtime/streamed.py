@@ -5,9 +5,10 @@ model's weights nor those of the output layer, nor its logits of more than the r
 memory.
 """
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,12 @@ class StreamedModel:
         self._adapter: dict[str, Array] = {}
         cached = [index for index, stage in enumerate(streamed.stages) if stage.cache]
         self._last_cached = max(cached, default=-1)
+
+    def with_own_bindings(self) -> Self:
+        """The same stages and sessions, with adapter inputs that are bound apart from this one's."""
+        other = copy.copy(self)
+        other._adapter = {}
+        return other
 
     def bind(self, inputs: Mapping[str, Array]) -> None:
         """Use these adapter inputs from now on; all of them have to be bound before the first run."""

@@ -1,12 +1,13 @@
 """How a batch or a text is run inside the budget: the whole graph where it fits, else its stages."""
 
 import bisect
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from edgepeft.bundle.manifest import Manifest, MemoryFormula, StreamedInference
 from edgepeft.errors import BudgetError
-from edgepeft.runtime.cache import cache_bytes, cache_specs
+from edgepeft.runtime.cache import cache_bytes, cache_specs, growing_cache_bytes
 from edgepeft.runtime.memory.plan import suggested_budget
 from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
@@ -23,7 +24,7 @@ class RunPlan:
         process_bytes: what the process holds without it.
         session_bytes: what opening it adds; of a chain also the weights that are mapped at once.
         activation_bytes: tensors of a run.
-        cache_bytes: a streamed model's key/value cache; a resident one's is among its activations.
+        cache_bytes: key/value caches; the first row's is among the activations of a resident graph.
         chunk: tokens of a prompt that are read at a time; 0 for all of them.
     """
 
@@ -100,22 +101,25 @@ def plan_generation(
     prompt_tokens: int,
     max_new_tokens: int,
     rank: int,
+    rows: int = 1,
 ) -> RunPlan:
-    """A text continued: the inference graph, or its stages with as large chunks of the prompt as fit.
+    """Texts continued: the inference graph, or its stages with as large chunks of the prompt as fit.
 
     Args:
         manifest: a decoder's manifest.
         budget_bytes: limit on the process's resident memory; None for no limit.
         process_bytes: what it holds without sessions.
-        prompt_tokens: tokens of the prompt.
+        prompt_tokens: tokens of the longest prompt.
         max_new_tokens: tokens that may be written.
         rank: the largest rank of the adapter.
+        rows: texts at once; they run one after the other, each with a cache of its own.
 
     Raises:
         BudgetError: neither fits; names the smallest budget that would do, and how many tokens fit.
     """
     total = prompt_tokens + max_new_tokens
-    resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank)
+    others_bytes = growing_cache_bytes(manifest, rows - 1, total)
+    resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank, others_bytes)
     if resident is not None:
         return resident
     streamed = manifest.streamed_inference
@@ -123,26 +127,34 @@ def plan_generation(
     assert budget_bytes is not None
 
     def plan(chunk: int, prompt_tokens: int, total: int) -> RunPlan:
-        return _generation(manifest, streamed, process_bytes, rank, (chunk, prompt_tokens, total))
+        return _generation(manifest, streamed, process_bytes, rank, (rows, chunk, prompt_tokens, total))
 
     chunk = _largest(prompt_tokens, lambda n: plan(n, prompt_tokens, total).peak_bytes <= budget_bytes)
     if chunk:
         return plan(chunk, prompt_tokens, total)
-    remedy = "a shorter prompt or a lower --max-new-tokens"
+    remedy = "a shorter prompt or a lower --max-new-tokens" + (", or fewer prompts" if rows > 1 else "")
     fitting = _largest(total, lambda n: plan(1, n, n).peak_bytes <= budget_bytes)
     if fitting > 1:
         remedy += f" ({fitting} tokens fit, prompt and answer together)"
-    what = f"{prompt_tokens} tokens and {max_new_tokens} more need"
+    of_rows = f"{rows} prompts of " if rows > 1 else ""
+    what = f"{of_rows}{prompt_tokens} tokens and {max_new_tokens} more need"
     raise _refusal(plan(1, prompt_tokens, total), budget_bytes, what, remedy)
 
 
 def _resident(
-    manifest: Manifest, budget_bytes: int | None, process_bytes: int, shape: tuple[int, int], rank: int
+    manifest: Manifest,
+    budget_bytes: int | None,
+    process_bytes: int,
+    shape: tuple[int, int],
+    rank: int,
+    others_bytes: int = 0,
 ) -> RunPlan | None:
-    """The whole inference graph; None where only its stages may fit."""
+    """The whole inference graph and other rows' caches beside it; None where only its stages may fit."""
     memory = manifest.inference_memory
+    held_bytes = process_bytes + others_bytes
     try:
-        return plan_graph(RESIDENT, memory, budget_bytes, process_bytes, shape=shape, rank=rank)
+        plan = plan_graph(RESIDENT, memory, budget_bytes, held_bytes, shape=shape, rank=rank)
+        return dataclasses.replace(plan, process_bytes=process_bytes, cache_bytes=others_bytes)
     except BudgetError as error:
         if manifest.streamed_inference is not None:
             return None
@@ -158,10 +170,10 @@ def _generation(
     streamed: StreamedInference,
     process_bytes: int,
     rank: int,
-    sizes: tuple[int, int, int],
+    sizes: tuple[int, int, int, int],
 ) -> RunPlan:
-    """Streamed generation with this chunk, prompt and whole length."""
-    chunk, prompt_tokens, total = sizes
+    """Streamed generation with these rows, chunk, prompt and whole length."""
+    rows, chunk, prompt_tokens, total = sizes
     memory = streamed.memory
     if cache_specs(manifest):
         tensor_bytes = max(
@@ -170,7 +182,7 @@ def _generation(
         )
     else:  # every token reads the whole text again
         tensor_bytes = memory.activation_bytes(1, total, rank)
-    kept_bytes = cache_bytes(manifest, streamed, 1, total)
+    kept_bytes = rows * cache_bytes(manifest, streamed, 1, total)
     return RunPlan(STREAMED, process_bytes, memory.session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk)
 
 

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.generation import empty_cache
+from edgepeft.runtime.decoding.growing import empty_cache
 from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT
 from edgepeft.runtime.session import GraphSession
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.generation import empty_cache
+from edgepeft.runtime.decoding.growing import empty_cache
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.chain import Chain

@@ -11,7 +11,14 @@ import safetensors.torch
 import torch
 
 from edgepeft.errors import AdapterError
-from edgepeft.tensor_files import read_metadata, read_state, read_tensors, write_in_pieces, write_tensors
+from edgepeft.tensor_files import (
+    TensorFile,
+    read_metadata,
+    read_state,
+    read_tensors,
+    write_in_pieces,
+    write_tensors,
+)
 
 
 def test_bytes_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
@@ -95,6 +102,8 @@ def test_a_file_that_lies_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(AdapterError, match="is damaged or not safetensors") as caught:
         read_tensors(path)
     assert str(path) in str(caught.value)
+    with pytest.raises(AdapterError, match=r"is damaged or not safetensors|its header has"):
+        TensorFile(path)
 
 
 def test_integers_are_no_adapter(tmp_path: Path) -> None:
@@ -136,3 +145,26 @@ def test_what_is_written_in_pieces_the_package_reads(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found[name], tensor)
         np.testing.assert_array_equal(read_state(tmp_path / "state", name), tensor)
     assert read_state(tmp_path / "state", "other") is None
+
+
+def test_parts_of_tensors_are_read(tmp_path: Path) -> None:
+    """Names, dtypes and shapes without them; float16 and bytes too."""
+    tensors = {
+        "a": np.arange(24, dtype=np.float32).reshape(2, 3, 4),
+        "b": np.arange(6, dtype=np.float16),
+        "c": np.arange(6, dtype=np.uint8),
+    }
+    safetensors.numpy.save_file(tensors, tmp_path / "file", {"key": "value"})
+    file = TensorFile(tmp_path / "file")
+    assert file.metadata == {"key": "value"}
+    assert file.specs == {name: (value.dtype, value.shape) for name, value in tensors.items()}
+    np.testing.assert_array_equal(file.part("a", (slice(None), slice(2))), tensors["a"][:, :2])
+    np.testing.assert_array_equal(file.part("b", (slice(4),)), tensors["b"][:4])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.float64])
+def test_other_dtypes_are_refused_before_they_are_read(tmp_path: Path, dtype: type) -> None:
+    """With what was expected."""
+    safetensors.numpy.save_file({"a": np.zeros(3, dtype)}, tmp_path / "file")
+    with pytest.raises(AdapterError, match=r"'a' has dtype .*64', expected one of F32, F16, I8, U8"):
+        TensorFile(tmp_path / "file")

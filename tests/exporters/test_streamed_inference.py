@@ -15,9 +15,11 @@ from edgepeft.bundle.reader import open_bundle
 from edgepeft.bundle.serialization import manifest_from_json
 from edgepeft.errors import BudgetError, BundleError, VerificationError
 from edgepeft.exporters.verify_streamed import verify_streamed
-from edgepeft.runtime import generation
 from edgepeft.runtime import streamed as streamed_module
 from edgepeft.runtime.activation import graph_inputs, resolve
+from edgepeft.runtime.decoding.options import GenerationOptions
+from edgepeft.runtime.decoding.streamed import StreamedDecoder
+from edgepeft.runtime.generation import Generation
 from edgepeft.runtime.memory.inference import RESIDENT, STREAMED, plan_forward, plan_generation
 from edgepeft.runtime.model import Model
 from edgepeft.runtime.streamed import StreamedModel
@@ -62,6 +64,14 @@ def streamed(path: Path, adapter: str | None) -> StreamedModel:
     return model
 
 
+def greedy_streamed(
+    model: StreamedModel, manifest: Manifest, prompt: list[int], count: int, chunk: int
+) -> list[int]:
+    decoder = StreamedDecoder(model, manifest, [len(prompt) + count - 1], chunk)
+    options = GenerationOptions(max_new_tokens=count)
+    return Generation(decoder, manifest, [prompt], options, None).run()[0].ids
+
+
 def batch_of(name: str) -> dict[str, np.ndarray]:
     if name == "vit":
         return {key: value for key, value in task_models.batch(name).items() if key != "labels"}
@@ -94,9 +104,8 @@ def test_the_same_tokens_whatever_the_chunk(bundle: Make, name: str, bits: int) 
             expected = whole.generate_ids(prompt, adapter, max_new_tokens=12)
             model = streamed(path, adapter)
             for chunk in (1, 2, 4, 10, 11, 50):
-                manifest = whole.manifest
-                assert generation.greedy_streamed(model, manifest, prompt, 12, chunk) == expected
-            assert generation.greedy_streamed(model, whole.manifest, prompt[:1], 1, 1) == (
+                assert greedy_streamed(model, whole.manifest, prompt, 12, chunk) == expected
+            assert greedy_streamed(model, whole.manifest, prompt[:1], 1, 1) == (
                 whole.generate_ids(prompt[:1], adapter, max_new_tokens=1)
             )
 

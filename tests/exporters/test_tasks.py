@@ -249,8 +249,10 @@ def test_an_encoder_decoder_learns_to_answer(family: str, tmp_path: Path) -> Non
         assert device.manifest.streamed_inference is None  # every decoder layer reads what the encoder made
         report = device.adapt(records, tmp_path / "new", steps=60, batch_size=8, learning_rate=2e-2)
         assert report.losses[-1] < 0.5 * report.losses[0]
-        answer = device.generate_ids([20], tmp_path / "new", 2)
-        assert device.generate("w20", tmp_path / "new", 2).split() == [f"w{token}" for token in answer]
+        answer = device.generate_ids([20], tmp_path / "new", max_new_tokens=2)
+        assert device.generate("w20", tmp_path / "new", max_new_tokens=2).split() == [
+            f"w{token}" for token in answer
+        ]
         with pytest.raises(UsageError, match="predicts nothing a record: use generate"):
             device.predict(records)
         with pytest.raises(UsageError, match="lacks the input 'decoder_input_ids'"):

@@ -141,7 +141,9 @@ def test_generate(language_model: Path) -> None:
     answer = json.loads(
         run("generate", language_model, "--prompt", "w3 w4", "--max-new-tokens", "4", "--json").stdout
     )
-    assert answer == {"prompt": "w3 w4", "adapter": None, "text": text}
+    assert (answer["prompt"], answer["adapter"], answer["text"]) == ("w3 w4", None, text)
+    assert (answer["prompt_tokens"], answer["cached_tokens"], answer["new_tokens"]) == (2, 0, 1)
+    assert answer["finish_reason"] == "eos"
 
 
 def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:

@@ -285,15 +285,21 @@ def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
     assert row.labels.tolist() == [-100] * 8 + [8, 9, 23]
 
 
-def test_the_template_agrees_with_transformers(tmp_path: Path) -> None:
-    """The same text as `apply_chat_template`."""
+MARKED = CHAT.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
+LISTED = [{"name": "tool_use", "template": "none"}, {"name": "default", "template": CHAT}]
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED, LISTED])
+def test_the_template_agrees_with_transformers(tmp_path: Path, template: Any) -> None:
+    """The same text as `apply_chat_template`; also where the assistant's words are marked, or where the
+    configuration lists several."""
     import transformers
     from tokenizers import Tokenizer
 
-    task = chat_bundle(tmp_path / "b", CHAT)
+    task = chat_bundle(tmp_path / "b", template)
     backend = Tokenizer.from_str(json.dumps(tiny.word_tokenizer()))
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    theirs.chat_template = CHAT
+    theirs.chat_template = CHAT if isinstance(template, list) else template
     messages = [{"role": "user", "content": "ä {{ x }}"}, {"role": "assistant", "content": "w6"}]
     for count, prompt in ((1, True), (2, False)):
         want = theirs.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)

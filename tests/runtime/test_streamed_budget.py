@@ -25,7 +25,9 @@ import edgepeft
 from edgepeft.runtime.memory.process import read_memory
 
 with edgepeft.load(sys.argv[1], memory_budget=int(sys.argv[2]) or None, threads=2) as model:
-    tokens = model.generate_ids(list(range(5, 69)), max_new_tokens=6)
+    prompt = list(range(5, 69))
+    tokens = [model.generate_ids(prompt, max_new_tokens=6)]
+    tokens += model.generate_ids([prompt[:20], prompt, prompt[:40]], max_new_tokens=6)
     roles = list(model._sessions._open)
     print(json.dumps({"tokens": tokens, "roles": roles, "peak_bytes": read_memory().peak_bytes}))
 """
@@ -78,7 +80,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_generation_inside_a_budget_below_the_weight_file(bundle: Path) -> None:
-    """The kernel does not kill it, and the tokens are those of the whole graph."""
+    """The kernel does not kill it, and the tokens are those of the whole graph; one prompt and three."""
     assert open_bundle(bundle).manifest.files["weights.bin"].nbytes > BUDGET_BYTES
     command = [sys.executable, "-c", SCRIPT, str(bundle)]
     free, limited = run([*command, "0"], 4096 * MIB), run([*command, str(BUDGET_BYTES)], BUDGET_BYTES)

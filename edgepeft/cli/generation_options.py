@@ -1,0 +1,55 @@
+"""Options of `edgepeft generate` that say how tokens are chosen and where an answer ends; they have the names
+of `GenerationOptions`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from edgepeft.cli.options import Decorator
+
+
+def generation_options() -> Decorator:
+    """What `Model.generate` takes as `**options`."""
+    options = (
+        click.option(
+            "--max-new-tokens", type=int, default=64, show_default=True, help="Tokens to write at most."
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            default=0.0,
+            show_default=True,
+            help="Above 0, draw each token, with logits divided by this; 0 takes the most likely one.",
+        ),
+        click.option("--top-k", type=int, help="Draw among so many of the likeliest tokens."),
+        click.option(
+            "--top-p", type=float, help="Draw among the likeliest tokens that together have this probability."
+        ),
+        click.option(
+            "--min-p",
+            type=float,
+            help="Draw among tokens with at least this share of the likeliest one's probability.",
+        ),
+        click.option(
+            "--repetition-penalty",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Above 1, make tokens that the text holds less likely.",
+        ),
+        click.option("--seed", type=int, help="Of the draws: the same seed gives the same text."),
+        click.option(
+            "--stop",
+            multiple=True,
+            metavar="TEXT",
+            help="End before this text; repeat it for several.",
+        ),
+    )
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,0 +1,151 @@
+"""Generation from exported bundles, whole and streamed, against transformers' `generate`."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import edgepeft
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.errors import UsageError
+from edgepeft.runtime.memory.inference import RESIDENT, STREAMED
+from edgepeft.runtime.model import Model
+
+from . import models, task_models
+
+MIB = 2**20
+ENDS = [7, 300]
+TEXTS = ["a", "the cat, abc", "ä?"]
+COUNT = 24
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    """As many tokens as the models have: bytes, and pairs of letters."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    merges = [(left, right) for left in "abcdehst" for right in "aehinotu"]
+    tokens = [*alphabet, *(left + right for left, right in merges)]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    return tokenizer
+
+
+PROMPTS = [byte_level().encode(text).ids for text in TEXTS]
+
+
+def decoder() -> transformers.PreTrainedModel:
+    """Several tokens end a text."""
+    model = models.llama(tied=True)
+    model.generation_config.eos_token_id = model.config.eos_token_id = ENDS
+    return model
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`bundle(name)`: a decoder or an encoder-decoder at 32 bits, with a tokenizer."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            root = tmp_path_factory.mktemp(name)
+            model = decoder() if name == "decoder" else task_models.t5()
+            model.save_pretrained(str(root / "model"))
+            byte_level().save(str(root / "model" / "tokenizer.json"))
+            edgepeft.export(str(root / "model"), root / "b", bits=32, rank=2, train=False, verify=False)
+            made[name] = root / "b"
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(params=[RESIDENT, STREAMED])
+def device(request: pytest.FixtureRequest, bundle: Callable[[str], Path]) -> Iterator[Model]:
+    """The decoder run whole, and with its weights streamed."""
+    opened = open_bundle(bundle("decoder"))
+    if request.param == STREAMED:
+        large = dataclasses.replace(opened.manifest.inference_memory, session_bytes=10_000 * MIB)
+        manifest = dataclasses.replace(opened.manifest, inference_memory=large)
+        opened = dataclasses.replace(opened, manifest=manifest)
+    with Model(opened, 4000 * MIB, threads=1) as model:
+        yield model
+        assert set(model._sessions._open) <= {request.param}
+
+
+def theirs(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    """The new tokens by transformers."""
+    ids = torch.tensor([prompt])
+    answer = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=COUNT,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )[0].tolist()
+    return answer[1:] if model.config.is_encoder_decoder else answer[len(prompt) :]
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.4, 0.8])
+def test_tokens_are_those_of_transformers(device: Model, penalty: float) -> None:
+    """Greedy with and without a penalty, to whichever end token comes first."""
+    assert device.manifest.model.eos_token_ids == tuple(ENDS)
+    model = decoder()
+    expected = [theirs(model, prompt, repetition_penalty=penalty) for prompt in PROMPTS]
+    for prompt, ids in zip(PROMPTS, expected, strict=True):
+        assert device.generate_ids(prompt, max_new_tokens=COUNT, repetition_penalty=penalty) == ids
+    answers = device.generate(TEXTS, max_new_tokens=COUNT, repetition_penalty=penalty)
+    for text, ids in zip(answers, expected, strict=True):
+        assert text == byte_level().decode([token for token in ids if token not in ENDS]).rstrip("�")
+
+
+def test_stop_texts_are_those_of_transformers(device: Model) -> None:
+    """It ends with the same token; their text has the stop text at its end, ours has not."""
+    model = decoder()
+    model.generation_config.eos_token_id = None
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=byte_level())
+    whole = tokenizer.decode(theirs(model, PROMPTS[1]))
+    endless = dataclasses.replace(device.manifest.model, eos_token_ids=())
+    opened = dataclasses.replace(device._bundle, manifest=dataclasses.replace(device.manifest, model=endless))
+    with Model(opened, 4000 * MIB, threads=1) as mine:
+        stops = [stop for place in range(1, 20) if "�" not in (stop := whole[place : place + 3])]
+        assert len(stops) > 2
+        for stop in stops:
+            ids = theirs(model, PROMPTS[1], stop_strings=[stop], tokenizer=tokenizer)
+            stream = mine.stream(TEXTS[1], max_new_tokens=COUNT, stop=stop)
+            assert "".join(stream) == whole[: whole.find(stop)]
+            assert (stream.result.ids, stream.result.finish_reason) == (ids, "stop")
+
+
+def test_a_prompt_cache_changes_nothing(device: Model, tmp_path: Path) -> None:
+    """All of the prompt, its beginning, more than it; in a batch too."""
+    device.read_prompt("XYZ 123?").save(tmp_path / "prompt")
+    prompts = ["XYZ 123?", "XYZ 123? !", "XY.", "a"]
+    expected = [device.generate(text, max_new_tokens=COUNT) for text in prompts]
+    for text, answer, cached in zip(prompts, expected, (7, 8, 2, 0), strict=True):
+        stream = device.stream(text, max_new_tokens=COUNT, prompt_cache=tmp_path / "prompt")
+        assert "".join(stream) == answer
+        assert stream.result.cached_tokens == cached
+    assert device.generate(prompts, max_new_tokens=COUNT, prompt_cache=tmp_path / "prompt") == expected
+
+
+@pytest.mark.slow  # the export is
+def test_an_encoder_decoder_answers_as_in_transformers(bundle: Callable[[str], Path], tmp_path: Path) -> None:
+    """One prompt and several; it has nothing to keep in a prompt cache."""
+    model = task_models.t5()
+    with edgepeft.load(bundle("t5"), threads=1) as device:
+        for penalty in (1.0, 1.5):
+            expected = [theirs(model, prompt, repetition_penalty=penalty) for prompt in PROMPTS]
+            options = {"max_new_tokens": COUNT, "repetition_penalty": penalty}
+            assert [device.generate_ids(prompt, **options) for prompt in PROMPTS] == expected
+            answers = device.generate(TEXTS, **options)
+            assert answers == [device.generate(text, **options) for text in TEXTS]
+        with pytest.raises(UsageError, match="no key/value cache"):
+            device.read_prompt("a")
+        with pytest.raises(UsageError, match="no key/value cache"):
+            device.generate("a", prompt_cache=tmp_path / "prompt")
