@@ -139,16 +139,15 @@ class Stage:
 class VocabularyHead:
     """The output layer of a language model and its loss, a slice of the vocabulary at a time.
 
-    Roles of graphs: `scan` gathers each position's log-normalizer and the logit of its label, `loss` makes
-    the loss of them, `backward` adds a slice's share to the cotangent of the hidden state, and so does
-    `backward_of_logits` where the logits of `scan` are at hand. `weights` are bound by rows `[first, last)`
-    of `rows` rows.
+    Roles of graphs: `scan` gathers each position's log-normalizer and the logit of its label, `spread` also
+    what the cotangent of the hidden state is made of, `loss` makes the loss and `cotangent` the cotangent of
+    what was gathered. `weights` are bound by rows `[first, last)` of `rows` rows.
     """
 
     scan: str
+    spread: str
     loss: str
-    backward: str
-    backward_of_logits: str
+    cotangent: str
     weights: dict[str, str]
     rows: int
 

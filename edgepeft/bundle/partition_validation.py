@@ -111,9 +111,9 @@ def _check_bound(bound: Mapping[str, str], known: set[str], where: str, expected
 def _check_vocabulary_head(manifest: Manifest, head: VocabularyHead) -> None:
     """Rows `[0, rows)` of every weight lie inside its tensor."""
     where = "the vocabulary head"
-    for role in (head.scan, head.loss, head.backward, head.backward_of_logits):
+    for role in (head.scan, head.spread, head.loss, head.cotangent):
         _graph(manifest, role, where)
-    for role in (head.scan, head.backward, head.backward_of_logits):
+    for role in (head.scan, head.spread):
         _check_rows(manifest, head.weights, head.rows, role, where)
 
 

@@ -85,9 +85,9 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
         weights_by_input = {f"weight.{i}": name_of(value) for i, value in enumerate(layer.weights)}
         sliced = VocabularyHead(
             "head.scan",
+            "head.spread",
             "head.loss",
-            "head.backward",
-            "head.backward_of_logits",
+            "head.cotangent",
             weights_by_input,
             layer.rows,
         )

@@ -1,21 +1,23 @@
 """The output layer of a language model and its loss, a slice of the vocabulary at a time.
 
-    scan       hidden, weight.*, labels, first, log_z, picked           → log_z.out, picked.out, logits
-    loss       log_z, picked, labels                                    → loss, share
-    backward   hidden, weight.*, labels, first, log_z, share, cotangent → cotangent.out
-    backward_of_logits   the same with logits in the place of hidden
+    scan       hidden, weight.*, labels, first, log_z, picked        → log_z.out, picked.out
+    spread     the same, spread, label_rows                          → the same, spread.out, label_rows.out
+    loss       log_z, picked, labels                                 → loss, share
+    cotangent  share, spread, label_rows                             → cotangent
 
-`weight.*` are rows `first`, `first + 1`, … of the layer and `logits` its product with them; neither
-`[positions, vocabulary]` nor the decoded layer exists whole. With z the logits of a slice, log_z gathers
+`weight.*` are rows `first`, `first + 1`, … of the layer; neither `[positions, vocabulary]` nor the decoded
+layer exists whole, and a slice is decoded and multiplied once. With z the logits of a slice, log_z gathers
 logΣexp z over the slices and picked the logit of the label; the loss is Σ share·(log_z − picked) with share =
-1/count where a label counts, and its cotangent of z is share·(exp(z − log_z) − [label]). Source: online
-softmax, arXiv 1805.02867.
+1/count where a label counts. Its cotangent of the hidden state is share·(spread − label_rows): spread gathers
+Σ exp(z − log_z)·f'·W, which is scaled by exp(log_z − log_z.out) when a slice makes log_z larger, and
+label_rows the row f'·W of the label. Source: online softmax, arXiv 1805.02867.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -72,12 +74,12 @@ def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> Outpu
 
 
 def build_vocabulary_head(layer: OutputLayer) -> dict[str, ir.Model]:
-    """The graphs `scan`, `loss`, `backward` and `backward_of_logits`."""
+    """The graphs `scan`, `spread`, `loss` and `cotangent`."""
     return {
-        "scan": _scan(layer),
+        "scan": _scan(layer, spreads=False),
+        "spread": _scan(layer, spreads=True),
         "loss": _loss(),
-        "backward": _backward(layer),
-        "backward_of_logits": _backward(layer, given_logits=True),
+        "cotangent": _cotangent(layer),
     }
 
 
@@ -94,10 +96,11 @@ def _elementwise_operand(node: ir.Node) -> ir.Value | None:
 class _Slice:
     """A graph with the logits of a slice, and where each label lies in it.
 
-    `product` is what the layer's matrix makes, computed or given, and `logits` what becomes of it.
+    `product` is what the layer's matrix makes and `logits` what becomes of it; `label_product` and
+    `label_logit` are the label's, or another row's where the slice has it not.
     """
 
-    def __init__(self, layer: OutputLayer, *, given_product: bool = False) -> None:
+    def __init__(self, layer: OutputLayer) -> None:
         copier = Copier("head")
         self.graph = graph = copier.graph
         self.model = new_model(graph)
@@ -111,6 +114,7 @@ class _Slice:
         self.first = graph_input(graph, "first", [], INT64)
         self.zero = initializer(graph, "zero_int64", np.array(0, np.int64))
         self.one = initializer(graph, "one_int64", np.array(1, np.int64))
+        self.last_axis = initializer(graph, "axis_last", np.array([-1], np.int64))
         size = append(graph, "Shape", [self.packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
         self.size = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
         indices = append(graph, "Range", [self.zero, self.size, self.one], shape=[ROWS], dtype=INT64)
@@ -122,32 +126,29 @@ class _Slice:
             shape=[ROWS, columns],
             domain=MICROSOFT,
         )
+        hidden = copier.add_input(layer.x, "hidden")
         shape: list[int | str] = ["batch", "sequence", ROWS]
-        if given_product:
-            self.product = graph_input(graph, "logits", shape)
-        else:
-            hidden = copier.add_input(layer.x, "hidden")
-            self.product = append(
-                graph,
-                "FusedMatMul",
-                [hidden, self.weight],
-                {"transB": 1},
-                shape=shape,
-                domain=MICROSOFT,
-            )
-        copier.values[layer.product.outputs[0]] = self.product
+        self.product = append(
+            graph, "FusedMatMul", [hidden, self.weight], {"transB": 1}, shape=shape, domain=MICROSOFT
+        )
+        self._find_labels()
+        self.label_product = append(
+            graph, "GatherElements", [self.product, self.index], {"axis": -1}, shape=POSITIONS
+        )
+        self.logits = self._after(layer, copier, self.product)
+        self.label_logit = self._after(layer, copier, self.label_product)
+
+    def _after(self, layer: OutputLayer, copier: Copier, product: ir.Value) -> ir.Value:
+        copier.values[layer.product.outputs[0]] = product
         for node in layer.after:
             copier.copy(node)
-            copier.values[node.outputs[0]].shape = self.product.shape
-        self.logits = copier.values[layer.logits]
-        self._find_labels()
+            copier.values[node.outputs[0]].shape = product.shape
+        return copier.values[layer.logits]
 
     def _find_labels(self) -> None:
         graph = self.graph
-        last = initializer(graph, "axis_last", np.array([-1], np.int64))
-        target = append(
-            graph, "Unsqueeze", [shifted_labels(graph, self.labels), last], shape=POSITIONS, dtype=INT64
-        )
+        shifted = shifted_labels(graph, self.labels)
+        target = append(graph, "Unsqueeze", [shifted, self.last_axis], shape=POSITIONS, dtype=INT64)
         inside = append(graph, "Sub", [target, self.first], shape=POSITIONS, dtype=INT64)
 
         def condition(op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -160,25 +161,55 @@ class _Slice:
         self.nothing = initializer(graph, "zero_float32", np.array(0, np.float32))
 
 
-def _scan(layer: OutputLayer) -> ir.Model:
+def _scan(layer: OutputLayer, *, spreads: bool) -> ir.Model:
     piece = _Slice(layer)
     graph = piece.graph
     log_z, picked = (graph_input(graph, name, POSITIONS) for name in ("log_z", "picked"))
-    last = initializer(graph, "axis_last", np.array([-1], np.int64))
 
     def op(op_type: str, *inputs: ir.Value) -> ir.Value:
         return append(graph, op_type, inputs, shape=POSITIONS)
 
-    own = append(graph, "ReduceLogSumExp", [piece.logits, last], {"keepdims": 1}, shape=POSITIONS)
+    own = append(graph, "ReduceLogSumExp", [piece.logits, piece.last_axis], {"keepdims": 1}, shape=POSITIONS)
     highest = op("Max", log_z, own)
     total = op("Add", op("Exp", op("Sub", log_z, highest)), op("Exp", op("Sub", own, highest)))
-    label = append(graph, "GatherElements", [piece.logits, piece.index], {"axis": -1}, shape=POSITIONS)
     outputs = {
         "log_z.out": op("Add", highest, op("Log", total)),
-        "picked.out": op("Add", picked, op("Where", piece.found, label, piece.nothing)),
-        "logits": piece.product,
+        "picked.out": op("Add", picked, op("Where", piece.found, piece.label_logit, piece.nothing)),
     }
+    if spreads:
+        outputs |= _spread(layer, piece, log_z, outputs["log_z.out"])
     return _finished(piece.model, outputs)
+
+
+def _spread(layer: OutputLayer, piece: _Slice, log_z: ir.Value, new_log_z: ir.Value) -> dict[str, ir.Value]:
+    """What a slice adds to `spread` and `label_rows`."""
+    graph, width = piece.graph, list(layer.x.shape or ())
+    spread, label_rows = (graph_input(graph, name, width) for name in ("spread", "label_rows"))
+
+    def op(op_type: str, *inputs: ir.Value, shape: Sequence[Any]) -> ir.Value:
+        return append(graph, op_type, inputs, shape=shape)
+
+    shape = list(piece.logits.shape or ())
+    share = op("Exp", op("Sub", piece.logits, new_log_z, shape=shape), shape=shape)
+    share = _through(graph, piece.logits, piece.product, share)
+    shrunk = op("Exp", op("Sub", log_z, new_log_z, shape=POSITIONS), shape=POSITIONS)
+    spread = op("Mul", spread, shrunk, shape=width)
+    one = initializer(graph, "one_float32", np.array(1, np.float32))
+    slope = op("Where", piece.found, one, piece.nothing, shape=POSITIONS)
+    slope = _through(graph, piece.label_logit, piece.label_product, slope)
+    index = append(graph, "Squeeze", [piece.index, piece.last_axis], shape=["batch", "sequence"], dtype=INT64)
+    row = op("Mul", op("Gather", piece.weight, index, shape=width), slope, shape=width)
+    return {
+        "spread.out": op("Add", spread, op("MatMul", share, piece.weight, shape=width), shape=width),
+        "label_rows.out": op("Add", label_rows, row, shape=width),
+    }
+
+
+def _through(graph: ir.Graph, logits: ir.Value, product: ir.Value, cotangent: ir.Value) -> ir.Value:
+    """The cotangent of a product, given that of what becomes of it."""
+    if logits is product:
+        return cotangent
+    return differentiate(graph, logits, [product], cotangent=cotangent)[product]
 
 
 def _loss() -> ir.Model:
@@ -202,30 +233,14 @@ def _loss() -> ir.Model:
     return _finished(model, {"loss": loss, "share": share})
 
 
-def _backward(layer: OutputLayer, *, given_logits: bool = False) -> ir.Model:
-    piece = _Slice(layer, given_product=given_logits)
-    graph = piece.graph
-    log_z, share = (graph_input(graph, name, POSITIONS) for name in ("log_z", "share"))
-    before = graph_input(graph, "cotangent", list(layer.x.shape or ()))
-    logits = piece.logits
-    shape = logits.shape
-    shifted = append(graph, "Sub", [logits, log_z], shape=shape)
-    probabilities = append(graph, "Exp", [shifted], shape=shape)
-    spread = append(graph, "Mul", [probabilities, share], shape=shape)
-    negative = append(graph, "Neg", [share], shape=POSITIONS)
-    label = append(graph, "Where", [piece.found, negative, piece.nothing], shape=POSITIONS)
-    cotangent = append(
-        graph,
-        "ScatterElements",
-        [spread, piece.index, label],
-        {"axis": -1, "reduction": "add"},
-        shape=shape,
-    )
-    if logits is not piece.product:
-        cotangent = differentiate(graph, logits, [piece.product], cotangent=cotangent)[piece.product]
-    own = append(graph, "MatMul", [cotangent, piece.weight], shape=before.shape)
-    after = append(graph, "Add", [before, own], shape=before.shape)
-    return _finished(piece.model, {"cotangent.out": after})
+def _cotangent(layer: OutputLayer) -> ir.Model:
+    graph = ir.Graph([], [], nodes=[], name="cotangent")
+    model = new_model(graph)
+    width = list(layer.x.shape or ())
+    share = graph_input(graph, "share", POSITIONS)
+    spread, label_rows = (graph_input(graph, name, width) for name in ("spread", "label_rows"))
+    difference = append(graph, "Sub", [spread, label_rows], shape=width)
+    return _finished(model, {"cotangent": append(graph, "Mul", [difference, share], shape=width)})
 
 
 def _finished(model: ir.Model, outputs: dict[str, ir.Value]) -> ir.Model:

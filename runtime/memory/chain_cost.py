@@ -40,10 +40,10 @@ class ChainCost:
         return self._stage_bytes + self._head_bytes
 
     def held_bytes(self, held: Held) -> int:
-        """What `held.stages` and `held.logits` take."""
+        """What `held.stages` takes."""
         count = len(self._partition.stages)
         total = sum(self._kept_bytes(stage) for stage in self._partition.stages[count - held.stages :])
-        return int(_GAPS * (total + (self._logits_bytes if held.logits else 0)))
+        return int(_GAPS * total)
 
     def spared_bytes(self, stride: int) -> int:
         """What is not kept of the inputs of stages where only one in `stride` is."""
@@ -53,7 +53,7 @@ class ChainCost:
         return max(len(stages) - kept, 0) * largest
 
     def filled(self, plan: Plan, budget_bytes: int | None) -> Plan:
-        """A plan that uses what the budget leaves for the logits and then for stages, the last ones first."""
+        """A plan that uses what the budget leaves for stages, the last ones first."""
 
         def holding(held: Held) -> Plan:
             activation_bytes = plan.activation_bytes + self.held_bytes(held)
@@ -65,14 +65,11 @@ class ChainCost:
             return budget_bytes is None or holding(held).peak_bytes <= budget_bytes
 
         best = plan.held
-        with_logits = dataclasses.replace(best, logits=self._partition.vocabulary_head is not None)
-        if fits(with_logits):
-            best = with_logits
-            for stages in range(1, len(self._partition.stages) + 1):
-                more = dataclasses.replace(best, stages=stages)
-                if not fits(more):
-                    break
-                best = more
+        for stages in range(1, len(self._partition.stages) + 1):
+            more = dataclasses.replace(best, stages=stages)
+            if not fits(more):
+                break
+            best = more
         return holding(best)
 
     def relative_step(self, held: Held) -> float:
@@ -88,16 +85,11 @@ class ChainCost:
         anew = 1 - held.stages / len(self._partition.stages) + (1 - 1 / held.stride)
         chain_s = (
             stages * 2 * (product_s + decode_s)
-            + head * (2 * decode_s + (2 if held.logits else 3) * product_s)
+            + head * (decode_s + 2 * product_s)
             + other_s
             + anew * (stages * (_ANEW * product_s + decode_s) + _ANEW_OTHER * other_s)
         )
         return chain_s / resident_s if resident_s else 1.0
-
-    @property
-    def _logits_bytes(self) -> int:
-        head = self._partition.vocabulary_head
-        return 0 if head is None else 4 * head.rows * self._workload.rows * self._workload.seq_len
 
     def _hidden_bytes(self, stage: Stage) -> int:
         """What a stage hands to the next."""

@@ -36,14 +36,12 @@ class Held:
 
     Attributes:
         stages: that many of the last stages keep what their backward pass needs.
-        logits: the output layer's logits are kept for the backward pass.
         weights: pages of the weight file stay in the process.
         cached: weights that do not stay are read through the system's page cache, for which there is room.
         stride: what enters a stage is kept for one stage in so many, and computed anew for the others.
     """
 
     stages: int = 0
-    logits: bool = False
     weights: bool = False
     cached: bool = True
     stride: int = 1

@@ -70,7 +70,7 @@ class Chain:
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
         sliced = partition.vocabulary_head
-        self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights, held.logits)
+        self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights)
 
     def evaluate(self, batch: Mapping[str, Array]) -> dict[str, npt.NDArray[np.float32]]:
         """`loss`, and the task's output where the head has it whole."""

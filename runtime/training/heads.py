@@ -37,14 +37,10 @@ class SlicedHead:
         head: its wiring.
         sessions: opens its graphs.
         weights: of the weight file.
-        holds_logits: the logits of every slice are kept for the backward pass, not computed twice.
     """
 
-    def __init__(
-        self, head: VocabularyHead, sessions: Sessions, weights: Weights, holds_logits: bool = False
-    ) -> None:
+    def __init__(self, head: VocabularyHead, sessions: Sessions, weights: Weights) -> None:
         self._head, self._sessions, self._weights = head, sessions, weights
-        self._holds_logits = holds_logits
 
     def loss(self, hidden: ort.OrtValue, labels: Array) -> float:
         """The loss.
@@ -53,59 +49,44 @@ class SlicedHead:
             hidden: float32 `[batch, sequence, width]`.
             labels: int64 `[batch, sequence]`, not shifted.
         """
-        found, _ = self._scan(hidden, labels, holds_logits=False)
-        return self._loss(labels, found)[0]
+        return self._loss(labels, self._gathered(self._head.scan, hidden, labels, {}))[0]
 
     def loss_and_cotangent(self, hidden: ort.OrtValue, labels: Array) -> tuple[float, ort.OrtValue]:
         """The loss, and the cotangent of `hidden`; arguments as for `loss`."""
-        found, logits = self._scan(hidden, labels, holds_logits=self._holds_logits)
+        nothing = {name: np.zeros(hidden.shape(), np.float32) for name in ("spread", "label_rows")}
+        found = self._gathered(self._head.spread, hidden, labels, nothing)
         loss, share = self._loss(labels, found)
-        role = self._head.backward_of_logits if self._holds_logits else self._head.backward
+        graph = self._sessions.session(self._head.cotangent)
+        graph.bind_values({"share": share, **{name: found[name] for name in nothing}})
+        cotangent = graph.run_for(["cotangent"])["cotangent"]
+        graph.unbind_inputs()
+        return loss, cotangent
+
+    def _gathered(
+        self, role: str, hidden: ort.OrtValue, labels: Array, begin: Mapping[str, Array]
+    ) -> dict[str, ort.OrtValue]:
+        """Each position's log-normalizer and the logit of its label, and what `begin` begins with."""
+        positions = (*hidden.shape()[:2], 1)
         graph = self._sessions.session(role)
-        graph.bind({"labels": labels, "log_z": found["log_z"]})
-        graph.bind_values({"share": share})
-        if not self._holds_logits:
-            graph.bind_values({"hidden": hidden})
-        total = ort.OrtValue.ortvalue_from_numpy(np.zeros(hidden.shape(), np.float32))
-        logits.reverse()
+        graph.bind({"labels": labels, **begin})
+        graph.bind({"log_z": np.full(positions, _LOWEST), "picked": np.zeros(positions, np.float32)})
+        graph.bind_values({"hidden": hidden})
+        found: dict[str, ort.OrtValue] = {}
+        names = ("log_z", "picked", *begin)
         for first, last in self._slices(hidden):
             self._bind_slice(graph, first, last)
-            graph.bind_values({"cotangent": total})
-            if self._holds_logits:
-                graph.bind_values({"logits": logits.pop()})
-            total = graph.run_for(["cotangent.out"])["cotangent.out"]
+            outputs = graph.run_for([f"{name}.out" for name in names])
+            found = {name: outputs[f"{name}.out"] for name in names}
+            graph.bind_values(found)
             self._weights.release()
         graph.unbind_inputs()
-        return loss, total
+        return found
 
-    def _scan(
-        self, hidden: ort.OrtValue, labels: Array, *, holds_logits: bool
-    ) -> tuple[dict[str, Array], list[ort.OrtValue]]:
-        """Each position's log-normalizer and the logit of its label, and the logits by slice if wanted."""
-        batch, sequence, _ = hidden.shape()
-        found: dict[str, Array] = {
-            "log_z": np.full((batch, sequence, 1), _LOWEST, np.float32),
-            "picked": np.zeros((batch, sequence, 1), np.float32),
-        }
-        logits = []
-        scan = self._sessions.session(self._head.scan)
-        scan.bind({"labels": labels})
-        scan.bind_values({"hidden": hidden})
-        for first, last in self._slices(hidden):
-            self._bind_slice(scan, first, last)
-            scan.bind(found)
-            outputs = scan.run_for(["log_z.out", "picked.out", *(["logits"] if holds_logits else [])])
-            found = {"log_z": outputs["log_z.out"].numpy(), "picked": outputs["picked.out"].numpy()}
-            if holds_logits:
-                logits.append(outputs["logits"])
-            self._weights.release()
-        scan.unbind_inputs()
-        return found, logits
-
-    def _loss(self, labels: Array, found: Mapping[str, Array]) -> tuple[float, ort.OrtValue]:
+    def _loss(self, labels: Array, found: Mapping[str, ort.OrtValue]) -> tuple[float, ort.OrtValue]:
         """The loss, and each position's share of it."""
         graph = self._sessions.session(self._head.loss)
-        graph.bind({"labels": labels, **found})
+        graph.bind({"labels": labels})
+        graph.bind_values({name: found[name] for name in ("log_z", "picked")})
         outputs = graph.run_for(["loss", "share"])
         graph.unbind_inputs()
         return float(outputs["loss"].numpy()), outputs["share"]

@@ -10,7 +10,7 @@ NEAR = 0.98
 
 
 def cheaper(plan: Plan, candidates: Sequence[Plan]) -> Plan | None:
-    """A plan that holds less: half as many stages, no logits, then what comes next among the candidates.
+    """A plan that holds less: half as many stages, then what comes next among the candidates.
 
     Args:
         plan: the present one.
@@ -23,12 +23,10 @@ def cheaper(plan: Plan, candidates: Sequence[Plan]) -> Plan | None:
     held = plan.held
     if held.stages:
         return dataclasses.replace(plan, held=dataclasses.replace(held, stages=held.stages // 2))
-    if held.logits:
-        return dataclasses.replace(plan, held=dataclasses.replace(held, logits=False))
     ways = [(item.strategy, item.state_in_file, item.held.stride) for item in candidates]
     later = candidates[ways.index((plan.strategy, plan.state_in_file, held.stride)) + 1 :]
     following = next((item for item in later if item.exact), None)
     if following is None or not plan.exact:
         return None
-    least = dataclasses.replace(following.held, stages=0, logits=False)
+    least = dataclasses.replace(following.held, stages=0)
     return dataclasses.replace(following, held=least)

@@ -186,7 +186,7 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
 
     for label, held in {
         "resident": NOTHING_HELD,
-        "checkpointed": Held(stages=100, logits=True, weights=True),
+        "checkpointed": Held(stages=100, weights=True),
         "checkpointed,": Held(stages=1, weights=True),
         "streamed": NOTHING_HELD,
         "streamed, state in a file": NOTHING_HELD,
@@ -229,7 +229,7 @@ def test_what_steps_down_gives_its_memory_back(tmp_path: Path) -> None:
     edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
     bundle = open_bundle(tmp_path / "bundle")
     inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
-    chain = Chain(bundle, inputs, held=Held(stages=100, logits=True))
+    chain = Chain(bundle, inputs, held=Held(stages=100))
     state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
     ids = np.ones((64, 128), np.int64)
     chain.gradients({"input_ids": ids, "attention_mask": ids, "labels": ids}, state)

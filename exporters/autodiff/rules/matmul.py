@@ -39,30 +39,27 @@ def matmul(c: RuleContext) -> RuleResult:
 def weight_cotangent(e: Emitter, x: ir.Value, dy: ir.Value, weight: ir.Value) -> ir.Value:
     """Σ xᵀ ȳ over all rows, for y = x @ weight.
 
-    A weight without batch axes sums over every leading axis. Einsum does that in one node; with the operand
-    of fewer columns first it transposes only that one (measured: 1.3 to 2 times as fast as the other order,
-    1.3 times as fast as Flatten and Gemm).
+    A weight without batch axes sums over every leading axis: rows are laid end to end, which costs nothing,
+    and multiplied once. Einsum does that in one node, by transposing an operand (measured at 128 rows of 1536
+    and 8 columns: 260 µs, against 59).
     """
-    if e.rank(weight) > 2:
+    if e.rank(weight) > 2 or e.rank(x) != e.rank(dy):
         return e.unbroadcast(e.matmul(x, dy, trans_a=True), weight)
-    if e.rank(x) == 2 and e.rank(dy) == 2:
-        shape = ir.Shape([e.shape(x)[-1], e.shape(dy)[-1]])
-        return e.op("Gemm", x, dy, dtype=weight.dtype, shape=shape, transA=1)
-    if e.rank(x) != e.rank(dy):
-        return e.unbroadcast(e.matmul(x, dy, trans_a=True), weight)
-    batch = "abcdefgh"[: e.rank(x) - 1]
-    operands = [(x, f"{batch}m"), (dy, f"{batch}n")]
-    if _columns(e, dy) < _columns(e, x):
-        operands.reverse()
-    (first, first_axes), (second, second_axes) = operands
-    equation = f"{first_axes},{second_axes}->mn"
-    return e.op("Einsum", first, second, like=weight, equation=equation)
+    shape = ir.Shape([e.shape(x)[-1], e.shape(dy)[-1]])
+    return e.op("Gemm", _rows(e, x), _rows(e, dy), dtype=weight.dtype, shape=shape, transA=1)
 
 
-def _columns(e: Emitter, value: ir.Value) -> float:
-    """The number of columns; a symbolic one is a LoRA rank, which is small."""
+def _rows(e: Emitter, value: ir.Value) -> ir.Value:
+    """`value` as a matrix of its rows."""
+    if e.rank(value) == 2:
+        return value
     columns = e.shape(value)[-1]
-    return columns if isinstance(columns, int) else 0
+    shape = ir.Shape([None, columns])
+    if isinstance(columns, int) and columns:
+        target = e.constant([-1, columns], ir.DataType.INT64)
+        return e.op("Reshape", value, target, dtype=value.dtype, shape=shape)
+    # None, or a LoRA rank, which is small: onnxruntime copies what it flattens, not what it reshapes.
+    return e.op("Flatten", value, dtype=value.dtype, shape=shape, axis=e.rank(value) - 1)
 
 
 @rule("Gemm", since=7, until=13)
