@@ -36,6 +36,10 @@ class LoraSlot:
     (PEFT's `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight`
     transposed) and `scaling` float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by
     concatenation along the rank axis. `a_input` and `b_input` are PEFT's state-dict keys.
+
+    In the inference graph `scaling` may also be `[batch, 1, …, rank]` with `activation_axes` axes, as many as
+    `x` has: then every row of the batch has scalings of its own. `activation_axes` is 0 where the first axis
+    of `x` is not the batch.
     """
 
     module: str
@@ -44,6 +48,7 @@ class LoraSlot:
     a_input: str
     b_input: str
     scaling_input: str
+    activation_axes: int = 0
 
 
 @dataclass(frozen=True)
@@ -257,6 +262,9 @@ class ModelInfo:
     problem_type: str | None = None  # text- and image-classification: transformers' name, decides the labels
     decoder_start_token_id: int | None = None  # text2text-generation: what decoder_input_ids begin with
     min_length: int = 1
+    prompts: dict[str, str] = field(default_factory=dict)  # feature-extraction: texts to put before a text
+    default_prompt: str | None = None  # name of the one that is put there unless told otherwise
+    mask_token_id: int | None = None  # fill-mask
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _check_model(manifest: Manifest) -> None:
     )
     least = 0 if manifest.task in ("image-classification", "audio-classification") else 1
     _require(model.vocab_size >= least, f"model.vocab_size is {model.vocab_size}, expected at least {least}")
-    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id", "mask_token_id"):
         token = getattr(model, name)
         _require(
             token is None or 0 <= token < model.vocab_size,
@@ -147,6 +147,10 @@ def _check_model(manifest: Manifest) -> None:
         _require(model.decoder_start_token_id is not None, "model.decoder_start_token_id is missing")
     if manifest.task == "feature-extraction":
         _require((model.embedding_size or 0) >= 1, f"model.embedding_size is {model.embedding_size}")
+    _require(
+        model.default_prompt is None or model.default_prompt in model.prompts,
+        f"model.default_prompt is {model.default_prompt!r}, which is not among the prompts",
+    )
     bits = manifest.quantization.bits
     _require(bits in (2, 4, 8, 16, 32), f"quantization.bits is {bits}, expected 2, 4, 8, 16 or 32")
 
@@ -176,6 +180,10 @@ def _check_adapters(manifest: Manifest) -> None:
         _require(
             slot.in_features >= 1 and slot.out_features >= 1,
             f"{where} is {slot.in_features} -> {slot.out_features}",
+        )
+        _require(
+            slot.activation_axes == 0 or 2 <= slot.activation_axes <= _MAX_AXES,
+            f"{where}: activation_axes is {slot.activation_axes}",
         )
         for name in (slot.a_input, slot.b_input, slot.scaling_input):
             _require(name in inputs, f"{where}: the inference graph has no input {name!r}")

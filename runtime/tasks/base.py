@@ -72,6 +72,8 @@ class Example:
 class Task(ABC):
     """Records in, batches and results out. The tokenizer is loaded when the first text is met."""
 
+    field = "text"
+    """Field of a record that holds what the model reads."""
     output: str
     """Name of the inference graph's output that holds the result."""
     rows_per_record = 1
