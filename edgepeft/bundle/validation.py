@@ -14,6 +14,7 @@ TASKS = (
     "text-classification",
     "token-classification",
     "feature-extraction",
+    "fill-mask",
     "text-generation",
     "text2text-generation",
     "image-classification",

@@ -12,10 +12,19 @@ from edgepeft.bundle.manifest import Quantization
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token embeddings become one sentence embedding; `mode` is `mean` or `cls`."""
+    """How texts become sentence embeddings.
+
+    Attributes:
+        mode: of token embeddings: `mean`, `cls` or `max`.
+        normalize: divide by the norm.
+        prompts: texts that may be put before a text, by name.
+        default_prompt: name of the one that is unless told otherwise.
+    """
 
     mode: str = "mean"
     normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
 
 
 @dataclass

@@ -25,7 +25,8 @@ from ..passes.multi_head_attention import lower_multi_head_attention, lower_pack
 from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
-from .loading import read_max_length, read_tokenizer_files
+from .loading import read_max_length
+from .model_files import read_copied_files
 from .naming import SELF_ATTENTION, added_bias, module_names
 from .onnx_graph import read_graph, standardize
 from .tasks import resolve_task
@@ -197,8 +198,8 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         architecture=producer,
         quantization=quantization,
         pooling=Pooling() if output.name == "last_hidden_state" else None,
-        tokenizer_files=read_tokenizer_files(str(path.parent)),
-        max_length=read_max_length(resolved, config, path.parent),
+        tokenizer_files=read_copied_files(str(path.parent)),
+        max_length=read_max_length(resolved, config, str(path.parent)),
     )
 
 
