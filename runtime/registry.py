@@ -12,7 +12,7 @@ from edgepeft.runtime.activation import (
     AdapterSpec,
     FloatArray,
     PreparedAdapter,
-    check_has_effect,
+    check_effect_of,
     find_adapter,
     graph_inputs,
     is_path,
@@ -62,7 +62,7 @@ class AdapterRegistry:
             raise UsageError(f"the bundle has an adapter {name!r} of its own: load this one by another name")
         else:
             adapter = find_adapter(self._bundle, Path(path))
-        check_has_effect(self._bundle, adapter)
+        check_effect_of(self._bundle, adapter)
         self._loaded[name] = prepare(self._bundle, adapter)
 
     def unload(self, name: str) -> None:
