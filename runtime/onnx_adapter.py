@@ -4,7 +4,8 @@ The parameters of such a file are the adapter inputs of a bundle's inference gra
 graph's layout: `A` `[in_features, rank]`, `B` `[rank, out_features]` and scaling `[rank]` of every slot (rank 0
 where the adapter has nothing) and every saved module (the base's own where the adapter has none). So a program
 that has onnxruntime alone runs the graph with `RunOptions.add_active_adapter` and feeds nothing but the
-model's inputs.
+model's inputs. Python's `InferenceSession.run` asks for all inputs nevertheless: there, feed the parameters
+of `AdapterFormat.read_adapter(path).get_parameters()` with `run_with_ort_values`.
 
 The format has no place for PEFT's configuration, which is made anew when a file is read: values and scalings
 come back bit for bit, and what the graph computes with them is the same.
