@@ -296,6 +296,8 @@ def _write(
         files=hash_folder(folder),
         partition=None if partition is None else partition.wiring,
         streamed_inference=None if streamed is None else streamed.wiring,
+        image_preprocessing=source.image_preprocessing,
+        audio_preprocessing=source.audio_preprocessing,
     )
 
 

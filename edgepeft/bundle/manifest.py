@@ -240,6 +240,42 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class ImagePreprocessing:
+    """How an image uint8 `[height, width, channels]` becomes `pixel_values`, in this order.
+
+    Resize: to `height` x `width`, or so that the shorter edge is `shortest_edge`, or not at all. `resample`
+    is `nearest`, `bilinear`, `bicubic` or `lanczos`, as Pillow computes it. Crop the middle, `crop_height` x
+    `crop_width`. Multiply by `rescale_factor`, subtract `mean`, divide by `std`, a value a channel.
+    """
+
+    resample: str
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    height: int | None = None
+    width: int | None = None
+    shortest_edge: int | None = None
+    crop_height: int | None = None
+    crop_width: int | None = None
+
+    @property
+    def output_size(self) -> tuple[int | None, int | None]:
+        """Height and width of what comes out; None where they depend on the image."""
+        if self.crop_height is not None:
+            return self.crop_height, self.crop_width
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class AudioPreprocessing:
+    """How a recording becomes `input_values`: mono at `sampling_rate` Hz, and with `normalize` divided by
+    sqrt(variance + 1e-7) after its mean is subtracted."""
+
+    sampling_rate: int
+    normalize: bool
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the tasks need to know of the base model.
 
@@ -312,3 +348,5 @@ class Manifest:
     files: dict[str, FileEntry]
     partition: Partition | None = None  # null: exported with --no-train, or a model without a cut
     streamed_inference: StreamedInference | None = None  # null: a model without a cut
+    image_preprocessing: ImagePreprocessing | None = None  # null: feed `pixel_values`
+    audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import Quantization
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,14 @@ class ModelSource(Protocol):
     @property
     def min_length(self) -> int:
         """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
+
+    @property
+    def image_preprocessing(self) -> ImagePreprocessing | None:
+        """What makes pixels of images; None where the runtime cannot."""
+
+    @property
+    def audio_preprocessing(self) -> AudioPreprocessing | None:
+        """What makes samples of recordings; None where the runtime cannot."""
 
     @property
     def own_training_graph(self) -> bool:

@@ -13,10 +13,12 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
 from edgepeft.errors import ExportError, UsageError
 
 from .base import Pooling, Traced
 from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
+from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .samples import sample_inputs
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import trace
@@ -29,7 +31,10 @@ MAX_SAMPLES = 30 * 16_000
 
 @dataclass
 class Source:
-    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients."""
+    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
+
+    `shipped` is the folder or hub id that it came from.
+    """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
     task: str
@@ -37,6 +42,26 @@ class Source:
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
+    shipped: str | None = None
+
+    @property
+    def image_preprocessing(self) -> ImagePreprocessing | None:
+        """What the model's image processor does; None where it has none of those that the runtime knows, or
+        one that makes another size than the model takes."""
+        if self.task != "image-classification" or self.shipped is None:
+            return None
+        found = read_image_preprocessing(self.shipped)
+        pixels = sample_inputs(self, with_past=False).inputs["pixel_values"]
+        if found is None or (len(found.mean), *found.output_size) != tuple(pixels.shape[1:]):
+            return None
+        return found
+
+    @property
+    def audio_preprocessing(self) -> AudioPreprocessing | None:
+        """What the model's feature extractor does; None where it has none that the runtime knows."""
+        if self.task != "audio-classification" or self.shipped is None:
+            return None
+        return read_audio_preprocessing(self.shipped)
 
     @property
     def config(self) -> Any:
@@ -177,6 +202,7 @@ def load_source(
         pooling=read_pooling(shipped) if resolved == "feature-extraction" else None,
         tokenizer_files={} if shipped is None else read_copied_files(shipped),
         max_length=read_max_length(resolved, module.config, shipped),
+        shipped=shipped,
     )
 
 

@@ -1,4 +1,4 @@
-"""The files that a model ships beside its weights: tokenizer, preprocessing, settings of sentence-transformers."""
+"""The files that a model ships beside its weights: its tokenizer, the settings of sentence-transformers."""
 
 import json
 from collections.abc import Mapping
@@ -17,7 +17,6 @@ COPIED = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "preprocessor_config.json",
 )
 #: Ways to pool, by sentence-transformers' older names of their switches.
 _SWITCHES = {

@@ -63,6 +63,16 @@ class OnnxFile:
     max_length: int = 0
 
     @property
+    def image_preprocessing(self) -> None:
+        """A file takes tokens."""
+        return None
+
+    @property
+    def audio_preprocessing(self) -> None:
+        """A file takes tokens."""
+        return None
+
+    @property
     def problem_type(self) -> str | None:
         """What the configuration beside the file says of a classifier; classes where it says nothing."""
         if self.task not in ("text-classification", "image-classification"):
