@@ -192,8 +192,8 @@ def row_inputs(bundle: Bundle, rows: Sequence[Weighted]) -> dict[str, FloatArray
         inputs.update(_factors(slot, [distinct[n] for n in used]))
         if used and not slot.activation_axes:
             raise AdapterError(
-                f"module {slot.module}: its activations mix the rows of a batch, so rows cannot have adapters "
-                "of their own: run them one adapter at a time"
+                f"module {slot.module}: its activations mix the rows of a batch, so rows cannot have "
+                "adapters of their own: run them one adapter at a time"
             )
         scalings = [weights[:, n, None] * distinct[n].inputs[slot.scaling_input] for n in used]
         scaling = _joined(scalings, 1, (0,))

@@ -1,11 +1,11 @@
 """Adapters in onnxruntime's own file format (`.onnx_adapter`), which its `LoraAdapter` reads.
 
 The parameters of such a file are the adapter inputs of a bundle's inference graph, all of them and in the
-graph's layout: `A` `[in_features, rank]`, `B` `[rank, out_features]` and scaling `[rank]` of every slot (rank 0
-where the adapter has nothing) and every saved module (the base's own where the adapter has none). So a program
-that has onnxruntime alone runs the graph with `RunOptions.add_active_adapter` and feeds nothing but the
-model's inputs. Python's `InferenceSession.run` asks for all inputs nevertheless: there, feed the parameters
-of `AdapterFormat.read_adapter(path).get_parameters()` with `run_with_ort_values`.
+graph's layout: `A` `[in_features, rank]`, `B` `[rank, out_features]` and scaling `[rank]` of every slot (rank
+0 where the adapter has nothing) and every saved module (the base's own where the adapter has none). So a
+program that has onnxruntime alone runs the graph with `RunOptions.add_active_adapter` and feeds nothing but
+the model's inputs. Python's `InferenceSession.run` asks for all inputs nevertheless: there, feed what
+`AdapterFormat.read_adapter(path).get_parameters()` returns with `run_with_ort_values`.
 
 The format has no place for PEFT's configuration, which is made anew when a file is read: values and scalings
 come back bit for bit, and what the graph computes with them is the same.
@@ -91,7 +91,7 @@ def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
 
 def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> None:
     """Check the parameters against the graph's adapter inputs."""
-    expected = {item.input: saved_shape for item in manifest.saved_modules for saved_shape in [item.shape]}
+    expected = {item.input: item.shape for item in manifest.saved_modules}
     for slot in manifest.lora_slots:
         rank = inputs[slot.scaling_input].size if slot.scaling_input in inputs else 0
         expected[slot.a_input] = (slot.in_features, rank)
@@ -102,8 +102,8 @@ def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> Non
             raise AdapterError(f"{path}: lacks the parameter {name!r}: the file was made for another bundle")
         if name not in expected:
             raise AdapterError(
-                f"{path}: has a parameter {name!r}, which is no adapter input of this bundle: the file was made "
-                "for another"
+                f"{path}: has a parameter {name!r}, which is no adapter input of this bundle: the file was "
+                "made for another"
             )
         got = inputs[name]
         if got.shape != expected[name] or got.dtype != np.float32:
@@ -115,8 +115,8 @@ def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> Non
         scaling = inputs[slot.scaling_input]
         if scaling.size and not (scaling == scaling[0]).all():
             raise AdapterError(
-                f"{path}: module {slot.module}: its scaling differs along the rank, so it is a mixture, which "
-                "PEFT's format cannot hold: add its adapters one by one"
+                f"{path}: module {slot.module}: its scaling differs along the rank, so it is a mixture, "
+                "which PEFT's format cannot hold: add its adapters one by one"
             )
 
 

@@ -106,7 +106,9 @@ def check_rows(spec: AdapterSpecs, count: int, what: str) -> None:
     """
     rows = _rows(spec)
     if rows is not None and len(rows) != count:
-        raise UsageError(f"adapter: is a list of {len(rows)}, the batch has {count} {what}: give one for each")
+        raise UsageError(
+            f"adapter: is a list of {len(rows)}, the batch has {count} {what}: give one for each"
+        )
 
 
 def part_of(spec: AdapterSpecs, indices: Sequence[int]) -> AdapterSpecs:

@@ -49,7 +49,7 @@ class Sessions:
         """The session of the plan that is chosen, with this adapter's inputs bound.
 
         Args:
-            adapter: an adapter's name, a PEFT folder's path, a mixture, None, or a list with one for each row.
+            adapter: an adapter's name, a PEFT folder's path, a mixture, None, or a list with one a row.
             choose: given what the process holds without sessions, in bytes, and the adapter's rank.
             check_effect: refuse an adapter that changes nothing.
 

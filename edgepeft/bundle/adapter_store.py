@@ -44,7 +44,9 @@ def copy_adapter(source: Path, target: Path) -> None:
     """
     for name in (CONFIG_FILE, TENSOR_FILE):
         if not (source / name).is_file():
-            raise AdapterError(f"{source}: holds no {name}: a PEFT adapter has {CONFIG_FILE} and {TENSOR_FILE}")
+            raise AdapterError(
+                f"{source}: holds no {name}: a PEFT adapter has {CONFIG_FILE} and {TENSOR_FILE}"
+            )
         shutil.copyfile(source / name, target / name)
 
 
@@ -71,7 +73,9 @@ def add_adapter(bundle: Bundle, name: str, adapter: Adapter, write: Callable[[Pa
         )
     folder = bundle.path / "adapters" / name
     if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{bundle.path}: has an adapter {name!r} already: remove it first, or use another name")
+        raise UsageError(
+            f"{bundle.path}: has an adapter {name!r} already: remove it first, or use another name"
+        )
     fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
     check_has_effect(bundle, adapter)
     with atomic_folder(folder, CONFIG_FILE) as temporary:

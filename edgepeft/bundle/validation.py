@@ -177,7 +177,9 @@ def _check_images(manifest: Manifest, settings: ImagePreprocessing) -> None:
     where = "image_preprocessing"
     for name in ("height", "width", "shortest_edge", "crop_height", "crop_width"):
         size = getattr(settings, name)
-        _require(size is None or 1 <= size <= _MAX_EDGE, f"{where}.{name} is {size}, expected 1 to {_MAX_EDGE}")
+        _require(
+            size is None or 1 <= size <= _MAX_EDGE, f"{where}.{name} is {size}, expected 1 to {_MAX_EDGE}"
+        )
     _require(settings.resample in RESAMPLE, f"{where}.resample is {settings.resample!r}")
     numbers = (settings.rescale_factor, *settings.mean, *settings.std)
     _require(all(map(math.isfinite, numbers)) and 0 not in settings.std, f"{where} has unusable factors")

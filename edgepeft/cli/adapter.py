@@ -182,5 +182,7 @@ def _table(entries: list[dict[str, Any]]) -> str:
     if not rows:
         return "no adapters"
     good = [row for row in rows if len(row) > 2]
-    lines = [] if not good else [table(good, ["adapter", "rank", "modules", "alpha", "size", "sha256", "from"])]
+    lines = (
+        [] if not good else [table(good, ["adapter", "rank", "modules", "alpha", "size", "sha256", "from"])]
+    )
     return "\n".join([*lines, *(f"{row[0]}  {row[1]}" for row in rows if len(row) == 2)])

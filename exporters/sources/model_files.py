@@ -74,7 +74,9 @@ def read_pooling(model: str | None) -> Pooling:
     if unknown:
         raise ExportError(f"{model}: sentence-transformers module {sorted(unknown)[0]!r} is not supported")
     if not settings.get("include_prompt", True) and any(prompts.values()):
-        raise ExportError(f"{model}: leaves prompts out of its pooling (include_prompt), which is not supported")
+        raise ExportError(
+            f"{model}: leaves prompts out of its pooling (include_prompt), which is not supported"
+        )
     default = named.get("default_prompt_name")
     return Pooling(
         _mode(model, settings), "Normalize" in kinds, prompts, default if default in prompts else None

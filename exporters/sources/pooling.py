@@ -13,7 +13,8 @@ def append_pooling(graph: ir.Graph, pooling: Pooling) -> ir.Value:
     """Replace the graph's outputs by `sentence_embedding` float32 `[batch, width]`.
 
     `mean`: Σ mask * h / max(Σ mask, 1e-9) over the sequence; `max`: the largest h where the mask is 1; `cls`:
-    h[:, 0]. Normalized: divided by max(‖·‖₂, 1e-12). The first output must be the last hidden state, float32 `[batch, sequence, width]`.
+    h[:, 0]. Normalized: divided by max(‖·‖₂, 1e-12). The first output must be the last hidden state, float32
+    `[batch, sequence, width]`.
     """
     hidden = graph.outputs[0]
     assert hidden.shape is not None
@@ -26,9 +27,7 @@ def append_pooling(graph: ir.Graph, pooling: Pooling) -> ir.Value:
         attention_mask = next(value for value in graph.inputs if value.name == "attention_mask")
         last = initializer(graph, "axis_last", np.array([-1], np.int64))
     if pooling.mode == "max":
-        attended = append(
-            graph, "Cast", [attention_mask], {"to": BOOL}, shape=[batch, sequence], dtype=BOOL
-        )
+        attended = append(graph, "Cast", [attention_mask], {"to": BOOL}, shape=[batch, sequence], dtype=BOOL)
         mask = append(graph, "Unsqueeze", [attended, last], shape=[batch, sequence, 1], dtype=BOOL)
         lowest = initializer(graph, "pooling_lowest", np.array(-1e9, np.float32))
         masked = append(graph, "Where", [mask, hidden, lowest], shape=hidden.shape)

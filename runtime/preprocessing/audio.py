@@ -37,9 +37,7 @@ def read_audio(value: object, settings: AudioPreprocessing, limit: int) -> Float
     except ValueError as error:
         raise DataError("has rows of different lengths") from error
     if array.ndim != 1 or not array.size or not (array.dtype.kind == "f" or array.dtype == np.int16):
-        raise DataError(
-            f"is {list(array.shape)} of {array.dtype}, expected [samples] of floats, or of int16"
-        )
+        raise DataError(f"is {list(array.shape)} of {array.dtype}, expected [samples] of floats, or of int16")
     samples = array[:limit].astype(np.float32)
     if not np.isfinite(samples).all():
         raise DataError("holds a sample that is no finite number")

@@ -48,8 +48,8 @@ def read_image(value: object, channels: int) -> Pixels:
 
 
 def preprocess(image: Pixels, settings: ImagePreprocessing) -> npt.NDArray[np.float32]:
-    """Pixels float32 `[channels, height, width]` of an image uint8 `[height, width, channels]`, within 1e-6 of
-    those of transformers' image processor with Pillow."""
+    """Pixels float32 `[channels, height, width]` of an image uint8 `[height, width, channels]`, those of
+    transformers' image processor with Pillow."""
     height, width = image.shape[:2]
     if settings.shortest_edge is not None:
         edge = settings.shortest_edge
@@ -94,7 +94,9 @@ def _decoded(path: Path, channels: int) -> Pixels:
     try:
         with Image.open(path, formats=("PNG", "PPM", "JPEG")) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read")
+                raise DataError(
+                    f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read"
+                )
             return np.array(image.convert("RGB" if channels == 3 else "L"), np.uint8)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no PNG, PPM or JPEG image that can be read ({error})") from error

@@ -1,8 +1,8 @@
 """Resizing images as Pillow does: a separable filter, widened where the image shrinks, in fixed point.
 
 Two passes, the horizontal one first, each rounded to 8 bits, with coefficients of 22 bits: equal to
-`PIL.Image.resize` bit for bit on uint8 images, but for tall images since Pillow 13, which shrinks some of these
-vertically first and may differ by one level of 256. Models were trained with the order that is kept here.
+`PIL.Image.resize` bit for bit on uint8 images, but for some tall ones, which Pillow shrinks vertically first
+since version 13, so that values may differ by a level of 256. The order of older versions is kept here.
 
 Source: Pillow, `src/libImaging/Resample.c` and, for `nearest`, `Geometry.c`.
 """

@@ -17,8 +17,8 @@ FIELD = "input_values"
 
 
 class AudioClassification(Classifier):
-    """A recording as an array or the path of a .wav or .npy file; or samples float32 `[samples]`, as a list, an
-    array or the path of a .npy file.
+    """A recording as an array or the path of a .wav or .npy file; or samples float32 `[samples]`, as a list,
+    an array or the path of a .npy file.
 
     Shorter recordings of a batch are padded with zeros, without a mask: what wav2vec2-base and its like were
     trained on. Where that matters, give batches of one length (or a batch size of 1).
@@ -38,8 +38,8 @@ class AudioClassification(Classifier):
         least = self.manifest.model.min_length
         if len(values) < least:
             raise DataError(
-                f"{record.where}: the recording has {len(values)} samples (of at most {max_length}), the model "
-                f"needs at least {least}"
+                f"{record.where}: the recording has {len(values)} samples (of at most {max_length}), the "
+                f"model needs at least {least}"
             )
         return Example(values=values, truncated=truncated)
 

@@ -1,5 +1,5 @@
-"""Image classification: `{"image", "label"}`, or `{"pixel_values", "label"}` as the model's own image processor
-leaves them."""
+"""Image classification: `{"image", "label"}`, or `{"pixel_values", "label"}` as the model's own image
+processor leaves them."""
 
 from collections.abc import Sequence
 
@@ -18,8 +18,8 @@ FIELD = "pixel_values"
 
 
 class ImageClassification(Classifier):
-    """An image uint8 `[height, width, channels]`, as an array or the path of a PNG, PPM, JPEG or .npy file; or
-    pixels float32 `[channels, height, width]`, as nested lists, an array or the path of a .npy file."""
+    """An image uint8 `[height, width, channels]`, as an array or the path of a PNG, PPM, JPEG or .npy file;
+    or pixels float32 `[channels, height, width]`, as nested lists, an array or the path of a .npy file."""
 
     field = "image"
 

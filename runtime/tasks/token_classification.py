@@ -65,8 +65,8 @@ class TokenClassification(TokenTask):
         ]
 
     def finish(self, result: dict[str, Any], example: Example) -> dict[str, Any]:
-        """Entities, where the record is a text; word by word, where it came in words; with `expected` (None where -100), where it has
-        labels."""
+        """Entities, where the record is a text; word by word, where it came in words; with `expected` (None
+        where -100), where it has labels."""
         (row,) = example.rows
         if row.spans is not None:
             return {"entities": entities(result["labels"], result["scores"], row.spans.tolist(), row.text)}
@@ -164,7 +164,5 @@ def entities(
         if kind != NO_ENTITY:
             start, end = spans[tokens[0]][0], spans[tokens[-1]][1]
             score = float(np.mean([scores[index] for index in tokens]))
-            found.append(
-                {"label": kind, "score": score, "start": start, "end": end, "text": text[start:end]}
-            )
+            found.append({"label": kind, "score": score, "start": start, "end": end, "text": text[start:end]})
     return found

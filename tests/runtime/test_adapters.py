@@ -1,4 +1,4 @@
-"""Loaded adapters, batches whose rows have adapters of their own, and the adapters of a bundle on the disk."""
+"""Loaded adapters, batches whose rows have adapters of their own, and a bundle's adapters on disk."""
 
 import json
 import shutil
@@ -36,7 +36,9 @@ def three(tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("task", ["feature-extraction", "text-generation"])
-def test_rows_of_a_batch_have_adapters_of_their_own(tmp_path: Path, three: dict[str, Path], task: str) -> None:
+def test_rows_of_a_batch_have_adapters_of_their_own(
+    tmp_path: Path, three: dict[str, Path], task: str
+) -> None:
     """Each row is what it is when the whole batch has its adapter: activations of 2 and of 3 axes."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge", task)
     rows: list[Any] = ["a", "b", None, {"a": 0.5, "c": -2.0}]
@@ -184,7 +186,7 @@ def run(*arguments: object) -> str:
 
 
 def test_the_commands_add_list_export_and_remove(tmp_path: Path, three: dict[str, Path]) -> None:
-    """Files are copied byte for byte, the manifest lists them with their hashes, and nothing is left behind."""
+    """Files are copied byte for byte, the manifest lists them with their hashes, nothing is left behind."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
     before = (bundle / "manifest.json").read_bytes()
     assert run("adapter", "add", bundle, f"a={three['a']}", f"b={three['b']}") == "added a\nadded b\n"

@@ -29,8 +29,8 @@ def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
 @pytest.mark.parametrize("resample", RESAMPLE)
 @pytest.mark.parametrize("size", [(20, 31), (64, 7), (7, 64), (45, 60), (1, 1), (44, 61)])
 def test_resizing_is_pillows_bit_for_bit(resample: str, size: tuple[int, int]) -> None:
-    """Smaller, larger, one axis only, not at all. Pillow is asked for one axis at a time: the order of the two
-    depends on its version."""
+    """Smaller, larger, one axis only, not at all. Pillow is asked for one axis at a time: the order of the
+    two depends on its version."""
     image = picture(45, 60)
     wide = Image.fromarray(image).resize((size[1], 45), RESAMPLE[resample])
     expected = wide.resize(size[::-1], RESAMPLE[resample])
@@ -80,7 +80,9 @@ def test_image_files_are_read(tmp_path: Path, suffix: str) -> None:
     np.save(path, image) if suffix == "npy" else Image.fromarray(image).save(path)
     assert np.array_equal(images.read_image(path, 3), image)
     if suffix == "png":
-        assert np.array_equal(images.read_image(str(path), 1)[:, :, 0], np.array(Image.open(path).convert("L")))
+        assert np.array_equal(
+            images.read_image(str(path), 1)[:, :, 0], np.array(Image.open(path).convert("L"))
+        )
 
 
 @pytest.mark.parametrize(
