@@ -74,4 +74,4 @@ def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
         numbers = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / np.float32(2**7)
     else:
         numbers = np.frombuffer(data, f"<i{width}").astype(np.float32) / np.float32(2 ** (8 * width - 1))
-    return numbers.reshape(-1, channels).mean(axis=1, dtype=np.float32)
+    return np.asarray(numbers.reshape(-1, channels).mean(axis=1), np.float32)

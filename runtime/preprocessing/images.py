@@ -43,8 +43,7 @@ def read_image(value: object, channels: int) -> Pixels:
     if array.dtype != np.uint8:
         if array.dtype.kind not in "iu" or int(array.min()) < 0 or int(array.max()) > 255:
             raise DataError(f"is of dtype {array.dtype}, expected uint8: whole numbers from 0 to 255")
-        array = array.astype(np.uint8)
-    return array
+    return np.asarray(array, np.uint8)
 
 
 def preprocess(image: Pixels, settings: ImagePreprocessing) -> npt.NDArray[np.float32]:

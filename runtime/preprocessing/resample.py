@@ -20,7 +20,7 @@ PRECISION_BITS = 22
 
 
 def _bilinear(x: FloatArray) -> FloatArray:
-    return np.maximum(1 - np.abs(x), 0)
+    return np.asarray(np.maximum(1 - np.abs(x), 0), np.float64)
 
 
 def _bicubic(x: FloatArray) -> FloatArray:
@@ -76,7 +76,7 @@ def _pass(image: Pixels, size: int, resample: str) -> Pixels:
     for tap in range(weights.shape[1]):
         # Behind the last pixel the weights are 0.
         total += weights[:, tap][axes] * image[np.minimum(first + tap, last)]
-    return np.clip(total >> PRECISION_BITS, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(total >> PRECISION_BITS, 0, 255), np.uint8)
 
 
 def _coefficients(old: int, size: int, resample: str) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int32]]:

@@ -87,8 +87,10 @@ class TokenClassification(TokenTask):
         if not isinstance(text, str) or not text:
             raise DataError(f"{record.where}: text is {shown(text)}, expected a text")
         ids, types, spans, truncated = self.text.encode_with_offsets(text, max_length)
-        arrays = (np.array(values, np.int32) for values in (ids, types))
-        return Row(*arrays, spans=np.array(spans, np.int32), text=text), truncated
+        row = Row(
+            np.array(ids, np.int32), np.array(types, np.int32), spans=np.array(spans, np.int32), text=text
+        )
+        return row, truncated
 
     def _words(self, record: Record, max_length: int) -> tuple[Row, bool]:
         words = record.fields["tokens"]
