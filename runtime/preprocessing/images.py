@@ -40,9 +40,9 @@ def read_image(value: object, channels: int) -> Pixels:
         raise DataError(f"has shape {list(array.shape)}, expected [height, width, {channels}]")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise DataError(f"has {array.shape[0] * array.shape[1]:,} pixels, at most {MAX_PIXELS:,} are read")
-    if array.dtype != np.uint8:
-        if array.dtype.kind not in "iu" or int(array.min()) < 0 or int(array.max()) > 255:
-            raise DataError(f"is of dtype {array.dtype}, expected uint8: whole numbers from 0 to 255")
+    whole = array.dtype.kind in "iu"
+    if not whole or (array.dtype != np.uint8 and (int(array.min()) < 0 or int(array.max()) > 255)):
+        raise DataError(f"is of dtype {array.dtype}, expected uint8: whole numbers from 0 to 255")
     return np.asarray(array, np.uint8)
 
 

@@ -95,34 +95,6 @@ def test_embeddings_are_those_of_sentence_transformers(tmp_path: Path, mode: str
             device.classify(TEXTS)
 
 
-def test_a_batch_that_the_budget_cannot_hold_is_halved(tmp_path: Path) -> None:
-    """The same embeddings from smaller batches; what no batch can do is refused."""
-    from edgepeft.errors import BudgetError
-    from edgepeft.runtime import prediction
-    from tests.runtime import tiny
-
-    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
-    sizes: list[int] = []
-    with edgepeft.load(bundle) as device:
-        records = [{"input_ids": [1 + index] * (1 + index % 5)} for index in range(7)]
-        expected = device.embed(records)
-
-        def forward(batch: Any, adapter: Any) -> Any:
-            if len(batch["input_ids"]) > limit:
-                raise BudgetError("too large", budget_bytes=1, required_bytes=2)
-            sizes.append(len(batch["input_ids"]))
-            return device.forward(batch, adapter)
-
-        examples = device._task.encode_all(prediction.records(records), 16, training=False)
-        limit = 2
-        got = prediction.embeddings(device._task, forward, examples, None, 7)
-        np.testing.assert_allclose(got, expected, atol=1e-6)
-        assert max(sizes) == 2
-        limit = 0
-        with pytest.raises(BudgetError, match="too large"):
-            prediction.embeddings(device._task, forward, examples, None, 7)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -15,7 +15,9 @@ from edgepeft.adapters import load_adapter, save_adapter, write_adapter
 from edgepeft.bundle import adapter_store
 from edgepeft.bundle.adapter_store import add_adapter, remove_adapter
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import AdapterError, UsageError
+from edgepeft.errors import AdapterError, BudgetError, UsageError
+from edgepeft.runtime import prediction
+from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.tensor_files import write_tensors
 
@@ -72,6 +74,30 @@ def test_embeddings_and_predictions_take_an_adapter_a_record(encoder: Path, thre
             model.embed(texts, adapter=["a", "b"])
         with pytest.raises(UsageError, match="is a list of 1, the batch has 4 rows"):
             model.forward({"input_ids": IDS}, adapter=["a"])
+
+
+def test_a_batch_that_the_budget_cannot_hold_is_halved(tmp_path: Path) -> None:
+    """The same embeddings from smaller batches; what no batch can do is refused."""
+    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
+    sizes: list[int] = []
+    with edgepeft.load(bundle) as device:
+        given = [{"input_ids": [1 + index] * (1 + index % 5)} for index in range(7)]
+        expected = device.embed(given)
+
+        def forward(batch: Any, adapter: Any) -> Any:
+            if len(batch["input_ids"]) > limit:
+                raise BudgetError("too large", budget_bytes=1, required_bytes=2)
+            sizes.append(len(batch["input_ids"]))
+            return device.forward(batch, adapter)
+
+        examples = device._task.encode_all(records(given), 16, training=False)
+        limit = 2
+        got = prediction.embeddings(device._task, forward, examples, None, 7)
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+        assert max(sizes) == 2
+        limit = 0
+        with pytest.raises(BudgetError, match="too large"):
+            prediction.embeddings(device._task, forward, examples, None, 7)
 
 
 def test_rows_cannot_differ_in_what_is_replaced_whole(tmp_path: Path) -> None:
