@@ -147,6 +147,21 @@ def test_pixels_that_cannot_be_used(exported: Make, value: Any, message: str) ->
         device.predict([{"pixel_values": value}])
 
 
+@pytest.mark.parametrize(
+    ("name", "record", "message"),
+    [
+        ("vit", {"image": np.zeros((16, 16, 3), np.uint8)}, "give pixel_values"),
+        ("wav2vec2", {"audio": np.zeros(100, np.float32)}, "give input_values"),
+    ],
+)
+def test_a_bundle_without_a_processor_says_what_to_give(
+    exported: Make, name: str, record: dict[str, Any], message: str
+) -> None:
+    """Pixels, or samples."""
+    with edgepeft.load(exported(name, 32).folder) as device, pytest.raises(DataError, match=message):
+        device.predict([record])
+
+
 def test_a_file_of_objects_is_not_unpickled(exported: Make, tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     with (
