@@ -18,7 +18,7 @@ Forward = Callable[[Mapping[str, object], AdapterSpecs], dict[str, npt.NDArray[n
 def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSource:
     """Records as they are; texts, and what else a task reads by itself, as records of it."""
     if isinstance(source, str) or not isinstance(source, Sequence):
-        return source  # type: ignore[return-value]
+        return source
     return [item if isinstance(item, Mapping) else {task.field: item} for item in source]
 
 

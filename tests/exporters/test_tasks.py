@@ -237,7 +237,7 @@ def test_tokens_are_learned_and_told_apart(tmp_path: Path) -> None:
             ({"tokens": ["w1"], "labels": [0, 1]}, "expected a list of 1 labels"),
             ({"tokens": ["w1"], "labels": ["purple"]}, "'purple' was not known"),
             ({"tokens": "w1"}, "expected a list of words"),
-            ({"text": "w1"}, '"tokens", "labels"'),
+            ({"words": "w1"}, '"tokens", "labels"'),
         ):
             with pytest.raises(DataError, match=message):
                 device.predict([record])
