@@ -25,11 +25,22 @@ def cli_reference() -> str:
     for name in main.list_commands(context):
         command = main.get_command(context, name)
         assert command is not None
-        with click.Context(
-            command, info_name=name, parent=context, max_content_width=WIDTH, terminal_width=WIDTH
-        ) as child:
-            parts.append(f"## edgepeft {name}\n\n```\n{command.get_help(child)}\n```\n")
+        parts += _sections(command, name, context)
     return "\n".join(parts)
+
+
+def _sections(command: click.Command, name: str, parent: click.Context) -> list[str]:
+    """A command's help, and that of its own commands."""
+    with click.Context(
+        command, info_name=name, parent=parent, max_content_width=WIDTH, terminal_width=WIDTH
+    ) as context:
+        parts = [f"## {context.command_path}\n\n```\n{command.get_help(context)}\n```\n"]
+        if isinstance(command, click.Group):
+            for child in command.list_commands(context):
+                found = command.get_command(context, child)
+                assert found is not None
+                parts += _sections(found, child, context)
+    return parts
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from edgepeft.bundle.manifest import ModelInfo
 from edgepeft.errors import ExportError
 
 from .sources.base import ModelSource
+from .sources.model_files import mask_token_id
 from .sources.tasks import CLASSIFICATION
 
 #: Names PEFT gives to the heads of sequence classifiers and always saves.
@@ -38,6 +39,9 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
         problem_type=source.problem_type,
         decoder_start_token_id=_decoder_start(source),
         min_length=source.min_length,
+        prompts={} if source.pooling is None else dict(source.pooling.prompts),
+        default_prompt=None if source.pooling is None else source.pooling.default_prompt,
+        mask_token_id=mask_token_id(source.tokenizer_files) if source.task == "fill-mask" else None,
     )
 
 

@@ -23,6 +23,7 @@ from edgepeft.bundle.manifest import (
     Policy,
     Quantization,
     Strategy,
+    StreamedInference,
 )
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_folder, write_manifest
 from edgepeft.errors import AdapterError, UsageError
@@ -258,13 +259,14 @@ def _write(
         # In stages there is no room for the base model's logits.
         partition = build_partition(training, loss) if trained is loss else None
         models |= {} if partition is None else partition.graphs
+    row_scalings = _row_scalings(inference, None if streamed is None else streamed.wiring)
     (folder / "graphs").mkdir()
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightWriter(file)
         for role, graph in models.items():
             path = f"graphs/{role}.onnx"
-            write_graph(graph, folder / path, weights, WEIGHTS_FILE)
+            write_graph(graph, folder / path, weights, WEIGHTS_FILE, row_scalings.get(role, ()))
             graphs[role] = graph_spec(graph, path)
         for name, value in inference.saved_values.items():
             weights.add_array(name, value.float().numpy())
@@ -294,7 +296,19 @@ def _write(
         files=hash_folder(folder),
         partition=None if partition is None else partition.wiring,
         streamed_inference=None if streamed is None else streamed.wiring,
+        image_preprocessing=source.image_preprocessing,
+        audio_preprocessing=source.audio_preprocessing,
     )
+
+
+def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dict[str, set[str]]:
+    """By role of an inference graph, its inputs that are scalings, which may have an axis for the batch."""
+    keys = {slot.scaling_input for slot in inference.slots}
+    found = {"inference": keys}
+    for stage in () if streamed is None else streamed.stages:
+        scalings = {name for name, key in stage.adapter.items() if key in keys}
+        found[stage.forward] = found.get(stage.forward, set()) | scalings
+    return found
 
 
 def _strategies(staged: bool, drift_penalty: bool) -> tuple[Strategy, ...]:

@@ -249,8 +249,8 @@ def _sample_labels(manifest: Manifest, batch: Arrays, rng: np.random.Generator) 
         return {}
     if manifest.task == "text-generation":
         return {"labels": np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED_LABEL)}
-    if manifest.task == "token-classification":
-        labels = rng.integers(0, classes, batch["input_ids"].shape)
+    if manifest.task in ("token-classification", "fill-mask"):
+        labels = rng.integers(0, classes or model.vocab_size, batch["input_ids"].shape)
         return {"labels": np.where(batch["attention_mask"] == 1, labels, IGNORED_LABEL)}
     if manifest.task == "text2text-generation":
         ids, mask = _sample_tokens(rng, model.vocab_size, min(TARGET, model.max_length))
@@ -286,6 +286,9 @@ def _torch_output(
     if source.pooling.mode == "mean":
         mask = inputs["attention_mask"].unsqueeze(-1).float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    elif source.pooling.mode == "max":
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
     else:
         pooled = hidden[:, 0]
     embedding = torch.nn.functional.normalize(pooled, dim=-1) if source.pooling.normalize else pooled

@@ -269,7 +269,7 @@ def _forward_session(bundle: Bundle, outputs: list[str]) -> ort.InferenceSession
 
 def _pool(hidden: np.ndarray, batch: Arrays, pooling: Pooling) -> np.ndarray:
     mask = batch["attention_mask"][..., None].astype(np.float32)
-    pooled = (hidden * mask).sum(1) / mask.sum(1) if pooling.mode == "mean" else hidden[:, 0]
+    pooled = (hidden * mask).sum(1) / mask.sum(1)  # a file names no other
     norms = np.linalg.norm(pooled, axis=-1, keepdims=True) if pooling.normalize else 1.0
     return np.asarray(pooled / norms, np.float32)
 

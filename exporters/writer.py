@@ -1,6 +1,7 @@
 """Write graphs and weights of a bundle: equal bytes are stored once, whatever number of graphs reads them."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,8 +56,18 @@ def is_weight(name: str, tensor: ir.TensorProtocol) -> bool:
     return tensor.nbytes >= INLINE_BYTES or ("." in name and not is_shape)
 
 
-def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file: str) -> None:
-    """Serialize `model` to `path`, its weights and large constants to `weights`."""
+def write_graph(
+    model: ir.Model,
+    path: Path,
+    weights: WeightWriter,
+    weights_file: str,
+    unshaped: Collection[str] = (),
+) -> None:
+    """Serialize `model` to `path`, its weights and large constants to `weights`.
+
+    Args:
+        unshaped: inputs whose shape the file leaves open, so that onnxruntime takes any number of axes.
+    """
     kept: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -76,7 +87,11 @@ def write_graph(model: ir.Model, path: Path, weights: WeightWriter, weights_file
     try:
         _strip_metadata(model)
         run_in_order(model.graph)
-        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        proto = ir.to_proto(model)
+        for value in proto.graph.input:
+            if value.name in unshaped:
+                value.type.tensor_type.ClearField("shape")
+        path.write_bytes(proto.SerializeToString(deterministic=True))
     finally:
         for name, tensor in kept.items():
             model.graph.initializers[name].const_value = tensor

@@ -187,7 +187,7 @@ def _check_labels(manifest: Manifest, labels: Array) -> None:
             raise UsageError("input 'labels': holds a value that is no finite number")
         return
     count, kind = len(model.labels), "labels"
-    if manifest.task.endswith("-generation"):
+    if not model.labels:
         count, kind = model.vocab_size, "tokens"
     ignores = labels.ndim == 2
     used = labels[labels != IGNORED_LABEL] if ignores else labels

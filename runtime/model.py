@@ -13,6 +13,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
+from edgepeft.runtime import prediction
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.decoding.growing import empty_cache
@@ -21,10 +22,12 @@ from edgepeft.runtime.generator import CacheSpec, Generator, Messages, TextStrea
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
 from edgepeft.runtime.loss import loss_and_gradients
 from edgepeft.runtime.memory.inference import RunPlan, plan_forward
+from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
 from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.streamed import StreamedModel
-from edgepeft.runtime.tasks import Task, task_for
+from edgepeft.runtime.tasks import Example, Task, task_for
+from edgepeft.runtime.tasks.embedding import Embedding
 from edgepeft.runtime.training.adapt import OnStep, Update
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.report import AdaptReport
@@ -68,18 +71,45 @@ class Model:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """Names of the bundle's adapters."""
-        return self._bundle.adapter_names()
+        """Names of the bundle's adapters and of those that were loaded."""
+        own = self._bundle.adapter_names()
+        return own + tuple(name for name in self._sessions.registry.names if name not in own)
 
     @one_at_a_time
-    def forward(self, batch: Mapping[str, object], adapter: AdapterSpec = None) -> dict[str, FloatArray]:
+    def load_adapter(self, name: str, path: str | Path | None = None) -> None:
+        """Keep an adapter in memory, so that activating it only binds what is there.
+
+        It takes its own bytes (float32) and no more. Adapters that are not loaded are read whenever a call
+        activates them.
+
+        Args:
+            name: what calls name it by; without `path` an adapter of the bundle.
+            path: a PEFT folder.
+
+        Raises:
+            AdapterError: the adapter is missing, damaged, does not fit or has no effect.
+            UsageError: the name cannot be used, or is taken.
+        """
+        self._sessions.registry.load(name, path)
+
+    @one_at_a_time
+    def unload_adapter(self, name: str) -> None:
+        """Free what `load_adapter` loaded.
+
+        Raises:
+            AdapterError: no adapter of that name is loaded.
+        """
+        self._sessions.unload(name)
+
+    @one_at_a_time
+    def forward(self, batch: Mapping[str, object], adapter: AdapterSpecs = None) -> dict[str, FloatArray]:
         """Run the model on a batch.
 
         Args:
             batch: the transformers model's keyword arguments as arrays, such as `input_ids` int64
                 `[batch, sequence]`; rows of language models are padded on the right.
             adapter: an adapter's name, a PEFT folder's path, a mixture `{name: weight}`, or None for the base
-                alone.
+                alone; or a list of these, one for each row of the batch.
 
         Returns:
             `logits` float32 `[batch, num_labels]` or `[batch, sequence, vocab]`, or `sentence_embedding`
@@ -93,6 +123,7 @@ class Model:
         specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
         arrays = check_batch(self.manifest, specs, batch)
         shape = batch_shape(specs, arrays)
+        check_rows(adapter, shape[0], "rows")
 
         def plan(process_bytes: int, rank: int) -> RunPlan:
             return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
@@ -234,7 +265,7 @@ class Model:
     def predict(
         self,
         source: RecordSource,
-        adapter: AdapterSpec = None,
+        adapter: AdapterSpecs = None,
         batch_size: int = 8,
         seq_len: int | None = None,
     ) -> list[dict[str, Any]]:
@@ -242,13 +273,14 @@ class Model:
 
         Args:
             source: a JSONL file's path, or mappings such as `{"text": …}`.
-            adapter: as for `forward`.
-            batch_size: records a run.
+            adapter: as for `forward`; a list has one for each record.
+            batch_size: records a run; fewer where the memory budget holds no more.
             seq_len: tokens a text is cut to, or samples a recording; None for the model's maximum.
 
         Returns:
             For each record `{"label", "score", "scores"}`; `{"labels", "scores"}` where several labels apply
-            or every token has one; `{"values"}` of a regression; each with `"expected"` if the record is
+            or every token has one; `{"entities"}` of a text whose tokens are labelled; `{"values"}` of a
+            regression; `{"masks"}` of a text with masks to fill; each with `"expected"` if the record is
             labelled; or `{"embedding"}`.
 
         Raises:
@@ -257,18 +289,74 @@ class Model:
         """
         if self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
+        examples = self._examples(source, adapter, batch_size, seq_len)
+        return prediction.results(self._task, self.forward, examples, adapter, batch_size)
+
+    def classify(
+        self,
+        inputs: Sequence[object],
+        adapter: AdapterSpecs = None,
+        batch_size: int = 8,
+        seq_len: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """Classify texts, images or recordings.
+
+        Args:
+            inputs: texts; images or recordings as paths or arrays; or records, as for `predict`.
+            adapter: as for `forward`; a list has one for each input.
+            batch_size: inputs a run.
+            seq_len: as for `predict`.
+
+        Returns:
+            As `predict`, of which this is the part for classifiers.
+
+        Raises:
+            DataError: an input cannot be used.
+            UsageError: the bundle's task is not one of classification.
+        """
+        if not self.manifest.task.endswith("-classification"):
+            raise UsageError(f"a {self.manifest.task} bundle classifies nothing")
+        return self.predict(prediction.as_records(self._task, inputs), adapter, batch_size, seq_len)
+
+    def embed(
+        self,
+        texts: Sequence[object],
+        adapter: AdapterSpecs = None,
+        batch_size: int = 32,
+        seq_len: int | None = None,
+        prompt: str | None = None,
+    ) -> FloatArray:
+        """Embed texts.
+
+        Args:
+            texts: texts, or records such as `{"input_ids": …}`.
+            adapter: as for `forward`; a list has one for each text.
+            batch_size: texts a run; fewer where the memory budget holds no more.
+            seq_len: as for `predict`.
+            prompt: name of the prompt to put before every text; the model's default one where None.
+
+        Returns:
+            Embeddings float32 `[texts, width]`, pooled and normalized as the model was exported.
+
+        Raises:
+            DataError: a text cannot be used.
+            UsageError: the bundle's task is not feature-extraction, or it has no such prompt.
+        """
+        task = self._task
+        if not isinstance(task, Embedding):
+            raise UsageError(f"a {self.manifest.task} bundle embeds nothing: it takes feature-extraction")
+        source = task.prompted(prediction.as_records(task, texts), prompt)
+        examples = self._examples(source, adapter, batch_size, seq_len)
+        return prediction.embeddings(task, self.forward, examples, adapter, batch_size)
+
+    def _examples(
+        self, source: RecordSource, adapter: AdapterSpecs, batch_size: int, seq_len: int | None
+    ) -> list[Example]:
         TrainingOptions(seq_len=seq_len, batch_size=batch_size).check(self.manifest)
         length = self.manifest.model.max_length if seq_len is None else seq_len
         examples = self._task.encode_all(records(source), length, training=False)
-        results: list[dict[str, Any]] = []
-        for start in range(0, len(examples), batch_size):
-            chunk = examples[start : start + batch_size]
-            batch = self._task.batch(chunk, training=False)
-            for result, example in zip(
-                self._task.results(self.forward(batch, adapter), batch), chunk, strict=True
-            ):
-                results.append(self._task.finish(result, example))
-        return results
+        check_rows(adapter, len(examples), "records")
+        return examples
 
     @one_at_a_time
     def adapt(

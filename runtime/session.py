@@ -18,13 +18,13 @@ from edgepeft.runtime.memory.arena import register_shared_arena
 
 Array = npt.NDArray[np.generic]
 
-# onnxruntime's exceptions have no common base of their own.
-_ERRORS: tuple[type[Exception], ...] = (
+ORT_ERRORS: tuple[type[Exception], ...] = (
     *(kind for kind in vars(ort_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
     RuntimeError,
     ValueError,
     MemoryError,
 )
+"""What onnxruntime raises: its exceptions have no common base of their own."""
 
 # Folding would expand int4 and float16 weights to float32, and merging equal nodes would keep what a training
 # graph means to compute twice; the exporter has done what is to be done of both.
@@ -99,9 +99,9 @@ class GraphSession:
             session = ort.InferenceSession(
                 data, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS
             )
-        except _ERRORS as error:
+        except ORT_ERRORS as error:
             raise BundleError(
-                f"{self._where}: onnxruntime {ort.__version__} refuses it: {_one_line(error)}"
+                f"{self._where}: onnxruntime {ort.__version__} refuses it: {one_line(error)}"
             ) from error
         for kind, declared, found in (
             ("inputs", self.inputs, {item.name for item in session.get_inputs()}),
@@ -203,8 +203,8 @@ class GraphSession:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except _ERRORS as error:
-            text = _one_line(error)
+        except ORT_ERRORS as error:
+            text = one_line(error)
             if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
                 raise EdgePeftError(
                     f"{self._where}: the device has no memory left for it ({text}): use smaller batches or "
@@ -224,6 +224,7 @@ def shrink_shared_arena(bundle: Bundle) -> None:
     session.close()
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text for a message, cut short."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else text[:397] + "..."

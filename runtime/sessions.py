@@ -1,9 +1,8 @@
 """The open sessions of a loaded bundle, and the adapter that is bound in each."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -11,9 +10,9 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.streamed import StreamedModel
 
@@ -36,17 +35,15 @@ class Borrower(Protocol):
 
 @dataclass(frozen=True)
 class _Open:
-    """A session, the adapter that is bound in it, and what the process held before it was opened."""
+    """A session, the adapter that is bound in it, and what the process held before it was opened, without
+    loaded adapters."""
 
     session: AnySession
-    adapter: AdapterSpec
+    adapter: AdapterSpecs
     inputs: dict[str, FloatArray]
+    stamp: object
     rank: int
     process_bytes: int
-
-    def has(self, adapter: AdapterSpec) -> bool:
-        """Whether this adapter is bound; a folder may have changed since."""
-        return not isinstance(adapter, Path) and adapter == self.adapter
 
 
 class Sessions:
@@ -64,16 +61,17 @@ class Sessions:
     def __init__(self, bundle: Bundle, threads: int, *, one_at_a_time: bool) -> None:
         self._bundle, self._threads, self._one_at_a_time = bundle, threads, one_at_a_time
         self._open: dict[str, _Open] = {}
+        self.registry = AdapterRegistry(bundle)
         self.plan: RunPlan | None = None
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
 
     def activated(
-        self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
+        self, adapter: AdapterSpecs, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
     ) -> tuple[AnySession, RunPlan]:
         """The session of the plan that is chosen, with this adapter's inputs bound.
 
         Args:
-            adapter: an adapter's name, a PEFT folder's path, a mixture, or None.
+            adapter: an adapter's name, a PEFT folder's path, a mixture, None, or a list with one a row.
             choose: given what the process holds without sessions, in bytes, and the adapter's rank.
             check_effect: refuse an adapter that changes nothing.
 
@@ -81,35 +79,41 @@ class Sessions:
             AdapterError: the adapter is missing, damaged, does not fit or has no effect.
             BudgetError: what `choose` raises.
         """
-        frozen = dict(adapter) if isinstance(adapter, Mapping) else adapter
+        adapter = simplified(adapter)
+        stamp = stamped(adapter)
         inputs: dict[str, FloatArray] | None = None
-        bound = next((entry for entry in self._open.values() if entry.has(frozen)), None)
+        bound = next((entry for entry in self._open.values() if entry.stamp == stamp), None)
         if bound is None:
-            inputs = self._adapter_inputs(frozen, check_effect)
+            inputs = self.registry.inputs(adapter, check_effect=check_effect)
             slots = self._bundle.manifest.lora_slots
-            rank = max((len(inputs[slot.scaling_input]) for slot in slots), default=0)
+            rank = max((inputs[slot.scaling_input].shape[-1] for slot in slots), default=0)
         else:
             rank = bound.rank
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         opened = next(iter(self._open.values()), None)
-        process_bytes = read_memory().resident_bytes if opened is None else opened.process_bytes
-        plan = choose(process_bytes + sum(borrower.held_bytes for borrower in self._borrowers), rank)
+        loaded_bytes = self.registry.nbytes
+        if opened is None:
+            process_bytes = read_memory().resident_bytes - loaded_bytes
+        else:
+            process_bytes = opened.process_bytes
+        borrowed_bytes = sum(borrower.held_bytes for borrower in self._borrowers)
+        plan = choose(process_bytes + loaded_bytes + borrowed_bytes, rank)
         self.plan = plan
         entry = self._open.get(plan.role)
-        if entry is not None and entry.has(frozen):
+        if entry is not None and entry.stamp == stamp:
             return entry.session, plan
         if inputs is None:
-            inputs = self._adapter_inputs(frozen, check_effect)
+            inputs = self.registry.inputs(adapter, check_effect=check_effect)
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
         session.bind(inputs)
-        self._open[plan.role] = _Open(session, frozen, inputs, rank, process_bytes)
+        self._open[plan.role] = _Open(session, adapter, inputs, stamp, rank, process_bytes)
         return session, plan
 
     def borrowed(
-        self, adapter: AdapterSpec, choose: Callable[[int, int], RunPlan]
+        self, adapter: AdapterSpecs, choose: Callable[[int, int], RunPlan]
     ) -> tuple[AnySession, dict[str, FloatArray], RunPlan]:
         """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there."""
         session, plan = self.activated(adapter, choose)
@@ -137,6 +141,20 @@ class Sessions:
                 f"a stream of this model is open and {why}: read it to its end or close it first"
             )
 
+    def unload(self, name: str) -> None:
+        """Free a loaded adapter, which no session may use any longer; a stream that uses it keeps it.
+
+        Raises:
+            AdapterError: none of that name is loaded.
+        """
+        self.registry.unload(name)
+        for role, entry in self._open.items():
+            if name in names_in(entry.adapter):
+                inputs = self.registry.inputs(None)
+                entry.session.bind(inputs)
+                self._open[role] = _Open(entry.session, None, inputs, stamped(None), 0, entry.process_bytes)
+        release_freed_memory()
+
     def close(self) -> None:
         """Free the sessions, end what borrows them, and give their memory back to the system."""
         for borrower in list(self._borrowers):
@@ -151,6 +169,3 @@ class Sessions:
         if role == STREAMED:
             return StreamedModel(self._bundle, self._threads)
         return GraphSession(self._bundle, role, self._threads)
-
-    def _adapter_inputs(self, adapter: AdapterSpec, check_effect: bool) -> dict[str, FloatArray]:
-        return graph_inputs(self._bundle, resolve(self._bundle, adapter, check_effect=check_effect))

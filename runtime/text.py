@@ -1,5 +1,7 @@
 """Text to tokens and back, with the tokenizer the base model shipped (the `text` extra)."""
 
+from typing import Any
+
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError, MissingExtraError, UsageError
 
@@ -40,6 +42,10 @@ class Text:
         Raises:
             UsageError: the text is not valid Unicode.
         """
+        encoding = self._encoding(text, max_length, special_tokens)
+        return list(encoding.ids), list(encoding.type_ids)
+
+    def _encoding(self, text: str, max_length: int | None, special_tokens: bool) -> Any:
         if max_length is None:
             self._tokenizer.no_truncation()
         else:
@@ -50,8 +56,7 @@ class Text:
             raise UsageError(
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
-        encoding = self._tokenizer.encode(text, add_special_tokens=special_tokens)
-        return list(encoding.ids), list(encoding.type_ids)
+        return self._tokenizer.encode(text, add_special_tokens=special_tokens)
 
     def encode_words(self, words: list[str]) -> tuple[list[int], list[int], list[int | None]]:
         """Token ids, token type ids and the number of each token's word (None: a special token) of a text in
@@ -67,6 +72,26 @@ class Text:
             raise UsageError(f"the text is not valid Unicode ({error.reason})") from error
         encoding = self._tokenizer.encode(words, is_pretokenized=True)
         return list(encoding.ids), list(encoding.type_ids), list(encoding.word_ids)
+
+    def token(self, token: int) -> str:
+        """The text of a single token, special or not."""
+        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+
+    def encode_with_offsets(
+        self, text: str, max_length: int
+    ) -> tuple[list[int], list[int], list[tuple[int, int]], bool]:
+        """As `encode`, with the characters `[first, last)` of the text that each token is ((0, 0): a special
+        token), and whether the text was cut.
+
+        Raises:
+            UsageError: the text is not valid Unicode.
+        """
+        encoding = self._encoding(text, max_length, special_tokens=True)
+        spans = [
+            (0, 0) if special else span
+            for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        ]
+        return list(encoding.ids), list(encoding.type_ids), spans, bool(encoding.overflowing)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -19,7 +19,7 @@ WORKSTATION = {
     "onnx_ir",
     "safetensors.torch",
 }
-TEXT = {"tokenizers", "jinja2"}
+TEXT = {"tokenizers", "jinja2", "PIL"}
 
 
 def loaded_after(code: str) -> set[str]:
@@ -80,7 +80,7 @@ def _bundle(folder: Path) -> Path:
 
 ALLOWED = {
     "edgepeft": {"numpy", "click", "safetensors", "edgepeft"},
-    "runtime": {"numpy", "onnxruntime", "edgepeft", "tokenizers", "jinja2", "matplotlib"},
+    "runtime": {"numpy", "onnxruntime", "edgepeft", "tokenizers", "jinja2", "matplotlib", "PIL"},
 }
 
 

@@ -36,6 +36,10 @@ class LoraSlot:
     (PEFT's `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight`
     transposed) and `scaling` float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by
     concatenation along the rank axis. `a_input` and `b_input` are PEFT's state-dict keys.
+
+    In the inference graph `scaling` may also be `[batch, 1, …, rank]` with `activation_axes` axes, as many as
+    `x` has: then every row of the batch has scalings of its own. `activation_axes` is 0 where the first axis
+    of `x` is not the batch.
     """
 
     module: str
@@ -44,6 +48,7 @@ class LoraSlot:
     a_input: str
     b_input: str
     scaling_input: str
+    activation_axes: int = 0
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,42 @@ class Policy:
 
 
 @dataclass(frozen=True)
+class ImagePreprocessing:
+    """How an image uint8 `[height, width, channels]` becomes `pixel_values`, in this order.
+
+    Resize: to `height` x `width`, or so that the shorter edge is `shortest_edge`, or not at all. `resample`
+    is `nearest`, `bilinear`, `bicubic` or `lanczos`, as Pillow computes it. Crop the middle, `crop_height` x
+    `crop_width`. Multiply by `rescale_factor`, subtract `mean`, divide by `std`, a value a channel.
+    """
+
+    resample: str
+    rescale_factor: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    height: int | None = None
+    width: int | None = None
+    shortest_edge: int | None = None
+    crop_height: int | None = None
+    crop_width: int | None = None
+
+    @property
+    def output_size(self) -> tuple[int | None, int | None]:
+        """Height and width of what comes out; None where they depend on the image."""
+        if self.crop_height is not None:
+            return self.crop_height, self.crop_width
+        return self.height, self.width
+
+
+@dataclass(frozen=True)
+class AudioPreprocessing:
+    """How a recording becomes `input_values`: mono at `sampling_rate` Hz, and with `normalize` divided by
+    sqrt(variance + 1e-7) after its mean is subtracted."""
+
+    sampling_rate: int
+    normalize: bool
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the tasks need to know of the base model.
 
@@ -258,6 +299,9 @@ class ModelInfo:
     problem_type: str | None = None  # text- and image-classification: transformers' name, decides the labels
     decoder_start_token_id: int | None = None  # text2text-generation: what decoder_input_ids begin with
     min_length: int = 1
+    prompts: dict[str, str] = field(default_factory=dict)  # feature-extraction: texts to put before a text
+    default_prompt: str | None = None  # name of the one that is put there unless told otherwise
+    mask_token_id: int | None = None  # fill-mask
 
 
 @dataclass(frozen=True)
@@ -305,3 +349,5 @@ class Manifest:
     files: dict[str, FileEntry]
     partition: Partition | None = None  # null: exported with --no-train, or a model without a cut
     streamed_inference: StreamedInference | None = None  # null: a model without a cut
+    image_preprocessing: ImagePreprocessing | None = None  # null: feed `pixel_values`
+    audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`

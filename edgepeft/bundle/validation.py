@@ -4,7 +4,14 @@ import math
 import re
 from pathlib import PurePosixPath
 
-from edgepeft.bundle.manifest import GraphSpec, Manifest, MemoryFormula, TensorSpec, WeightTensor
+from edgepeft.bundle.manifest import (
+    GraphSpec,
+    ImagePreprocessing,
+    Manifest,
+    MemoryFormula,
+    TensorSpec,
+    WeightTensor,
+)
 from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError
@@ -14,11 +21,14 @@ TASKS = (
     "text-classification",
     "token-classification",
     "feature-extraction",
+    "fill-mask",
     "text-generation",
     "text2text-generation",
     "image-classification",
     "audio-classification",
 )
+#: Ways to resize an image.
+RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos")
 #: transformers' problem types.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ALIGNMENT_BYTES = 4096
@@ -27,6 +37,8 @@ _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_AXES = 8
 _MAX_POWER = 4
+_MAX_EDGE = 4096
+_MAX_RATE = 384_000
 
 
 def _require(condition: bool, message: str) -> None:
@@ -75,6 +87,11 @@ def validate_manifest(manifest: Manifest) -> None:
     _check_adapters(manifest)
     _check_training(manifest)
     _check_formula("inference_memory", manifest.inference_memory)
+    if manifest.image_preprocessing is not None:
+        _check_images(manifest, manifest.image_preprocessing)
+    if manifest.audio_preprocessing is not None:
+        rate = manifest.audio_preprocessing.sampling_rate
+        _require(1 <= rate <= _MAX_RATE, f"audio_preprocessing.sampling_rate is {rate}")
     if manifest.streamed_inference is not None:
         check_streamed_inference(manifest, manifest.streamed_inference)
         _check_formula("streamed_inference", manifest.streamed_inference.memory)
@@ -128,7 +145,7 @@ def _check_model(manifest: Manifest) -> None:
     )
     least = 0 if manifest.task in ("image-classification", "audio-classification") else 1
     _require(model.vocab_size >= least, f"model.vocab_size is {model.vocab_size}, expected at least {least}")
-    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id"):
+    for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id", "mask_token_id"):
         token = getattr(model, name)
         _require(
             token is None or 0 <= token < model.vocab_size,
@@ -147,8 +164,33 @@ def _check_model(manifest: Manifest) -> None:
         _require(model.decoder_start_token_id is not None, "model.decoder_start_token_id is missing")
     if manifest.task == "feature-extraction":
         _require((model.embedding_size or 0) >= 1, f"model.embedding_size is {model.embedding_size}")
+    _require(
+        model.default_prompt is None or model.default_prompt in model.prompts,
+        f"model.default_prompt is {model.default_prompt!r}, which is not among the prompts",
+    )
     bits = manifest.quantization.bits
     _require(bits in (2, 4, 8, 16, 32), f"quantization.bits is {bits}, expected 2, 4, 8, 16 or 32")
+
+
+def _check_images(manifest: Manifest, settings: ImagePreprocessing) -> None:
+    """Sizes that can be allocated, and pixels of the graph's own size at the end."""
+    where = "image_preprocessing"
+    for name in ("height", "width", "shortest_edge", "crop_height", "crop_width"):
+        size = getattr(settings, name)
+        _require(
+            size is None or 1 <= size <= _MAX_EDGE, f"{where}.{name} is {size}, expected 1 to {_MAX_EDGE}"
+        )
+    _require(settings.resample in RESAMPLE, f"{where}.resample is {settings.resample!r}")
+    numbers = (settings.rescale_factor, *settings.mean, *settings.std)
+    _require(all(map(math.isfinite, numbers)) and 0 not in settings.std, f"{where} has unusable factors")
+    specs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}
+    pixels = specs["pixel_values"].shape[1:] if "pixel_values" in specs else ()
+    channels = len(settings.mean)
+    size = settings.output_size
+    _require(
+        channels in (1, 3) and len(settings.std) == channels and pixels == (channels, *size),
+        f"{where} makes {[channels, *size]}, the inference graph takes {list(pixels)}",
+    )
 
 
 def _check_graph(role: str, graph: GraphSpec, manifest: Manifest) -> None:
@@ -176,6 +218,10 @@ def _check_adapters(manifest: Manifest) -> None:
         _require(
             slot.in_features >= 1 and slot.out_features >= 1,
             f"{where} is {slot.in_features} -> {slot.out_features}",
+        )
+        _require(
+            slot.activation_axes == 0 or 2 <= slot.activation_axes <= _MAX_AXES,
+            f"{where}: activation_axes is {slot.activation_axes}",
         )
         for name in (slot.a_input, slot.b_input, slot.scaling_input):
             _require(name in inputs, f"{where}: the inference graph has no input {name!r}")

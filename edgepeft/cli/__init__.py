@@ -11,7 +11,7 @@ import click
 
 from edgepeft.errors import EdgePeftError
 
-COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "bench")
+COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "adapter", "bench")
 
 
 class _Commands(click.Group):

@@ -63,13 +63,34 @@ def _graded(task: str, record: dict[str, Any]) -> list[bool]:
     values are no question of right or wrong."""
     if "expected" not in record or "values" in record:
         return []
-    if task == "token-classification":
-        pairs = zip(record["labels"], record["expected"], strict=True)
+    if task in ("token-classification", "fill-mask"):
+        pairs = zip(_labels(record), record["expected"], strict=True)
         return [label == expected for label, expected in pairs if expected is not None]
     return [record.get("label", record.get("labels")) == record["expected"]]
 
 
+def _labels(record: dict[str, Any]) -> list[str]:
+    """The label of each token, or the best token of each mask."""
+    if "masks" in record:
+        return [tokens[0]["token_str"] for tokens in record["masks"]]
+    labels: list[str] = record["labels"]
+    return labels
+
+
 def _table(result: dict[str, Any]) -> str:
+    if any("entities" in record for record in result["records"]):
+        rows = [
+            [
+                str(number),
+                item["label"],
+                f"{item['score']:.4f}",
+                f"{item['start']}-{item['end']}",
+                item["text"],
+            ]
+            for number, record in enumerate(result["records"], start=1)
+            for item in record.get("entities", ())
+        ]
+        return table(rows, ["record", "label", "score", "characters", "text"])
     if result["task"] == "feature-extraction":
         rows = [
             [
@@ -92,7 +113,9 @@ def _table(result: dict[str, Any]) -> str:
 
 
 def _shown(record: dict[str, Any]) -> str:
-    """A label, several, or values by name."""
+    """A label, several, values by name, or what belongs in each mask."""
+    if "masks" in record:
+        return " ".join(_labels(record))
     value = next(record[name] for name in ("label", "labels", "values") if name in record)
     if isinstance(value, dict):
         return ", ".join(f"{name} {number:.4f}" for name, number in value.items())
@@ -103,7 +126,7 @@ def _score(record: dict[str, Any]) -> str:
     """The probability of the label, of the best of several, or of the least certain token."""
     if "score" in record:
         return f"{record['score']:.4f}"
-    scores = record.get("scores", ())
+    scores = record.get("scores", [tokens[0]["score"] for tokens in record.get("masks", ())])
     if isinstance(scores, dict):
         return f"{max(scores.values()):.4f}"
     return f"{min(scores):.4f}" if scores else ""

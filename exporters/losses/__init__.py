@@ -81,6 +81,7 @@ LOSSES: dict[tuple[str, str | None], Loss] = {
     ("image-classification", "regression"): _REGRESSION,
     ("audio-classification", None): _SINGLE,
     ("token-classification", None): Loss("logits", token_classification_loss, _labels("batch", "sequence")),
+    ("fill-mask", None): Loss("logits", token_classification_loss, _labels("batch", "sequence")),
     ("text-generation", None): Loss("logits", causal_lm_loss, _labels("batch", "sequence")),
     ("text2text-generation", None): Loss(
         "logits", sequence_to_sequence_loss, _labels("batch", "decoder_sequence")

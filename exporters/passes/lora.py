@@ -3,8 +3,8 @@
     y = x Wᵀ + ((x A) * scaling) B        A [in, rank], scaling [rank], B [rank, out]
 
 `A`, `B` and `scaling` are graph inputs with a rank axis of their own, so one graph serves any rank (0
-switches the slot off exactly) and adapters mix by concatenation along the rank axis. `A` may have a leading
-batch axis: every row of the batch then has an adapter of its own.
+switches the slot off exactly) and adapters mix by concatenation along the rank axis. `scaling` may have the
+axes of x, `[batch, 1, …, rank]`: every row of the batch then has an adapter of its own.
 
 Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 """
@@ -39,10 +39,17 @@ def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[LoraSl
             a_input=f"{key}.lora_A.weight",
             b_input=f"{key}.lora_B.weight",
             scaling_input=f"{key}.scaling",
+            activation_axes=_activation_axes(linear),
         )
         _insert(graph, linear, slot, f"rank_{index}")
         slots.append(slot)
     return slots
+
+
+def _activation_axes(linear: Linear) -> int:
+    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
+    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
+    return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
 def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:

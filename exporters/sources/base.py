@@ -7,15 +7,24 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import Quantization
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How token embeddings become one sentence embedding; `mode` is `mean` or `cls`."""
+    """How texts become sentence embeddings.
+
+    Attributes:
+        mode: of token embeddings: `mean`, `cls` or `max`.
+        normalize: divide by the norm.
+        prompts: texts that may be put before a text, by name.
+        default_prompt: name of the one that is unless told otherwise.
+    """
 
     mode: str = "mean"
     normalize: bool = True
+    prompts: dict[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
 
 
 @dataclass
@@ -64,6 +73,14 @@ class ModelSource(Protocol):
     @property
     def min_length(self) -> int:
         """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
+
+    @property
+    def image_preprocessing(self) -> ImagePreprocessing | None:
+        """What makes pixels of images; None where the runtime cannot."""
+
+    @property
+    def audio_preprocessing(self) -> AudioPreprocessing | None:
+        """What makes samples of recordings; None where the runtime cannot."""
 
     @property
     def own_training_graph(self) -> bool:

@@ -1,7 +1,6 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
 import inspect
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,13 @@ from typing import Any
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
-from transformers.utils.hub import cached_file
 
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
 from edgepeft.errors import ExportError, UsageError
 
 from .base import Pooling, Traced
+from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
+from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .samples import sample_inputs
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import trace
@@ -26,17 +27,14 @@ from .tracing import trace
 DEFAULT_MAX_LENGTH = 2048
 #: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
 MAX_SAMPLES = 30 * 16_000
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 @dataclass
 class Source:
-    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients."""
+    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
+
+    `shipped` is the folder or hub id that it came from.
+    """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
     task: str
@@ -44,6 +42,26 @@ class Source:
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
+    shipped: str | None = None
+
+    @property
+    def image_preprocessing(self) -> ImagePreprocessing | None:
+        """What the model's image processor does; None where it has none of those that the runtime knows, or
+        one that makes another size than the model takes."""
+        if self.task != "image-classification" or self.shipped is None:
+            return None
+        found = read_image_preprocessing(self.shipped)
+        pixels = sample_inputs(self, with_past=False).inputs["pixel_values"]
+        if found is None or (len(found.mean), *found.output_size) != tuple(pixels.shape[1:]):
+            return None
+        return found
+
+    @property
+    def audio_preprocessing(self) -> AudioPreprocessing | None:
+        """What the model's feature extractor does; None where it has none that the runtime knows."""
+        if self.task != "audio-classification" or self.shipped is None:
+            return None
+        return read_audio_preprocessing(self.shipped)
 
     @property
     def config(self) -> Any:
@@ -167,24 +185,24 @@ def load_source(
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
     if isinstance(model, transformers.PreTrainedModel):
-        module, folder, name = model, None, model.config.name_or_path or type(model).__name__
+        module, shipped, name = model, None, model.config.name_or_path or type(model).__name__
     else:
         module = _load_pretrained(str(model), resolved, labels)
-        folder, name = Path(model), _name(Path(model))
+        shipped, name = str(model), _name(Path(model))
     if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
         raise ExportError(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
             f"compared: edgepeft exports models that do, for {resolved}"
         )
     module = module.float().cpu().eval().requires_grad_(False)
-    is_folder = folder is not None and folder.is_dir()
     return Source(
         model=module,
         task=resolved,
         name=name,
-        pooling=_read_pooling(folder if is_folder else None) if resolved == "feature-extraction" else None,
-        tokenizer_files=read_tokenizer_files(str(model)) if folder is not None else {},
-        max_length=read_max_length(resolved, module.config, folder if is_folder else None),
+        pooling=read_pooling(shipped) if resolved == "feature-extraction" else None,
+        tokenizer_files={} if shipped is None else read_copied_files(shipped),
+        max_length=read_max_length(resolved, module.config, shipped),
+        shipped=shipped,
     )
 
 
@@ -228,47 +246,14 @@ def _quiet() -> Iterator[None]:
             settings.enable_progress_bar()
 
 
-def _read_pooling(folder: Path | None) -> Pooling:
-    """sentence-transformers' own settings where the folder has them, else its default: mean, normalized."""
-    if folder is None or not (folder / "modules.json").exists():
-        return Pooling()
-    try:
-        modules = json.loads((folder / "modules.json").read_text())
-        kinds = {module["type"].rsplit(".", 1)[-1]: module["path"] for module in modules}
-        settings = json.loads((folder / kinds["Pooling"] / "config.json").read_text())
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder}: cannot read the sentence-transformers modules: {error!r}") from error
-    active = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value is True]
-    modes = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
-    if len(active) != 1 or active[0] not in modes:
-        raise ExportError(f"{folder}: pooling {active} is not supported: mean or CLS")
-    unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
-    if unknown:
-        raise ExportError(f"{folder}: sentence-transformers module {sorted(unknown)[0]!r} is not supported")
-    return Pooling(modes[active[0]], "Normalize" in kinds)
-
-
-def read_tokenizer_files(model: str) -> dict[str, bytes]:
-    """The tokenizer files of a folder or hub id, by name."""
-    folder = Path(model)
-    if folder.is_dir():
-        return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-    found = {}
-    for name in TOKENIZER_FILES:
-        cached = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-        if cached is not None:
-            found[name] = Path(cached).read_bytes()
-    return found
-
-
-def read_max_length(task: str, config: Any, folder: Path | None) -> int:
-    """Longest input: the model's positions, or fewer where the tokenizer says so; 1 for images."""
+def read_max_length(task: str, config: Any, model: str | None) -> int:
+    """Longest input: the model's positions, or fewer where its files say so; 1 for images."""
     if task in ("image-classification", "audio-classification"):
         return 1 if task == "image-classification" else MAX_SAMPLES
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
-    settings = folder / "tokenizer_config.json" if folder is not None else None
-    if settings is not None and settings.is_file():
-        declared = json.loads(settings.read_text()).get("model_max_length")
-        if isinstance(declared, int) and 0 < declared < limit:
-            limit = declared
-    return limit
+    if model is None:
+        return limit
+    declared = [(read_json(model, "tokenizer_config.json") or {}).get("model_max_length")]
+    if task == "feature-extraction":
+        declared.append(read_max_seq_length(model))
+    return min([limit, *(length for length in declared if isinstance(length, int) and length > 0)])

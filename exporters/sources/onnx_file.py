@@ -25,7 +25,8 @@ from ..passes.multi_head_attention import lower_multi_head_attention, lower_pack
 from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
-from .loading import read_max_length, read_tokenizer_files
+from .loading import read_max_length
+from .model_files import read_copied_files
 from .naming import SELF_ATTENTION, added_bias, module_names
 from .onnx_graph import read_graph, standardize
 from .tasks import resolve_task
@@ -60,6 +61,16 @@ class OnnxFile:
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
+
+    @property
+    def image_preprocessing(self) -> None:
+        """A file takes tokens."""
+        return None
+
+    @property
+    def audio_preprocessing(self) -> None:
+        """A file takes tokens."""
+        return None
 
     @property
     def problem_type(self) -> str | None:
@@ -197,8 +208,8 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         architecture=producer,
         quantization=quantization,
         pooling=Pooling() if output.name == "last_hidden_state" else None,
-        tokenizer_files=read_tokenizer_files(str(path.parent)),
-        max_length=read_max_length(resolved, config, path.parent),
+        tokenizer_files=read_copied_files(str(path.parent)),
+        max_length=read_max_length(resolved, config, str(path.parent)),
     )
 
 

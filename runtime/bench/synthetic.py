@@ -63,6 +63,9 @@ def _record(manifest: Manifest, length: int, generator: np.random.Generator) -> 
         case "token-classification":
             labels = generator.integers(len(manifest.model.labels), size=length)
             return {"input_ids": _tokens(manifest, length, generator), "labels": labels.tolist()}
+        case "fill-mask":
+            ids = _tokens(manifest, length, generator)
+            return {"input_ids": ids, "labels": ids}
         case "text-classification":
             return {"input_ids": _tokens(manifest, length, generator), "label": _label(manifest, generator)}
         case "image-classification":

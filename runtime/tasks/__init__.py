@@ -6,6 +6,7 @@ from edgepeft.runtime.tasks.base import Example, Task
 from edgepeft.runtime.tasks.causal_lm import CausalLM
 from edgepeft.runtime.tasks.classification import TextClassification
 from edgepeft.runtime.tasks.embedding import Embedding
+from edgepeft.runtime.tasks.fill_mask import FillMask
 from edgepeft.runtime.tasks.image_classification import ImageClassification
 from edgepeft.runtime.tasks.text2text import Text2Text
 from edgepeft.runtime.tasks.token_classification import TokenClassification
@@ -14,6 +15,7 @@ _TASKS: dict[str, type[Task]] = {
     "text-classification": TextClassification,
     "token-classification": TokenClassification,
     "feature-extraction": Embedding,
+    "fill-mask": FillMask,
     "text-generation": CausalLM,
     "text2text-generation": Text2Text,
     "image-classification": ImageClassification,

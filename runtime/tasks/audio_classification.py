@@ -1,11 +1,14 @@
-"""Audio classification: `{"input_values", "label"}`, the waveform as the feature extractor leaves it."""
+"""Audio classification: `{"audio", "label"}`, or `{"input_values", "label"}`, the waveform as the model's own
+feature extractor leaves it."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
+from edgepeft.runtime.preprocessing.audio import preprocess, read_audio
 from edgepeft.runtime.tasks.base import Array, Example
 from edgepeft.runtime.tasks.classification import Classifier
 from edgepeft.runtime.tasks.values import read_values
@@ -14,24 +17,45 @@ FIELD = "input_values"
 
 
 class AudioClassification(Classifier):
-    """Samples float32 `[samples]`, as a list, an array or the path of a .npy file.
+    """A recording as an array or the path of a .wav or .npy file; or samples float32 `[samples]`, as a list,
+    an array or the path of a .npy file.
 
     Shorter recordings of a batch are padded with zeros, without a mask: what wav2vec2-base and its like were
     trained on. Where that matters, give batches of one length (or a batch size of 1).
     """
 
+    field = "audio"
+
     def read(self, record: Record, max_length: int) -> Example:
         """See `Classifier.read`."""
-        if FIELD not in record.fields:
-            raise self.missing(record, '{"input_values", "label"}')
-        values = read_values(record, FIELD, [None])
+        if self.field in record.fields:
+            values, truncated = self._prepared(record, max_length)
+        elif FIELD in record.fields:
+            whole = read_values(record, FIELD, [None])
+            values, truncated = whole[:max_length], len(whole) > max_length
+        else:
+            raise self.missing(record, '{"audio", "label"} (or "input_values" instead of "audio")')
         least = self.manifest.model.min_length
-        if min(len(values), max_length) < least:
+        if len(values) < least:
             raise DataError(
-                f"{record.where}: {FIELD} has {len(values)} samples, cut to {max_length}: the model needs at "
-                f"least {least}"
+                f"{record.where}: the recording has {len(values)} samples (of at most {max_length}), the "
+                f"model needs at least {least}"
             )
-        return Example(values=values[:max_length], truncated=len(values) > max_length)
+        return Example(values=values, truncated=truncated)
+
+    def _prepared(self, record: Record, max_length: int) -> tuple[npt.NDArray[np.float32], bool]:
+        """Samples, and whether they were cut, which is done before they are normalized."""
+        settings = self.manifest.audio_preprocessing
+        if settings is None:
+            raise DataError(
+                f"{record.where}: the bundle does not know how its model's recordings are prepared: give "
+                "input_values, or export a folder with a preprocessor_config.json"
+            )
+        try:
+            samples = read_audio(record.fields[self.field], settings, max_length + 1)
+        except DataError as error:
+            raise DataError(f"{record.where}: audio: {error}") from error
+        return preprocess(samples[:max_length], settings), len(samples) > max_length
 
     def batch(self, examples: Sequence[Example], *, training: bool) -> dict[str, Array]:
         """See `Task.batch`."""

@@ -13,7 +13,7 @@ from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import adapter_input_names
-from edgepeft.runtime.text import Text
+from edgepeft.runtime.text import TOKENIZER_FILE, Text
 
 Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, npt.NDArray[np.float32]]
@@ -27,13 +27,16 @@ Label = int | tuple[float, ...] | None
 class Row:
     """One row of tokens: int32, with token types and, for language models and token classifiers, labels.
 
-    `words` holds the position of the first token of each word, where the record came in words.
+    `words` holds the position of the first token of each word, where the record came in words; `spans` int32
+    `[tokens, 2]` the characters of `text` that each token is, (0, 0) for special tokens, where they matter.
     """
 
     input_ids: npt.NDArray[np.int32]
     type_ids: npt.NDArray[np.int32]
     labels: npt.NDArray[np.int32] | None = None
     words: npt.NDArray[np.int32] | None = None
+    spans: npt.NDArray[np.int32] | None = None
+    text: str = ""
 
     @property
     def arrays(self) -> tuple[npt.NDArray[np.int32] | None, ...]:
@@ -72,6 +75,8 @@ class Example:
 class Task(ABC):
     """Records in, batches and results out. The tokenizer is loaded when the first text is met."""
 
+    field = "text"
+    """Field of a record that holds what the model reads."""
     output: str
     """Name of the inference graph's output that holds the result."""
     rows_per_record = 1
@@ -93,6 +98,11 @@ class Task(ABC):
         if self._text is None:
             self._text = Text(self.bundle)
         return self._text
+
+    @property
+    def has_text(self) -> bool:
+        """Whether the bundle holds a tokenizer."""
+        return TOKENIZER_FILE in self.manifest.files
 
     @property
     def chat(self) -> ChatTemplate:

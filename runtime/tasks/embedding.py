@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.data import Record
+from edgepeft.errors import UsageError
+from edgepeft.runtime.data import Record, RecordSource, records
 from edgepeft.runtime.tasks.base import Array, Example, Outputs
 from edgepeft.runtime.tasks.tokens import TokenTask
 
@@ -36,6 +37,31 @@ class Embedding(TokenTask):
                 row, truncated = self.tokens(record, field, max_length)
                 return Example((row,), truncated=truncated)
         raise self.missing(record, '{"text"} (or "input_ids")')
+
+    def prompted(self, source: RecordSource, name: str | None) -> RecordSource:
+        """Records with a prompt of the model's before their texts.
+
+        Args:
+            source: the records.
+            name: of the prompt; the model's default one where None, if it has one.
+
+        Raises:
+            UsageError: the model has no prompt of that name.
+        """
+        model = self.manifest.model
+        name = model.default_prompt if name is None else name
+        if name is None:
+            return source
+        if name not in model.prompts:
+            known = ", ".join(model.prompts) or "none"
+            raise UsageError(f"the model has no prompt {name!r} (it has {known})")
+        prompt = model.prompts[name]
+        return [
+            {**item.fields, "text": prompt + item.fields["text"]}
+            if isinstance(item.fields.get("text"), str)
+            else item.fields
+            for item in records(source)
+        ]
 
     def items(self, batch: Mapping[str, Array]) -> int:
         """Pairs or triplets."""

@@ -1,11 +1,15 @@
-"""Image classification: `{"pixel_values", "label"}`, the pixels as the image processor leaves them."""
+"""Image classification: `{"image", "label"}`, or `{"pixel_values", "label"}` as the model's own image
+processor leaves them."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
+from edgepeft.runtime.preprocessing.images import preprocess, read_image
 from edgepeft.runtime.tasks.base import Array, Example
 from edgepeft.runtime.tasks.classification import Classifier
 from edgepeft.runtime.tasks.values import read_values
@@ -14,7 +18,10 @@ FIELD = "pixel_values"
 
 
 class ImageClassification(Classifier):
-    """Pixels float32 `[channels, height, width]`, as nested lists, an array or the path of a .npy file."""
+    """An image uint8 `[height, width, channels]`, as an array or the path of a PNG, PPM, JPEG or .npy file;
+    or pixels float32 `[channels, height, width]`, as nested lists, an array or the path of a .npy file."""
+
+    field = "image"
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
@@ -24,9 +31,23 @@ class ImageClassification(Classifier):
     def read(self, record: Record, max_length: int) -> Example:
         """See `Classifier.read`; every image has the size that the model was exported for."""
         del max_length
+        if self.field in record.fields:
+            return Example(values=self._pixels(record))
         if FIELD not in record.fields:
-            raise self.missing(record, '{"pixel_values", "label"}')
+            raise self.missing(record, '{"image", "label"} (or "pixel_values" instead of "image")')
         return Example(values=read_values(record, FIELD, self._shape))
+
+    def _pixels(self, record: Record) -> npt.NDArray[np.float32]:
+        settings = self.manifest.image_preprocessing
+        if settings is None:
+            raise DataError(
+                f"{record.where}: the bundle does not know how its model's images are prepared: give "
+                "pixel_values, or export a folder with a preprocessor_config.json"
+            )
+        try:
+            return preprocess(read_image(record.fields[self.field], len(settings.mean)), settings)
+        except DataError as error:
+            raise DataError(f"{record.where}: image: {error}") from error
 
     def batch(self, examples: Sequence[Example], *, training: bool) -> dict[str, Array]:
         """See `Task.batch`."""

@@ -1,9 +1,10 @@
-"""Token classification: `{"tokens", "labels"}` word by word, or `{"input_ids", "labels"}` token by token.
+"""Token classification: `{"tokens", "labels"}` word by word, `{"input_ids", "labels"}` token by token, or
+`{"text"}` to find entities in.
 
 A word is labelled at its first token; its other tokens do not count (-100), as the field does it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from edgepeft.runtime.tasks.tokens import TokenTask
 
 NAMES = ("labels", "ner_tags", "tags")
 """Fields that the labels may be in."""
+NO_ENTITY = "O"
 
 
 class TokenClassification(TokenTask):
@@ -31,7 +33,9 @@ class TokenClassification(TokenTask):
 
     def encode(self, record: Record, max_length: int, *, training: bool) -> Example:
         """See `Task.encode`; labels are kept where there are any, and required for training."""
-        if "tokens" in record.fields:
+        if self.field in record.fields and not training:
+            row, truncated = self._text_row(record, max_length)
+        elif "tokens" in record.fields:
             row, truncated = self._words(record, max_length)
         elif "input_ids" in record.fields:
             row, truncated = self.tokens(record, "input_ids", max_length)
@@ -61,9 +65,11 @@ class TokenClassification(TokenTask):
         ]
 
     def finish(self, result: dict[str, Any], example: Example) -> dict[str, Any]:
-        """Word by word, where the record came in words; with `expected` (None where -100), where it has
-        labels."""
+        """Entities, where the record is a text; word by word, where it came in words; with `expected` (None
+        where -100), where it has labels."""
         (row,) = example.rows
+        if row.spans is not None:
+            return {"entities": entities(result["labels"], result["scores"], row.spans.tolist(), row.text)}
         kept = range(len(row.input_ids)) if row.words is None else row.words.tolist()
         result = {name: [values[index] for index in kept] for name, values in result.items()}
         if row.labels is not None:
@@ -75,6 +81,16 @@ class TokenClassification(TokenTask):
         """Labels that count and are the best class of their token."""
         labels = batch["labels"]
         return int(((outputs[self.output].argmax(axis=2) == labels) & (labels != IGNORED_LABEL)).sum())
+
+    def _text_row(self, record: Record, max_length: int) -> tuple[Row, bool]:
+        text = record.fields[self.field]
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{record.where}: text is {shown(text)}, expected a text")
+        ids, types, spans, truncated = self.text.encode_with_offsets(text, max_length)
+        row = Row(
+            np.array(ids, np.int32), np.array(types, np.int32), spans=np.array(spans, np.int32), text=text
+        )
+        return row, truncated
 
     def _words(self, record: Record, max_length: int) -> tuple[Row, bool]:
         words = record.fields["tokens"]
@@ -116,3 +132,39 @@ class TokenClassification(TokenTask):
             )
         numbers = [item if item == IGNORED_LABEL else self.targets.number(record, item) for item in value]
         return np.array(numbers, np.int32)
+
+
+def entities(
+    labels: Sequence[str], scores: Sequence[float], spans: Sequence[Sequence[int]], text: str
+) -> list[dict[str, Any]]:
+    """Entities of a text: neighbouring tokens of one label, `B-` beginning a new one and `O` being none.
+
+    Args:
+        labels: the label of each token.
+        scores: its probability.
+        spans: the characters `[first, last)` of each token; (0, 0) leaves it out.
+        text: the text.
+
+    Returns:
+        `{"label", "score", "start", "end", "text"}` of each, the score being the mean of its tokens'.
+
+    Source: `aggregation_strategy="simple"` of transformers' TokenClassificationPipeline.
+    """
+    groups: list[tuple[str, list[int]]] = []
+    last = None
+    for index, label in enumerate(labels):
+        if spans[index][0] == spans[index][1]:
+            continue
+        begins, kind = label.startswith("B-"), label[2:] if label[:2] in ("B-", "I-") else label
+        if kind == last and not begins:
+            groups[-1][1].append(index)
+        else:
+            groups.append((kind, [index]))
+        last = kind
+    found = []
+    for kind, tokens in groups:
+        if kind != NO_ENTITY:
+            start, end = spans[tokens[0]][0], spans[tokens[-1]][1]
+            score = float(np.mean([scores[index] for index in tokens]))
+            found.append({"label": kind, "score": score, "start": start, "end": end, "text": text[start:end]})
+    return found

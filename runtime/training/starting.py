@@ -54,11 +54,12 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     for saved in manifest.saved_modules:
         tensors[saved.input] = bundle.read_weight(saved.default)
     return Adapter(
-        config=_fresh_config(manifest, rank), tensors=tensors, origin=f"a fresh adapter of rank {rank}"
+        config=fresh_config(manifest, rank), tensors=tensors, origin=f"a fresh adapter of rank {rank}"
     )
 
 
-def _fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
+def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
+    """PEFT's configuration of a LoRA of this rank on every slot, with the base's own saved modules."""
     saved = sorted({module.module for module in manifest.saved_modules})
     return {
         "base_model_name_or_path": manifest.model.name,

@@ -58,6 +58,14 @@ def put(*path: str | int, value: Any) -> Callable[[Data], None]:
     return change
 
 
+IMAGES = {
+    "resample": "bilinear",
+    "rescale_factor": 1 / 255,
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.5, 0.5, 0.5],
+    "height": 8,
+    "width": 8,
+}
 SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "inference")
 
 
@@ -83,6 +91,18 @@ SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "infer
         (put("model", "labels", value=["a", "a"]), "a label twice"),
         (put("model", "labels", value=[]), "no labels"),
         (put("model", "labels", value={}), "expected a list"),
+        (put("model", "mask_token_id", value=99), "mask_token_id is 99"),
+        (put("model", "default_prompt", value="query"), "default_prompt is 'query', which is not among"),
+        (put("model", "prompts", value={"query": 1}), "expected str"),
+        (put("image_preprocessing", value=IMAGES), r"makes \[3, 8, 8\], the inference graph takes \[\]"),
+        (
+            put("image_preprocessing", value=IMAGES | {"height": 2**20}),
+            "height is 1048576, expected 1 to 4096",
+        ),
+        (put("image_preprocessing", value=IMAGES | {"shortest_edge": 0}), "shortest_edge is 0"),
+        (put("image_preprocessing", value=IMAGES | {"resample": "box"}), "resample is 'box'"),
+        (put("image_preprocessing", value=IMAGES | {"std": [0, 1, 1]}), "has unusable factors"),
+        (put("audio_preprocessing", value={"sampling_rate": 0, "normalize": True}), "sampling_rate is 0"),
         (put("quantization", "bits", value=3), "bits is 3"),
         (put("files", value=[]), "expected an object"),
         (put("files", "weights.bin", "nbytes", value=-1), "has -1 B"),
@@ -102,6 +122,7 @@ SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "infer
         (put(*WEIGHT, "shape", value=[2**26, 2**26, 2**26]), "needs"),
         (put(*WEIGHT, "dtype", value="O"), "dtype 'O'"),
         (put(*SLOT, "in_features", value=0), "0 -> 8"),
+        (put(*SLOT, "activation_axes", value=1), "activation_axes is 1"),
         (put(*SLOT, "a_input", value="nothing"), "no input 'nothing'"),
         (put(*SLOT, "a_input", value=tiny.B), "belongs to two slots"),
         (put("saved_modules", 0, "default", value="nothing"), "not among the weights"),

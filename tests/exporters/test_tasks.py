@@ -147,6 +147,21 @@ def test_pixels_that_cannot_be_used(exported: Make, value: Any, message: str) ->
         device.predict([{"pixel_values": value}])
 
 
+@pytest.mark.parametrize(
+    ("name", "record", "message"),
+    [
+        ("vit", {"image": np.zeros((16, 16, 3), np.uint8)}, "give pixel_values"),
+        ("wav2vec2", {"audio": np.zeros(100, np.float32)}, "give input_values"),
+    ],
+)
+def test_a_bundle_without_a_processor_says_what_to_give(
+    exported: Make, name: str, record: dict[str, Any], message: str
+) -> None:
+    """Pixels, or samples."""
+    with edgepeft.load(exported(name, 32).folder) as device, pytest.raises(DataError, match=message):
+        device.predict([record])
+
+
 def test_a_file_of_objects_is_not_unpickled(exported: Make, tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
     with (
@@ -173,7 +188,7 @@ def test_recordings_are_learned_and_told_apart(exported: Make, tmp_path: Path) -
         results = device.predict(records, adapter=tmp_path / "new")
         right = [result["label"] == result["expected"] for result in results]
         assert sum(right) > 0.8 * len(right)
-        with pytest.raises(DataError, match=r"has 12 samples, cut to .*: the model needs at least 30"):
+        with pytest.raises(DataError, match=r"has 12 samples .* the model needs at least 30"):
             device.predict([{"input_values": [0.5] * 12}])
         with pytest.raises(UsageError, match="has 12 samples a row, the model takes 30 to 480000"):
             device.forward({"input_values": [[0.5] * 12]})
@@ -222,7 +237,7 @@ def test_tokens_are_learned_and_told_apart(tmp_path: Path) -> None:
             ({"tokens": ["w1"], "labels": [0, 1]}, "expected a list of 1 labels"),
             ({"tokens": ["w1"], "labels": ["purple"]}, "'purple' was not known"),
             ({"tokens": "w1"}, "expected a list of words"),
-            ({"text": "w1"}, '"tokens", "labels"'),
+            ({"words": "w1"}, '"tokens", "labels"'),
         ):
             with pytest.raises(DataError, match=message):
                 device.predict([record])

@@ -127,7 +127,15 @@ class _Graph:
         graph = helper.make_graph(
             self.nodes,
             path.stem,
-            [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.shape) for spec in inputs],
+            [
+                helper.make_tensor_value_info(
+                    # The shape of a scaling is left open, so that it may have an axis for the batch.
+                    spec.name,
+                    _TYPES[spec.dtype],
+                    None if spec.name == SCALING and path.stem == "inference" else spec.shape,
+                )
+                for spec in inputs
+            ],
             [helper.make_tensor_value_info(spec.name, _TYPES[spec.dtype], spec.shape) for spec in outputs],
             [*external, *self.constants],
         )
@@ -399,7 +407,9 @@ def write_bundle(
         inference_memory=memory,
         weights_file="weights.bin",
         weights=stored,
-        lora_slots=(LoraSlot(MODULE, WIDTH, WIDTH, A, B, SCALING),),
+        lora_slots=(
+            LoraSlot(MODULE, WIDTH, WIDTH, A, B, SCALING, activation_axes=3 if "generation" in task else 2),
+        ),
         saved_modules=saved,
         adapters=tuple(adapters),
         strategies=(Strategy("resident", "train", exact=True, memory=memory),) if "train" in graphs else (),

@@ -1,0 +1,125 @@
+"""The adapters of a bundle on the disk: adding and removing them, so that a kill leaves a bundle that opens.
+
+The folder of an adapter that the manifest does not list is one that was dropped in. So an adapter's folder
+appears whole before the manifest lists it, and leaves the manifest before its folder goes.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.reader import Bundle
+from edgepeft.bundle.validation import is_adapter_name
+from edgepeft.bundle.writer import hash_file, write_manifest
+from edgepeft.errors import AdapterError, EdgePeftError, UsageError
+from edgepeft.files import atomic_folder
+
+
+def check_has_effect(bundle: Bundle, adapter: Adapter) -> None:
+    """Refuse an adapter that changes nothing.
+
+    Raises:
+        AdapterError: it has no effect.
+    """
+    defaults = {
+        saved.input: bundle.read_weight(saved.default)
+        for saved in bundle.manifest.saved_modules
+        if saved.input in adapter.tensors
+    }
+    if not adapter.has_effect(defaults):
+        raise AdapterError(
+            f"{adapter.origin}: has no effect: every lora_B is zero and no saved module differs from the "
+            "base's: train it first"
+        )
+
+
+def copy_adapter(source: Path, target: Path) -> None:
+    """Copy an adapter's two files, byte for byte, into an existing folder.
+
+    Raises:
+        AdapterError: a file is missing or cannot be read.
+    """
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        if not (source / name).is_file():
+            raise AdapterError(
+                f"{source}: holds no {name}: a PEFT adapter has {CONFIG_FILE} and {TENSOR_FILE}"
+            )
+        shutil.copyfile(source / name, target / name)
+
+
+def add_adapter(bundle: Bundle, name: str, adapter: Adapter, write: Callable[[Path], None]) -> Bundle:
+    """Add an adapter to a bundle and list it, with its hashes, in the manifest.
+
+    Args:
+        bundle: the bundle; what it holds stays as it is where anything fails.
+        name: the adapter's name.
+        adapter: the adapter.
+        write: writes the adapter's two files into an empty folder.
+
+    Returns:
+        The bundle with it.
+
+    Raises:
+        UsageError: the name cannot be used, or is taken.
+        AdapterError: the adapter does not fit the base or has no effect.
+        EdgePeftError: the disk cannot be written.
+    """
+    if not is_adapter_name(name):
+        raise UsageError(
+            f"adapter name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 64"
+        )
+    folder = bundle.path / "adapters" / name
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(
+            f"{bundle.path}: has an adapter {name!r} already: remove it first, or use another name"
+        )
+    fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
+    check_has_effect(bundle, adapter)
+    with atomic_folder(folder, CONFIG_FILE) as temporary:
+        write(temporary)
+    files = {f"adapters/{name}/{file}": hash_file(folder / file) for file in (CONFIG_FILE, TENSOR_FILE)}
+    return _rewritten(
+        bundle,
+        replace(
+            bundle.manifest,
+            adapters=(*bundle.manifest.adapters, name),
+            files=bundle.manifest.files | files,
+        ),
+    )
+
+
+def remove_adapter(bundle: Bundle, name: str) -> Bundle:
+    """Take an adapter out of a bundle.
+
+    Returns:
+        The bundle without it.
+
+    Raises:
+        AdapterError: the bundle has no such adapter.
+        EdgePeftError: the disk cannot be written.
+    """
+    if name not in bundle.adapter_names():
+        known = ", ".join(bundle.adapter_names()) or "none"
+        raise AdapterError(f"{bundle.path}: has no adapter {name!r} (it has {known})")
+    if name in bundle.manifest.adapters:
+        prefix = f"adapters/{name}/"
+        files = {path: entry for path, entry in bundle.manifest.files.items() if not path.startswith(prefix)}
+        adapters = tuple(other for other in bundle.manifest.adapters if other != name)
+        bundle = _rewritten(bundle, replace(bundle.manifest, adapters=adapters, files=files))
+    folder = bundle.path / "adapters" / name
+    leaving = folder.with_name(f".{name}.removed")  # no adapter's name, should the process die half way
+    try:
+        shutil.rmtree(leaving, ignore_errors=True)
+        folder.rename(leaving)
+        shutil.rmtree(leaving)
+    except OSError as error:
+        raise EdgePeftError(f"{folder}: cannot be removed ({error.strerror or error})") from error
+    return bundle
+
+
+def _rewritten(bundle: Bundle, manifest: Manifest) -> Bundle:
+    write_manifest(manifest, bundle.path)
+    return replace(bundle, manifest=manifest)

@@ -1,0 +1,188 @@
+"""`edgepeft adapter`: list, add, remove and export the adapters of a bundle."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgepeft.cli.options import bundle_argument, json_option, table
+from edgepeft.errors import AdapterError, UsageError
+from edgepeft.sizes import format_size
+
+if TYPE_CHECKING:
+    from edgepeft.adapters import Adapter
+    from edgepeft.bundle.reader import Bundle
+
+ONNX_SUFFIX = ".onnx_adapter"
+
+
+@click.group(short_help="List, add, remove and export adapters.")
+def adapter() -> None:
+    """List, add, remove and export the adapters of a bundle.
+
+    \b
+    Example:
+      edgepeft adapter add model.edge mine=./my-adapter
+      edgepeft adapter list model.edge
+      edgepeft adapter export model.edge mine -o mine.onnx_adapter
+      edgepeft adapter remove model.edge mine
+    """
+
+
+@adapter.command("list", short_help="Show the adapters.")
+@bundle_argument()
+@json_option()
+def list_adapters(bundle: str, as_json: bool) -> None:
+    """Show the adapters of BUNDLE: those that its manifest lists, and folders that were dropped into it.
+
+    \b
+    Example:
+      edgepeft adapter list model.edge
+    """
+    from edgepeft.bundle.reader import open_bundle
+
+    opened = open_bundle(bundle)
+    entries = [_entry(opened, name) for name in opened.adapter_names()]
+    click.echo(json.dumps(entries) if as_json else _table(entries))
+
+
+@adapter.command(short_help="Add adapters.")
+@bundle_argument()
+@click.argument("adapters", nargs=-1, required=True, metavar="NAME=PATH...")
+def add(bundle: str, adapters: tuple[str, ...]) -> None:
+    """Add PEFT folders, or .onnx_adapter files that were made for this bundle, to BUNDLE.
+
+    Each is checked for its fit and its effect first. A bundle whose add is interrupted stays as it was.
+
+    \b
+    Example:
+      edgepeft adapter add model.edge mine=./my-adapter
+    """
+    from edgepeft.bundle.adapter_store import add_adapter
+    from edgepeft.bundle.reader import open_bundle
+
+    opened = open_bundle(bundle)
+    for item in adapters:
+        name, separator, path = item.partition("=")
+        if not (name and separator and path):
+            raise UsageError(f"{item}: write NAME=PATH")
+        opened = add_adapter(opened, name, *_source(opened, Path(path)))
+        click.echo(f"added {name}")
+
+
+@adapter.command(short_help="Remove adapters.")
+@bundle_argument()
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def remove(bundle: str, names: tuple[str, ...]) -> None:
+    """Remove adapters from BUNDLE, folders and all.
+
+    \b
+    Example:
+      edgepeft adapter remove model.edge mine
+    """
+    from edgepeft.bundle.adapter_store import remove_adapter
+    from edgepeft.bundle.reader import open_bundle
+
+    opened = open_bundle(bundle)
+    for name in names:
+        opened = remove_adapter(opened, name)
+        click.echo(f"removed {name}")
+
+
+@adapter.command("export", short_help="Copy an adapter out.")
+@bundle_argument()
+@click.argument("name")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help=f"A PEFT folder, or a file that ends with {ONNX_SUFFIX} for onnxruntime's LoraAdapter.",
+)
+def export_adapter(bundle: str, name: str, output: Path) -> None:
+    """Copy the adapter NAME of BUNDLE out of it: as the PEFT folder that it is, or as one file for
+    onnxruntime's LoraAdapter.
+
+    \b
+    Example:
+      edgepeft adapter export model.edge mine -o ./mine
+      edgepeft adapter export model.edge mine -o mine.onnx_adapter
+    """
+    from edgepeft.adapters import CONFIG_FILE
+    from edgepeft.bundle.adapter_store import copy_adapter
+    from edgepeft.bundle.reader import open_bundle
+    from edgepeft.files import atomic_folder
+
+    opened = open_bundle(bundle)
+    held = opened.adapter(name)
+    if output.suffix == ONNX_SUFFIX:
+        from edgepeft.runtime.onnx_adapter import write_onnx_adapter
+
+        write_onnx_adapter(opened, held, output)
+    else:
+        with atomic_folder(output, CONFIG_FILE) as folder:
+            copy_adapter(opened.path / "adapters" / name, folder)
+    click.echo(f"wrote {output}")
+
+
+def _source(bundle: "Bundle", path: Path) -> "tuple[Adapter, Callable[[Path], None]]":
+    """The adapter at a path, and what writes its files into a folder: byte for byte where there are any."""
+    from edgepeft.adapters import load_adapter, write_adapter
+    from edgepeft.bundle.adapter_store import copy_adapter
+
+    if path.suffix == ONNX_SUFFIX:
+        from edgepeft.runtime.onnx_adapter import read_onnx_adapter
+
+        adapter = read_onnx_adapter(bundle, path)
+        return adapter, lambda folder: write_adapter(adapter, folder)
+    return load_adapter(path), lambda folder: copy_adapter(path, folder)
+
+
+def _entry(bundle: "Bundle", name: str) -> dict[str, Any]:
+    """What the list says of an adapter; of one that cannot be used, why."""
+    from edgepeft.adapters import TENSOR_FILE
+
+    entry: dict[str, Any] = {"name": name, "in_manifest": name in bundle.manifest.adapters}
+    try:
+        held = bundle.adapter(name)
+    except AdapterError as error:
+        return entry | {"error": str(error)}
+    file = bundle.path / "adapters" / name / TENSOR_FILE
+    ranks = sorted({held.rank(module) for module in held.modules})
+    return entry | {
+        "ranks": ranks,
+        "modules": len(held.modules),
+        "saved_modules": len(held.saved_keys),
+        "lora_alpha": held.config.get("lora_alpha"),
+        "parameters": held.parameters,
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "base_model": held.config.get("base_model_name_or_path"),
+    }
+
+
+def _table(entries: list[dict[str, Any]]) -> str:
+    rows = [
+        [entry["name"], f"cannot be used: {entry['error']}"]
+        if "error" in entry
+        else [
+            entry["name"],
+            ", ".join(map(str, entry["ranks"])),
+            f"{entry['modules']} + {entry['saved_modules']} saved",
+            str(entry["lora_alpha"]),
+            format_size(entry["bytes"]),
+            entry["sha256"][:12],
+            "bundle" if entry["in_manifest"] else "dropped in",
+        ]
+        for entry in entries
+    ]
+    if not rows:
+        return "no adapters"
+    good = [row for row in rows if len(row) > 2]
+    lines = (
+        [] if not good else [table(good, ["adapter", "rank", "modules", "alpha", "size", "sha256", "from"])]
+    )
+    return "\n".join([*lines, *(f"{row[0]}  {row[1]}" for row in rows if len(row) == 2)])

@@ -1,0 +1,81 @@
+"""Running a task over many examples: in batches of similar lengths that the memory budget can hold."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.errors import BudgetError
+from edgepeft.runtime.data import RecordSource
+from edgepeft.runtime.registry import AdapterSpecs, part_of
+from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.tasks.base import Array, Outputs
+
+Forward = Callable[[Mapping[str, object], AdapterSpecs], dict[str, npt.NDArray[np.float32]]]
+
+
+def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSource:
+    """Records as they are; texts, and what else a task reads by itself, as records of it."""
+    if isinstance(source, str) or not isinstance(source, Sequence):
+        return source
+    return [item if isinstance(item, Mapping) else {task.field: item} for item in source]
+
+
+def batches(
+    task: Task, forward: Forward, examples: Sequence[Example], adapter: AdapterSpecs, batch_size: int
+) -> Iterator[tuple[list[int], dict[str, Array], Outputs]]:
+    """Run all examples, the longest first: what does not fit shows at once, and padding is short.
+
+    A batch that the budget cannot hold is halved until it can.
+
+    Args:
+        task: the bundle's task.
+        forward: runs a batch; refuses before the work what it cannot hold.
+        examples: the encoded records.
+        adapter: for all of them, or one for each.
+        batch_size: examples a batch at most.
+
+    Yields:
+        The examples' numbers, their batch and its outputs.
+
+    Raises:
+        BudgetError: the budget cannot hold a single example.
+    """
+    order = sorted(range(len(examples)), key=lambda index: -examples[index].length)
+    waiting = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][::-1]
+    while waiting:
+        indices = waiting.pop()
+        batch = task.batch([examples[index] for index in indices], training=False)
+        try:
+            outputs = forward(batch, part_of(adapter, indices))
+        except BudgetError:
+            if len(indices) == 1:
+                raise
+            middle = len(indices) // 2
+            waiting += [indices[middle:], indices[:middle]]
+            continue
+        yield indices, batch, outputs
+
+
+def results(
+    task: Task, forward: Forward, examples: Sequence[Example], adapter: AdapterSpecs, batch_size: int
+) -> list[dict[str, Any]]:
+    """What the task says of each example, in their order; see `batches`."""
+    found: dict[int, dict[str, Any]] = {}
+    for indices, batch, outputs in batches(task, forward, examples, adapter, batch_size):
+        for index, result in zip(indices, task.results(outputs, batch), strict=True):
+            found[index] = task.finish(result, examples[index])
+    return [found[index] for index in range(len(examples))]
+
+
+def embeddings(
+    task: Task, forward: Forward, examples: Sequence[Example], adapter: AdapterSpecs, batch_size: int
+) -> npt.NDArray[np.float32]:
+    """The sentence embedding of each example, float32 `[examples, width]`; see `batches`."""
+    width = task.manifest.model.embedding_size
+    assert width is not None  # checked with the manifest
+    found = np.empty((len(examples), width), np.float32)
+    for indices, _, outputs in batches(task, forward, examples, adapter, batch_size):
+        found[indices] = outputs[task.output]
+    return found

@@ -1,0 +1,77 @@
+"""Recordings to samples as a model takes them."""
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import AudioPreprocessing
+from edgepeft.errors import DataError
+
+FloatArray = npt.NDArray[np.float32]
+
+
+def read_audio(value: object, settings: AudioPreprocessing, limit: int) -> FloatArray:
+    """Samples float32 from -1 to 1, `[samples]`, several channels being averaged.
+
+    Args:
+        value: an array at the model's sampling rate, of floats or int16, or the path of a .wav file (PCM) or
+            of a .npy file with such an array.
+        settings: the model's.
+        limit: samples that are read at most.
+
+    Raises:
+        DataError: it cannot be read, or has another sampling rate.
+    """
+    if isinstance(value, str | Path):
+        path = Path(value)
+        if path.suffix != ".npy":
+            return _wav(path, settings.sampling_rate, limit)
+        try:
+            value = np.lib.format.open_memmap(path, mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path} is no .npy file of numbers ({error})") from error
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise DataError("has rows of different lengths") from error
+    if array.ndim != 1 or not array.size or not (array.dtype.kind == "f" or array.dtype == np.int16):
+        raise DataError(f"is {list(array.shape)} of {array.dtype}, expected [samples] of floats, or of int16")
+    samples = array[:limit].astype(np.float32)
+    if not np.isfinite(samples).all():
+        raise DataError("holds a sample that is no finite number")
+    return samples / np.float32(2**15) if array.dtype == np.int16 else samples
+
+
+def preprocess(samples: FloatArray, settings: AudioPreprocessing) -> FloatArray:
+    """As transformers' `Wav2Vec2FeatureExtractor`: zero mean and unit variance, where the model wants it."""
+    if not settings.normalize:
+        return samples
+    centered = samples - samples.mean()
+    return np.asarray(centered / np.sqrt(samples.var() + np.float32(1e-7)), np.float32)
+
+
+def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
+    try:
+        with wave.open(str(path), "rb") as file:
+            rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            if rate != sampling_rate:
+                raise DataError(
+                    f"{path} has {rate} samples a second, the model takes {sampling_rate}: convert it first"
+                )
+            data = file.readframes(min(limit, file.getnframes()))
+    except (OSError, EOFError, wave.Error) as error:
+        raise DataError(f"{path} is no WAV file with PCM samples ({error})") from error
+    data = data[: len(data) - len(data) % (channels * width)]
+    if not data:
+        raise DataError(f"{path} holds no samples")
+    if width == 3:  # as the upper bytes of 32 bits
+        whole = np.zeros((len(data) // 3, 4), np.uint8)
+        whole[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
+        numbers = whole.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
+    elif width == 1:
+        numbers = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / np.float32(2**7)
+    else:
+        numbers = np.frombuffer(data, f"<i{width}").astype(np.float32) / np.float32(2 ** (8 * width - 1))
+    return np.asarray(numbers.reshape(-1, channels).mean(axis=1), np.float32)

@@ -1,0 +1,101 @@
+"""Images to pixels as a model takes them: resized, cropped, rescaled, normalized."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import ImagePreprocessing
+from edgepeft.errors import DataError, MissingExtraError
+from edgepeft.runtime.preprocessing.resample import Pixels, resize
+
+MAX_PIXELS = 2**26
+"""Largest image that is opened: 67 million pixels."""
+
+
+def read_image(value: object, channels: int) -> Pixels:
+    """An image as uint8 `[height, width, channels]`.
+
+    Args:
+        value: an array of numbers from 0 to 255, or a path: of a .npy file with such an array, or of a PNG,
+            PPM or JPEG file, which Pillow reads.
+        channels: 3 for colors, 1 for grey.
+
+    Raises:
+        DataError: it cannot be read, or is no image.
+        MissingExtraError: Pillow is not installed.
+    """
+    if isinstance(value, str | Path):
+        path = Path(value)
+        array = _mapped(path) if path.suffix == ".npy" else _decoded(path, channels)
+    else:
+        try:
+            array = np.asarray(value)
+        except ValueError as error:
+            raise DataError("has rows of different lengths") from error
+    if array.ndim == 2 and channels == 1:
+        array = array[:, :, None]
+    if array.ndim != 3 or array.shape[2] != channels or not array.size:
+        raise DataError(f"has shape {list(array.shape)}, expected [height, width, {channels}]")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise DataError(f"has {array.shape[0] * array.shape[1]:,} pixels, at most {MAX_PIXELS:,} are read")
+    whole = array.dtype.kind in "iu"
+    if not whole or (array.dtype != np.uint8 and (int(array.min()) < 0 or int(array.max()) > 255)):
+        raise DataError(f"is of dtype {array.dtype}, expected uint8: whole numbers from 0 to 255")
+    return np.asarray(array, np.uint8)
+
+
+def preprocess(image: Pixels, settings: ImagePreprocessing) -> npt.NDArray[np.float32]:
+    """Pixels float32 `[channels, height, width]` of an image uint8 `[height, width, channels]`, those of
+    transformers' image processor with Pillow."""
+    height, width = image.shape[:2]
+    if settings.shortest_edge is not None:
+        edge = settings.shortest_edge
+        longer = int(edge * max(height, width) / min(height, width))
+        if longer > 64 * edge:
+            raise DataError(f"is {height} x {width} pixels: too narrow for a shortest edge of {edge}")
+        height, width = (longer, edge) if width <= height else (edge, longer)
+        image = resize(image, height, width, settings.resample)
+    elif settings.height is not None and settings.width is not None:
+        image = resize(image, settings.height, settings.width, settings.resample)
+    if settings.crop_height is not None and settings.crop_width is not None:
+        image = _center_crop(image, settings.crop_height, settings.crop_width)
+    pixels = (image * settings.rescale_factor).astype(np.float32)
+    mean, std = np.array(settings.mean, np.float32), np.array(settings.std, np.float32)
+    return np.ascontiguousarray(np.moveaxis((pixels - mean) / std, 2, 0))
+
+
+def _center_crop(image: Pixels, height: int, width: int) -> Pixels:
+    """The middle of an image; of a smaller one with zeros around it."""
+    padding = [max(size - old, 0) for size, old in zip((height, width), image.shape, strict=False)]
+    if any(padding):
+        before = [math.ceil(size / 2) for size in padding]
+        around = [(first, size - first) for first, size in zip(before, padding, strict=True)]
+        image = np.pad(image, [*around, (0, 0)])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
+
+
+def _mapped(path: Path) -> npt.NDArray[np.generic]:
+    try:
+        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no .npy file of numbers ({error})") from error
+    return array
+
+
+def _decoded(path: Path, channels: int) -> Pixels:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "image", "reading an image file (instead of .npy)") from error
+    try:
+        with Image.open(path, formats=("PNG", "PPM", "JPEG")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read"
+                )
+            return np.array(image.convert("RGB" if channels == 3 else "L"), np.uint8)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no PNG, PPM or JPEG image that can be read ({error})") from error
