@@ -242,6 +242,8 @@ def _write(
     """Write everything but the manifest, whose memory figures are still empty."""
     loss = losses.judged
     models = {"inference": inference.model}
+    if inference.decoder is not None:
+        models |= {inference.decoder.wiring.graph: inference.decoder.model}
     streamed = None
     if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
         streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
@@ -262,6 +264,8 @@ def _write(
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightWriter(file)
+        if inference.decoder is not None:  # first, so that the other graphs find their weights in its own
+            inference.decoder.write_weights(weights)
         for role, graph in models.items():
             path = f"graphs/{role}.onnx"
             write_graph(graph, folder / path, weights, WEIGHTS_FILE)
@@ -294,6 +298,7 @@ def _write(
         files=hash_folder(folder),
         partition=None if partition is None else partition.wiring,
         streamed_inference=None if streamed is None else streamed.wiring,
+        decoder=None if inference.decoder is None else inference.decoder.wiring,
     )
 
 

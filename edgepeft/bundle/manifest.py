@@ -63,7 +63,8 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """A tensor in `weights.bin`: raw little-endian bytes at a 4096-aligned offset."""
+    """A tensor in `weights.bin`: raw little-endian bytes at a 64-aligned offset, on pages of its own (4096) but
+    where several are parts of a larger one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -204,6 +205,49 @@ class StreamedInference:
 
 
 @dataclass(frozen=True)
+class GroupedSlot:
+    """A LoRA slot of the decoder graph: its module, and the column of the group's output that its own begin
+    at."""
+
+    module: str
+    first: int
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """LoRA slots that are computed at once, since one product makes the outputs of their modules.
+
+    The decoder graph computes `y += ((x @ A) * scaling) @ B` with `A` float32 `[in_features, R]` and `B`
+    float32 `[R, out_features]`, where R is the sum of the slots' ranks: their factors stand side by side, and
+    `B` is zero outside a slot's own ranks and columns. `scaling` is float32 `[1, R]`, or `[rows, R]` where each
+    row of a batch reads one token and has an adapter of its own.
+    """
+
+    slots: tuple[GroupedSlot, ...]
+    in_features: int
+    out_features: int
+    a_input: str
+    b_input: str
+    scaling_input: str
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """The graph that generates, over a key/value cache that stays where it is.
+
+    `past_key_values.*` and `present.*` are `[batch, kv_heads, capacity, head_dim]` and are bound to the same
+    memory. `seqlens_k` int32 `[batch]` is a row's tokens but one, those of this run included, and
+    `total_sequence_length` int32 `[1]` the most tokens of a row; more than one row read one token each, and
+    one row any number. `logits` float32 `[batch, vocab]` are of the last token of each row. `memory` leaves
+    out the cache.
+    """
+
+    graph: str
+    groups: tuple[LoraGroup, ...]
+    memory: MemoryFormula
+
+
+@dataclass(frozen=True)
 class Strategy:
     """A way to train: the graph it runs (null: the stages of the partition) and what it needs.
 
@@ -304,3 +348,4 @@ class Manifest:
     files: dict[str, FileEntry]
     partition: Partition | None = None  # null: exported with --no-train, or a model without a cut
     streamed_inference: StreamedInference | None = None  # null: a model without a cut
+    decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place

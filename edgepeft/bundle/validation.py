@@ -21,7 +21,7 @@ TASKS = (
 )
 #: transformers' problem types.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ALIGNMENT_BYTES = 4096
+ALIGNMENT_BYTES = 64
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
