@@ -335,6 +335,10 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     if streamed is not None:
         streamed = dataclasses.replace(streamed, memory=measure_streamed(folder, length_unit))
 
+    decoder = manifest.decoder
+    if decoder is not None:
+        decoder = dataclasses.replace(decoder, memory=formula(decoder.graph))
+
     def measured(strategy: Strategy) -> Strategy:
         if strategy.exact:
             memory = formula(strategy.graph or STAGES)
@@ -346,5 +350,6 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
         manifest,
         inference_memory=inference,
         streamed_inference=streamed,
+        decoder=decoder,
         strategies=tuple(measured(strategy) for strategy in manifest.strategies),
     )

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.adapters import Adapter, fit, load_adapter
-from edgepeft.bundle.manifest import LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
 
@@ -108,6 +108,38 @@ def slot_inputs(slot: LoraSlot, adapters: Sequence[tuple[Adapter, float]]) -> di
         slot.b_input: np.ascontiguousarray(np.concatenate(b_parts, axis=0)),
         slot.scaling_input: np.concatenate(scalings),
     }
+
+
+def group_inputs(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
+    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side.
+
+    A slot's scaling is `[r]`, or `[rows, 1, r]` where every row of a batch has its own; a group's is `[1, R]` or
+    `[rows, R]`.
+    """
+    assert manifest.decoder is not None
+    slots = {slot.module: slot for slot in manifest.lora_slots}
+    grouped: dict[str, FloatArray] = {}
+    for group in manifest.decoder.groups:
+        members = [slots[slot.module] for slot in group.slots]
+        scalings = [_by_rows(inputs[slot.scaling_input]) for slot in members]
+        rows = max(len(scaling) for scaling in scalings)
+        scalings = [np.broadcast_to(scaling, (rows, scaling.shape[1])) for scaling in scalings]
+        lora_a = [inputs[slot.a_input] for slot in members]
+        rank = sum(part.shape[1] for part in lora_a)
+        lora_b = np.zeros((rank, group.out_features), np.float32)
+        first = 0
+        for slot, place in zip(members, group.slots, strict=True):
+            part = inputs[slot.b_input]
+            lora_b[first : first + len(part), place.first : place.first + slot.out_features] = part
+            first += len(part)
+        grouped[group.a_input] = np.ascontiguousarray(np.concatenate(lora_a, axis=1))
+        grouped[group.b_input] = lora_b
+        grouped[group.scaling_input] = np.ascontiguousarray(np.concatenate(scalings, axis=1))
+    return grouped
+
+
+def _by_rows(scaling: FloatArray) -> FloatArray:
+    return scaling[None] if scaling.ndim == 1 else scaling[:, 0]
 
 
 def _saved_input(bundle: Bundle, saved: SavedModule, adapters: Sequence[tuple[Adapter, float]]) -> FloatArray:

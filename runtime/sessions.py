@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import AdapterSpec, graph_inputs, resolve
-from edgepeft.runtime.memory.inference import STREAMED, RunPlan
+from edgepeft.runtime.activation import AdapterSpec, graph_inputs, group_inputs, resolve
+from edgepeft.runtime.memory.inference import DECODER, STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.streamed import StreamedModel
@@ -36,11 +36,13 @@ class Borrower(Protocol):
 
 @dataclass(frozen=True)
 class _Open:
-    """A session, the adapter that is bound in it, and what the process held before it was opened."""
+    """A session, the adapter that is bound in it (as `graph_inputs` gives it and as the session's graph takes
+    it), and what the process held before it was opened."""
 
     session: AnySession
     adapter: AdapterSpec
     inputs: dict[str, FloatArray]
+    bound: dict[str, FloatArray]
     rank: int
     process_bytes: int
 
@@ -104,8 +106,9 @@ class Sessions:
             self.check_unused("this call needs the memory in another way")
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
-        session.bind(inputs)
-        self._open[plan.role] = _Open(session, frozen, inputs, rank, process_bytes)
+        bound = inputs if plan.role != DECODER else group_inputs(self._bundle.manifest, inputs)
+        session.bind(bound)
+        self._open[plan.role] = _Open(session, frozen, inputs, bound, rank, process_bytes)
         return session, plan
 
     def borrowed(
@@ -113,10 +116,9 @@ class Sessions:
     ) -> tuple[AnySession, dict[str, FloatArray], RunPlan]:
         """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there."""
         session, plan = self.activated(adapter, choose)
-        inputs = self._open[plan.role].inputs
         own = session.with_own_bindings()
-        own.bind(inputs)
-        return own, inputs, plan
+        own.bind(self._open[plan.role].bound)
+        return own, self._open[plan.role].inputs, plan
 
     def lend(self, borrower: Borrower) -> None:
         """Keep the sessions open for a borrower, and count what it holds, until it gives back or is gone."""

@@ -12,7 +12,9 @@ from edgepeft.runtime.memory.plan import suggested_budget
 from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
 
-RESIDENT, STREAMED = "inference", "streamed"
+RESIDENT, DECODER, STREAMED = "inference", "decoder", "streamed"
+#: Tokens of a prompt that the decoder graph reads at a time: enough for full speed, and its memory bounded.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,9 @@ def plan_generation(
         BudgetError: neither fits; names the smallest budget that would do, and how many tokens fit.
     """
     total = prompt_tokens + max_new_tokens
+    in_place = _in_place(manifest, budget_bytes, process_bytes, rank, (rows, prompt_tokens, total))
+    if in_place is not None:
+        return in_place
     others_bytes = growing_cache_bytes(manifest, rows - 1, total)
     resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank, others_bytes)
     if resident is not None:
@@ -139,6 +144,33 @@ def plan_generation(
     of_rows = f"{rows} prompts of " if rows > 1 else ""
     what = f"{of_rows}{prompt_tokens} tokens and {max_new_tokens} more need"
     raise _refusal(plan(1, prompt_tokens, total), budget_bytes, what, remedy)
+
+
+def _in_place(
+    manifest: Manifest,
+    budget_bytes: int | None,
+    process_bytes: int,
+    rank: int,
+    sizes: tuple[int, int, int],
+) -> RunPlan | None:
+    """The decoder graph with as large chunks of the prompt as fit, for these rows, prompt and whole length;
+    None where there is none or the budget cannot hold it."""
+    if manifest.decoder is None:
+        return None
+    memory = manifest.decoder.memory
+    rows, prompt_tokens, total = sizes
+    kept_bytes = growing_cache_bytes(manifest, rows, total)
+
+    def plan(chunk: int) -> RunPlan:
+        tensor_bytes = max(memory.activation_bytes(1, chunk, rank), memory.activation_bytes(rows, 1, rank))
+        return RunPlan(
+            DECODER, process_bytes, memory.session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk
+        )
+
+    chunk = min(prompt_tokens, CHUNK)
+    if budget_bytes is not None:
+        chunk = _largest(chunk, lambda n: plan(n).peak_bytes <= budget_bytes)
+    return plan(chunk) if chunk else None
 
 
 def _resident(
