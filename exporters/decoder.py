@@ -18,6 +18,7 @@ from edgepeft.bundle.manifest import DecoderGraph, MemoryFormula
 
 from .graph import tidy
 from .passes.cache_in_place import keep_cache_in_place
+from .passes.drop_cache import is_cache
 from .passes.flat_tokens import flatten_tokens
 from .passes.fuse_sums import fuse_sums
 from .passes.input_shapes import take_sizes_from_inputs
@@ -28,20 +29,22 @@ from .passes.quantize import Freezer
 from .passes.side_by_side import put_side_by_side
 from .writer import WeightWriter
 
-ROLE = "decoder"
+ROLE, INT8_ROLE = "decoder", "decoder.int8"
+#: Memory is measured when the graphs have been written.
+UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
 
 @dataclass
 class Decoder:
-    """The graph, what the manifest says of it, and the rows of each part of its joined weights."""
+    """The graphs by role, what the manifest says of them, and the rows of each part of their joined weights."""
 
-    model: ir.Model
+    graphs: dict[str, ir.Model]
     wiring: DecoderGraph
     rows: dict[str, list[int]]
 
     def write_weights(self, weights: WeightWriter) -> None:
         """Store the joined weights, so that the graphs which read their parts share the bytes."""
-        for name, value in self.model.graph.initializers.items():
+        for name, value in self.graphs[self.wiring.graph].graph.initializers.items():
             stem = next((stem for stem in self.rows if name == stem or name.startswith(f"{stem}.")), None)
             if stem is not None and value.const_value is not None:
                 weights.add_parts(name, value.const_value, self.rows[stem])
@@ -77,6 +80,7 @@ def build_decoder(
     products = {node for linear in linears.values() for node in linear.nodes}
     keep_last_token(graph, graph.outputs[0], products)
     take_sizes_from_inputs(graph)
+    _count_rows_of_tokens(graph)
     tidy(model)
     joined = put_side_by_side(graph, weights)
     chosen: list[Linear] = [linear for name, linear in unpack(linears, packed).items() if name in modules]
@@ -89,22 +93,43 @@ def build_decoder(
     tidy(model)
     if not _stands_alone(graph):
         return None
-    memory = MemoryFormula(session_bytes=0, peaks=())
+    int8 = _int8(model)
+    wiring = DecoderGraph(
+        ROLE,
+        tuple(groups),
+        UNKNOWN,
+        None if int8 is None else INT8_ROLE,
+        None if int8 is None else UNKNOWN,
+    )
     rows = {name: [len(tensors[part]) for part in parts] for name, parts in joined.parts.items()}
-    return Decoder(model, DecoderGraph(ROLE, tuple(groups), memory), rows)
+    return Decoder({ROLE: model} | ({} if int8 is None else {INT8_ROLE: int8}), wiring, rows)
+
+
+def _count_rows_of_tokens(graph: ir.Graph) -> None:
+    """Ask the tokens, and no other input, how many rows there are."""
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    for node in graph:
+        if node.op_type == "Shape" and node.inputs[0] in graph.inputs:
+            if node.attributes.get_int("start", 0) == 0 and node.attributes.get_int("end", -1) == 1:
+                node.replace_input_with(0, ids)
 
 
 def _stands_alone(graph: ir.Graph) -> bool:
-    """Drop the mask, which nothing may read any more; of the cache nothing but attention may read more than
-    the number of rows."""
+    """Drop the mask, which nothing may read any more; nothing but attention may read the cache."""
     for value in list(graph.inputs):
-        if value.name == "attention_mask":
-            if value.uses():
-                return False
+        if value.name == "attention_mask" and not value.uses():
             graph.inputs.remove(value)
-        elif (value.name or "").startswith("past_key_values."):
-            for node, _ in value.uses():
-                rows = node.op_type == "Shape" and node.attributes.get_int("end", 4) == 1
-                if node.op_type != "GroupQueryAttention" and not rows:
-                    return False
+        elif value.name == "attention_mask":
+            return False
+        elif is_cache(value) and any(node.op_type != "GroupQueryAttention" for node, _ in value.uses()):
+            return False
     return True
+
+
+def _int8(model: ir.Model) -> ir.Model | None:
+    """The same graph with activations rounded to 8 bits in its products; None where it has no such product."""
+    copied = model.clone()
+    products = [node for node in copied.graph if node.op_type == "MatMulNBits"]
+    for node in products:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
+    return copied if products else None

@@ -243,7 +243,7 @@ def _write(
     loss = losses.judged
     models = {"inference": inference.model}
     if inference.decoder is not None:
-        models |= {inference.decoder.wiring.graph: inference.decoder.model}
+        models |= inference.decoder.graphs
     streamed = None
     if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
         streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
@@ -337,7 +337,8 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
 
     decoder = manifest.decoder
     if decoder is not None:
-        decoder = dataclasses.replace(decoder, memory=formula(decoder.graph))
+        int8 = None if decoder.int8_graph is None else formula(decoder.int8_graph)
+        decoder = dataclasses.replace(decoder, memory=formula(decoder.graph), int8_memory=int8)
 
     def measured(strategy: Strategy) -> Strategy:
         if strategy.exact:

@@ -110,6 +110,12 @@ def slot_inputs(slot: LoraSlot, adapters: Sequence[tuple[Adapter, float]]) -> di
     }
 
 
+def is_decoder(manifest: Manifest, role: str) -> bool:
+    """Whether a graph takes adapters as `group_inputs` gives them."""
+    decoder = manifest.decoder
+    return decoder is not None and role in (decoder.graph, decoder.int8_graph)
+
+
 def group_inputs(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
     """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side.
 

@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import AdapterSpec, graph_inputs, group_inputs, resolve
-from edgepeft.runtime.memory.inference import DECODER, STREAMED, RunPlan
+from edgepeft.runtime.activation import AdapterSpec, graph_inputs, group_inputs, is_decoder, resolve
+from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.streamed import StreamedModel
@@ -106,7 +106,8 @@ class Sessions:
             self.check_unused("this call needs the memory in another way")
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
-        bound = inputs if plan.role != DECODER else group_inputs(self._bundle.manifest, inputs)
+        manifest = self._bundle.manifest
+        bound = group_inputs(manifest, inputs) if is_decoder(manifest, plan.role) else inputs
         session.bind(bound)
         self._open[plan.role] = _Open(session, frozen, inputs, bound, rank, process_bytes)
         return session, plan

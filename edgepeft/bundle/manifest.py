@@ -240,11 +240,16 @@ class DecoderGraph:
     `total_sequence_length` int32 `[1]` the most tokens of a row; more than one row read one token each, and
     one row any number. `logits` float32 `[batch, vocab]` are of the last token of each row. `memory` leaves
     out the cache.
+
+    `int8_graph` is the same, but its products round the activations to 8 bits; null where no weight is
+    quantized.
     """
 
     graph: str
     groups: tuple[LoraGroup, ...]
     memory: MemoryFormula
+    int8_graph: str | None = None
+    int8_memory: MemoryFormula | None = None
 
 
 @dataclass(frozen=True)

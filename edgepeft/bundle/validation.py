@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import PurePosixPath
 
+from edgepeft.bundle.decoder_validation import check_decoder
 from edgepeft.bundle.manifest import GraphSpec, Manifest, MemoryFormula, TensorSpec, WeightTensor
 from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
@@ -78,6 +79,11 @@ def validate_manifest(manifest: Manifest) -> None:
     if manifest.streamed_inference is not None:
         check_streamed_inference(manifest, manifest.streamed_inference)
         _check_formula("streamed_inference", manifest.streamed_inference.memory)
+    if manifest.decoder is not None:
+        check_decoder(manifest, manifest.decoder)
+        for formula in (manifest.decoder.memory, manifest.decoder.int8_memory):
+            if formula is not None:
+                _check_formula("decoder", formula)
 
 
 def _check_files(manifest: Manifest) -> None:
