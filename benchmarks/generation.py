@@ -55,7 +55,13 @@ def prepare(shape: str, work: Path) -> tuple[Path, Path]:
     if not bundle.exists():
         chosen = SHAPES[shape]
         edgepeft.export(
-            chosen.build(), bundle, task=chosen.task, rank=RANK, targets=ALL_LINEARS, train=False, verify=False
+            chosen.build(),
+            bundle,
+            task=chosen.task,
+            rank=RANK,
+            targets=ALL_LINEARS,
+            train=False,
+            verify=False,
         )
     for name in ("a", "b"):
         _random_adapter(bundle, work / f"{shape}.{name}")

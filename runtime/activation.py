@@ -116,36 +116,28 @@ def is_decoder(manifest: Manifest, role: str) -> bool:
     return decoder is not None and role in (decoder.graph, decoder.int8_graph)
 
 
-def group_inputs(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side.
+def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times its
+    scaling.
 
-    A slot's scaling is `[r]`, or `[rows, 1, r]` where every row of a batch has its own; a group's is `[1, R]` or
-    `[rows, R]`.
+    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice.
     """
     assert manifest.decoder is not None
     slots = {slot.module: slot for slot in manifest.lora_slots}
     grouped: dict[str, FloatArray] = {}
     for group in manifest.decoder.groups:
-        members = [slots[slot.module] for slot in group.slots]
-        scalings = [_by_rows(inputs[slot.scaling_input]) for slot in members]
-        rows = max(len(scaling) for scaling in scalings)
-        scalings = [np.broadcast_to(scaling, (rows, scaling.shape[1])) for scaling in scalings]
-        lora_a = [inputs[slot.a_input] for slot in members]
-        rank = sum(part.shape[1] for part in lora_a)
-        lora_b = np.zeros((rank, group.out_features), np.float32)
+        members = [slots[placed.module] for placed in group.slots]
+        lora_a = np.concatenate([inputs[slot.a_input] for slot in members], axis=1)
+        lora_b = np.zeros((lora_a.shape[1], group.out_features), np.float32)
         first = 0
-        for slot, place in zip(members, group.slots, strict=True):
-            part = inputs[slot.b_input]
-            lora_b[first : first + len(part), place.first : place.first + slot.out_features] = part
-            first += len(part)
-        grouped[group.a_input] = np.ascontiguousarray(np.concatenate(lora_a, axis=1))
-        grouped[group.b_input] = lora_b
-        grouped[group.scaling_input] = np.ascontiguousarray(np.concatenate(scalings, axis=1))
+        for slot, placed in zip(members, group.slots, strict=True):
+            scaled = inputs[slot.scaling_input][:, None] * inputs[slot.b_input]
+            ranks = slice(first, first + len(scaled))
+            lora_b[ranks, placed.first : placed.first + slot.out_features] = scaled
+            inputs[slot.a_input] = lora_a[:, ranks]
+            first = ranks.stop
+        grouped |= {group.a_input: lora_a, group.b_input: lora_b}
     return grouped
-
-
-def _by_rows(scaling: FloatArray) -> FloatArray:
-    return scaling[None] if scaling.ndim == 1 else scaling[:, 0]
 
 
 def _saved_input(bundle: Bundle, saved: SavedModule, adapters: Sequence[tuple[Adapter, float]]) -> FloatArray:

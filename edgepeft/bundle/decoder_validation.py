@@ -19,7 +19,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     expected = _INPUTS | cache
     for index, group in enumerate(decoder.groups):
         where = f"decoder, group {index}"
-        expected |= {group.a_input, group.b_input, group.scaling_input}
+        expected |= {group.a_input, group.b_input}
         _require(len(group.slots) >= 1, f"{where} has no slot")
         for placed in group.slots:
             slot = slots.get(placed.module)
@@ -40,7 +40,9 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
         _require(graph is not None, f"decoder: there is no graph {role!r}")
         assert graph is not None
         differing = sorted({spec.name for spec in graph.inputs} ^ expected)
-        _require(not differing, f"decoder: the graph {role!r} and its wiring differ in the input {differing[:1]}")
+        _require(
+            not differing, f"decoder: the graph {role!r} and its wiring differ in the input {differing[:1]}"
+        )
         outputs = {spec.name for spec in graph.outputs}
         presents = {name.replace("past_key_values.", "present.") for name in cache}
         differing = sorted(outputs ^ {"logits", *presents})

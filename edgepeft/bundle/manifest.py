@@ -217,10 +217,9 @@ class GroupedSlot:
 class LoraGroup:
     """LoRA slots that are computed at once, since one product makes the outputs of their modules.
 
-    The decoder graph computes `y += ((x @ A) * scaling) @ B` with `A` float32 `[in_features, R]` and `B`
-    float32 `[R, out_features]`, where R is the sum of the slots' ranks: their factors stand side by side, and
-    `B` is zero outside a slot's own ranks and columns. `scaling` is float32 `[1, R]`, or `[rows, R]` where each
-    row of a batch reads one token and has an adapter of its own.
+    The decoder graph computes `y += (x @ A) @ B` with `A` float32 `[in_features, R]` and `B` float32
+    `[R, out_features]`, where R is the sum of the slots' ranks: their factors stand side by side, and `B`,
+    each row of it times its rank's scaling, is zero outside a slot's own ranks and columns.
     """
 
     slots: tuple[GroupedSlot, ...]
@@ -228,7 +227,6 @@ class LoraGroup:
     out_features: int
     a_input: str
     b_input: str
-    scaling_input: str
 
 
 @dataclass(frozen=True)

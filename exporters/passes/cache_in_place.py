@@ -72,7 +72,11 @@ def keep_cache_in_place(model: ir.Model, max_length: int) -> bool:
 def _match(node: ir.Node) -> _Layer | None:
     """An `Attention` over a growing cache with a mask, or None."""
     inputs = list(node.inputs)
-    if len(inputs) < 4 or any(value is not None for value in inputs[4:]) or node.attributes.get_int("is_causal", 0):
+    if (
+        len(inputs) < 4
+        or any(value is not None for value in inputs[4:])
+        or node.attributes.get_int("is_causal", 0)
+    ):
         return None
     query, key, value, mask = inputs[:4]
     grown = [_grown(operand) for operand in (key, value)]
@@ -104,14 +108,20 @@ def _grown(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:
     past, new = node.inputs
     if past is None or new is None or not (past.name or "").startswith(PAST):
         return None
-    if node.attributes.get_int("axis", 0) not in (-2, 2) or not value.is_graph_output() or len(value.uses()) != 1:
+    if (
+        node.attributes.get_int("axis", 0) not in (-2, 2)
+        or not value.is_graph_output()
+        or len(value.uses()) != 1
+    ):
         return None
     return past, new
 
 
 def _turned(value: ir.Value) -> ir.Node | None:
     node = value.producer()
-    cached = node is not None and node.op_type == "RotaryEmbedding" and not node.domain and len(node.inputs) == 3
+    cached = (
+        node is not None and node.op_type == "RotaryEmbedding" and not node.domain and len(node.inputs) == 3
+    )
     return node if cached else None
 
 
@@ -160,12 +170,12 @@ def _causal(sequence: int, past: int, window: int) -> np.ndarray:
     return np.asarray(seen & (key > query - window) if window else seen)
 
 
-def _tables(
-    model: ir.Model, layers: list[_Layer], max_length: int
-) -> dict[ir.Value, np.ndarray] | None:
+def _tables(model: ir.Model, layers: list[_Layer], max_length: int) -> dict[ir.Value, np.ndarray] | None:
     """Cosines and sines of all positions, float32 `[max_length, head_dim / 2]`, by the value that has those of
     a run. None where a position's angles are not its own."""
-    angles = list(dict.fromkeys(value for layer in layers for value in (layer.cos, layer.sin) if value is not None))
+    angles = list(
+        dict.fromkeys(value for layer in layers for value in (layer.cos, layer.sin) if value is not None)
+    )
     if not angles:
         return {}
     whole = evaluate(model, angles, sequence=max_length, past=0)
@@ -247,14 +257,25 @@ def _tokens_major(graph: ir.Graph, value: ir.Value, width: int) -> ir.Value:
     assert value.shape is not None
     batch, heads, tokens, size = value.shape
     node = value.producer()
-    if node is not None and node.op_type == "Transpose" and list(node.attributes["perm"].as_ints()) == _TOKENS_MAJOR:
+    if (
+        node is not None
+        and node.op_type == "Transpose"
+        and list(node.attributes["perm"].as_ints()) == _TOKENS_MAJOR
+    ):
         apart = node.inputs[0]
         assert apart is not None
     else:
-        apart = append(graph, "Transpose", [value], {"perm": _TOKENS_MAJOR}, shape=[batch, tokens, heads, size])
+        apart = append(
+            graph, "Transpose", [value], {"perm": _TOKENS_MAJOR}, shape=[batch, tokens, heads, size]
+        )
     node = apart.producer()
     source = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
-    if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == width:
+    if (
+        source is not None
+        and source.shape is not None
+        and len(source.shape) == 3
+        and source.shape[2] == width
+    ):
         return source
     target = initializer(graph, f"shape_0_0_{width}", np.array([0, 0, width], np.int64))
     return append(graph, "Reshape", [apart, target], shape=[batch, tokens, width])

@@ -13,7 +13,14 @@ TOKENS = "tokens"
 _ELEMENTWISE = {
     "Add", "Sub", "Mul", "Div", "Neg", "Exp", "Sqrt", "Pow", "Erf", "Tanh", "Sigmoid", "Relu", "Gelu", "Cast",
 }  # fmt: skip
-_OF_ROWS = {"RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization", "MatMul", "MatMulNBits", "Split"}
+_OF_ROWS = {
+    "RMSNormalization",
+    "LayerNormalization",
+    "SimplifiedLayerNormalization",
+    "MatMul",
+    "MatMulNBits",
+    "Split",
+}
 
 
 def flatten_tokens(graph: ir.Graph) -> None:
@@ -59,7 +66,7 @@ def _treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
     """Whether a node computes every token of `hidden` by itself, with the same weights."""
     others = [value for value in node.inputs if value is not None and value not in hidden]
     if node.op_type in _ELEMENTWISE and not node.domain:
-        return all(_axes(value) in (0, 1) or _axes(value) == 2 and node.op_type == "Mul" and _is_scaling(value) for value in others)
+        return all(_axes(value) in (0, 1) for value in others)
     if node.op_type not in _OF_ROWS or node.inputs[0] not in hidden:
         return False
     if node.op_type == "MatMul":
@@ -67,10 +74,6 @@ def _treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
     if node.op_type == "Split":
         return node.attributes.get_int("axis", 0) in (-1, 2) and _set_axis(node)
     return node.op_type == "MatMulNBits" or node.attributes.get_int("axis", -1) in (-1, 2) and _set_axis(node)
-
-
-def _is_scaling(value: ir.Value) -> bool:
-    return value.is_graph_input()
 
 
 def _set_axis(node: ir.Node) -> bool:

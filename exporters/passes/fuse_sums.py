@@ -1,10 +1,10 @@
 """Let products and normalizations do the sums around them: nodes that a token has to pass cost time of their own.
 
-    x @ W + b             → MatMulNBits with a bias
-    r + (y + t @ B)       → y + Gemm(t, B, r)
-    y + t @ B             → Gemm(t, B, y)
-    norm(a + b)           → SkipSimplifiedLayerNormalization(a, b)
-    x * sigmoid(x)        → QuickGelu(x)
+x @ W + b             → MatMulNBits with a bias
+r + (y + t @ B)       → y + Gemm(t, B, r)
+y + t @ B             → Gemm(t, B, y)
+norm(a + b)           → SkipSimplifiedLayerNormalization(a, b)
+x * sigmoid(x)        → QuickGelu(x)
 """
 
 import onnx_ir as ir
@@ -35,7 +35,11 @@ def _only_reader(value: ir.Value) -> ir.Node | None:
 def _fuse_bias(node: ir.Node) -> None:
     for value, other in (tuple(node.inputs), tuple(node.inputs)[::-1]):
         product = value.producer() if value is not None else None
-        if product is None or product.op_type != "MatMulNBits" or _only_reader(product.outputs[0]) is not node:
+        if (
+            product is None
+            or product.op_type != "MatMulNBits"
+            or _only_reader(product.outputs[0]) is not node
+        ):
             continue
         if other is None or other.const_value is None or other.shape is None or len(other.shape) != 1:
             continue
@@ -54,7 +58,12 @@ def _fuse_product(graph: ir.Graph, node: ir.Node) -> None:
             continue
         t, factor = product.inputs
         assert delta is not None
-        if t is None or factor is None or not (_is_matrix(t) and _is_matrix(factor)) or len(delta.uses()) != 1:
+        if (
+            t is None
+            or factor is None
+            or not (_is_matrix(t) and _is_matrix(factor))
+            or len(delta.uses()) != 1
+        ):
             continue
         total = node.outputs[0]
         reader = _only_reader(total)

@@ -27,7 +27,9 @@ def keep_last_token(graph: ir.Graph, logits: ir.Value, products: set[ir.Node]) -
             return
         after.append(node)
         # The operand as large as the result; constants are smaller.
-        value = next((operand for operand in node.inputs if operand is not None and operand.shape == value.shape), None)
+        value = next(
+            (operand for operand in node.inputs if operand is not None and operand.shape == value.shape), None
+        )
     cut = append(graph, "Gather", [logits, last], {"axis": 1}, shape=[logits.shape[0], logits.shape[2]])
     graph.outputs[list(graph.outputs).index(logits)] = cut
     logits.name, cut.name = None, name

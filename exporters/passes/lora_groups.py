@@ -1,10 +1,10 @@
 """Insert LoRA slots by products: slots whose outputs are made by one product share their three inputs.
 
-    y = x Wᵀ + ((x A) * scaling) B        A [in, rank], scaling [rows, rank], B [rank, out]
+    y = x Wᵀ + (x A) B        A [in, rank], B [rank, out]
 
 The factors of the slots stand side by side along the rank axis; `B` is zero outside a slot's own ranks and
-columns. `scaling` has one row, or one for every token of a run: rows of a batch that generate a token each may
-so have adapters of their own, with zeros for the others' ranks.
+columns, and holds the scaling. Two small nodes a product are what a token can bear: a third that multiplies by
+the scaling, 120 of them in 30 layers, takes 3% of a token's time, with an adapter or without.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,8 +15,6 @@ from edgepeft.bundle.manifest import GroupedSlot, LoraGroup
 
 from ..graph import append, graph_input
 from .linears import Linear
-
-ROWS = "scaled_rows"
 
 
 def insert_lora_groups(
@@ -48,14 +46,12 @@ def _insert(graph: ir.Graph, product: ir.Node, slots: Sequence[GroupedSlot], ind
     assert isinstance(in_features, int)
     assert isinstance(out_features, int)
     rank = f"rank_{index}"
-    group = LoraGroup(tuple(slots), in_features, out_features, *(f"lora.{index}.{part}" for part in ("A", "B", "scaling")))
+    group = LoraGroup(tuple(slots), in_features, out_features, f"lora.{index}.A", f"lora.{index}.B")
     lora_a = graph_input(graph, group.a_input, [in_features, rank])
     lora_b = graph_input(graph, group.b_input, [rank, out_features])
-    scaling = graph_input(graph, group.scaling_input, [ROWS, rank])
     readers = list(output.uses())
     low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
-    scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-    delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, out_features])
+    delta = append(graph, "MatMul", [low_rank, lora_b], shape=[*lead, out_features])
     total = append(graph, "Add", [output, delta], shape=output.shape)
     for reader, position in readers:
         reader.replace_input_with(position, total)

@@ -72,9 +72,7 @@ class Freezer:
                     self.exceptions[name] = stored
             graph.inputs.remove(value)
 
-    def _quantize(
-        self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]
-    ) -> QuantizedWeight:
+    def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
         if name not in self._quantized:
             self._quantized[name] = (
                 concatenate([self._quantized[part] for part in parts])

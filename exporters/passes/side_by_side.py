@@ -62,7 +62,12 @@ def _member(node: ir.Node, weights: Weights) -> _Member | None:
         return None
     turned = node.inputs[1].producer()
     weight = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
-    if weight is None or weight.name not in weights or len(weight.uses()) != 1 or len(node.inputs[1].uses()) != 1:
+    if (
+        weight is None
+        or weight.name not in weights
+        or len(weight.uses()) != 1
+        or len(node.inputs[1].uses()) != 1
+    ):
         return None
     output, bias = node.outputs[0], None
     readers = [reader for reader, _ in output.uses()]
@@ -136,4 +141,3 @@ def _pack_attention(output: ir.Value, parts: Sequence[ir.Value]) -> None:
         reader.replace_input_with(0, output)
         reader.replace_input_with(1, None)
         reader.replace_input_with(2, None)
-

@@ -37,7 +37,6 @@ def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
         "total_sequence": sequence,
         "past_sequence": 0,
         "capacity": sequence,
-        "scaled_rows": 1,
     }
 
 

@@ -70,17 +70,11 @@ class Exported:
     ) -> InPlaceDecoder:
         """A decoder with these adapters mixed, or with each for a row of its `own`."""
         chosen = resolve(self.bundle, mixture) if mixture else []
-        inputs = graph_inputs(self.bundle, chosen)
-        if own:
-            for slot in self.bundle.manifest.lora_slots:
-                ranks = [adapter.rank(slot.module) for adapter, _ in chosen]
-                row_of_rank = np.repeat(np.arange(rows), ranks)
-                mine = row_of_rank == np.arange(rows)[:, None, None]
-                inputs[slot.scaling_input] = (inputs[slot.scaling_input] * mine).astype(np.float32)
-        grouped = group_inputs(self.bundle.manifest, inputs)
-        by_row = {name: value for name, value in grouped.items() if own and name.endswith("scaling")}
+        mixtures = [[one] for one in chosen] if own else [chosen]
+        grouped = [group_inputs(self.bundle.manifest, graph_inputs(self.bundle, one)) for one in mixtures]
         session = GraphSession(self.bundle, "decoder")
-        session.bind({name: value for name, value in grouped.items() if name not in by_row})
+        session.bind(grouped[0])
+        by_row = grouped if own else ()
         return InPlaceDecoder(session, self.bundle.manifest, rows, CAPACITY, chunk, by_row)
 
 
