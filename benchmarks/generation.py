@@ -2,8 +2,8 @@
 
     python -m benchmarks.generation [--shape smollm2-135m] [--work DIR] [--rounds 7]
 
-Both sides: 4 bits in blocks of 32, 2 threads, a prompt of 128 tokens and 64 greedy tokens after it. Every side is
-a process of its own and they take rounds in turn; ratios are medians over the rounds. Writes
+Both sides: 4 bits in blocks of 32, 2 threads, a prompt of 128 tokens and 64 greedy tokens after it. Every
+side is a process of its own and they take rounds in turn; ratios are medians over the rounds. Writes
 benchmarks/results/generation.json.
 """
 

@@ -1,11 +1,11 @@
-"""One side of the comparison of generation, in a process of its own: reads a prompt and writes, as it is told to.
+"""One side of the comparison of generation, in a process of its own: reads and writes as it is told to.
 
     python -m benchmarks.generation_side genai FOLDER --tokens 64
     python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter default] [--int8]
 
-Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the first
-token, and the median time of a token after it), `swap` the time to activate the other adapter, `end` the
-process's memory. What comes before the first line is loading.
+Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the
+first token, and the median time of a token after it), `swap` the time to activate the other adapter, `end`
+the process's memory. What comes before the first line is loading.
 """
 
 import json

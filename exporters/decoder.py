@@ -2,7 +2,7 @@
 
 Made from the same trace as the inference graph and of the same weights, for speed: attention writes its keys
 and values in place, the output layer sees one token a row, layers that read the same value are one product,
-and a LoRA costs three small nodes a product. Where a model does not allow it, there is none, and the inference
+and a LoRA costs two small nodes a product. Where a model does not allow it, there is none, and the inference
 graph generates.
 """
 
@@ -36,7 +36,7 @@ UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
 @dataclass
 class Decoder:
-    """The graphs by role, what the manifest says of them, and the rows of each part of their joined weights."""
+    """The graphs by role, what the manifest says of them, and the rows of the parts of joined weights."""
 
     graphs: dict[str, ir.Model]
     wiring: DecoderGraph
@@ -109,25 +109,25 @@ def _count_rows_of_tokens(graph: ir.Graph) -> None:
     """Ask the tokens, and no other input, how many rows there are."""
     ids = next(value for value in graph.inputs if value.name == "input_ids")
     for node in graph:
-        if node.op_type == "Shape" and node.inputs[0] in graph.inputs:
-            if node.attributes.get_int("start", 0) == 0 and node.attributes.get_int("end", -1) == 1:
-                node.replace_input_with(0, ids)
+        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+            continue
+        if (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) == (0, 1):
+            node.replace_input_with(0, ids)
 
 
 def _stands_alone(graph: ir.Graph) -> bool:
     """Drop the mask, which nothing may read any more; nothing but attention may read the cache."""
     for value in list(graph.inputs):
-        if value.name == "attention_mask" and not value.uses():
+        readers = {node.op_type for node, _ in value.uses()}
+        if value.name == "attention_mask" and not readers:
             graph.inputs.remove(value)
-        elif value.name == "attention_mask":
-            return False
-        elif is_cache(value) and any(node.op_type != "GroupQueryAttention" for node, _ in value.uses()):
+        elif value.name == "attention_mask" or (is_cache(value) and readers != {"GroupQueryAttention"}):
             return False
     return True
 
 
 def _int8(model: ir.Model) -> ir.Model | None:
-    """The same graph with activations rounded to 8 bits in its products; None where it has no such product."""
+    """The same graph, its products rounding activations to 8 bits; None where no weight is quantized."""
     copied = model.clone()
     products = [node for node in copied.graph if node.op_type == "MatMulNBits"]
     for node in products:

@@ -33,8 +33,8 @@ from .losses.triplet import MARGIN
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
-from .verify_stages import verify_stages
 from .verify_decoder import verify_decoder
+from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
 
 #: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.

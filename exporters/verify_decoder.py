@@ -16,7 +16,7 @@ def verify_decoder(
     expected: np.ndarray,
     tolerance: float,
 ) -> float:
-    """Read each row of a batch but its last token, in two chunks, and then the last tokens of all rows at once.
+    """Read each row of a batch but its last token, in two chunks, then the last tokens of all rows at once.
 
     Args:
         bundle: a language model's, with a decoder graph.
@@ -32,7 +32,8 @@ def verify_decoder(
         VerificationError: it is above the tolerance.
     """
     assert bundle.manifest.decoder is not None
-    lengths = batch["attention_mask"].sum(axis=1).tolist()
+    mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
+    lengths = mask.sum(axis=1).tolist()
     texts = [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
     session = GraphSession(bundle, bundle.manifest.decoder.graph)
     session.bind(group_inputs(bundle.manifest, adapter_inputs))
@@ -48,7 +49,7 @@ def verify_decoder(
     session.close()
     if not difference <= tolerance:
         raise VerificationError(
-            f"logits of the decoder graph differ from the inference graph's by {difference:.2e} of their largest "
-            f"magnitude, tolerance {tolerance:.0e}: nothing was written"
+            f"logits of the decoder graph differ from the inference graph's by {difference:.2e} of their "
+            f"largest magnitude, tolerance {tolerance:.0e}: nothing was written"
         )
     return difference

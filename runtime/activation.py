@@ -117,8 +117,8 @@ def is_decoder(manifest: Manifest, role: str) -> bool:
 
 
 def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
-    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times its
-    scaling.
+    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times
+    its scaling.
 
     The `A` factors in `inputs` become views of the new arrays, so that they are not held twice.
     """

@@ -57,8 +57,8 @@ class Model:
     ) -> None:
         if int8_activations and (bundle.manifest.decoder is None or not bundle.manifest.decoder.int8_graph):
             raise UsageError(
-                f"{bundle.path}: int8_activations is for language models with weights of 4 or 8 bits that have a "
-                "decoder graph, which this bundle has not: leave it out"
+                f"{bundle.path}: int8_activations is for language models with weights of 4 or 8 bits that "
+                "have a decoder graph, which this bundle has not: leave it out"
             )
         self._bundle = bundle
         self._budget_bytes = memory_budget_bytes
@@ -367,7 +367,7 @@ def load(
         memory_budget: limit on the whole process's resident memory, such as `"128MiB"`; None for no limit.
         threads: threads of a session; 0 lets onnxruntime choose.
         int8_activations: generate with activations rounded to 8 bits in products with quantized weights:
-            half as much time again a token is saved, and logits move by some hundredths of their spread.
+            a token takes about half the time, and logits move by some hundredths of their spread.
             `forward`, `predict` and training stay exact.
 
     Raises:

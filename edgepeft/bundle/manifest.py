@@ -63,8 +63,8 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """A tensor in `weights.bin`: raw little-endian bytes at a 64-aligned offset, on pages of its own (4096) but
-    where several are parts of a larger one."""
+    """A tensor in `weights.bin`: raw little-endian bytes at a 64-aligned offset, on pages of its own (4096)
+    but where several are parts of a larger one."""
 
     dtype: str
     shape: tuple[int, ...]

@@ -1,10 +1,10 @@
 """Let attention write its keys and values where they stay: `GroupQueryAttention` over a cache of fixed size.
 
-Before, for every layer: `Attention` (ai.onnx, version 23) over `Concat(past, new)` of keys and of values, with
-a mask that is computed; queries and keys turned by `RotaryEmbedding`. After: one `GroupQueryAttention`, whose
-past and present have the same shape, `[batch, kv_heads, capacity, head_dim]`, and may be the same memory; it
-turns queries and keys itself, and keeps to `seqlens_k` int32 `[batch]`, a row's tokens but one, this run's
-included. Source: `GroupQueryAttention` of com.microsoft, version 1.
+Before, for every layer: `Attention` (ai.onnx, version 23) over `Concat(past, new)` of keys and of values,
+with a mask that is computed; queries and keys turned by `RotaryEmbedding`. After: one `GroupQueryAttention`,
+whose past and present have the same shape, `[batch, kv_heads, capacity, head_dim]`, and may be the same
+memory; it turns queries and keys itself, and keeps to `seqlens_k` int32 `[batch]`, a row's tokens but one,
+this run's included. Source: `GroupQueryAttention` of com.microsoft, version 1.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import FLOAT, INT64, MICROSOFT, append, graph_input, initializer
-from .drop_cache import PAST, PRESENT
+from ..graph import FLOAT, MICROSOFT, append, graph_input, initializer
+from .drop_cache import PAST
 from .evaluate import evaluate
 
 SEQLENS, TOTAL, CAPACITY = "seqlens_k", "total_sequence_length", "capacity"
@@ -171,8 +171,8 @@ def _causal(sequence: int, past: int, window: int) -> np.ndarray:
 
 
 def _tables(model: ir.Model, layers: list[_Layer], max_length: int) -> dict[ir.Value, np.ndarray] | None:
-    """Cosines and sines of all positions, float32 `[max_length, head_dim / 2]`, by the value that has those of
-    a run. None where a position's angles are not its own."""
+    """Cosines and sines of all positions, float32 `[max_length, head_dim / 2]`, by the value that has those
+    of a run. None where a position's angles are not its own."""
     angles = list(
         dict.fromkeys(value for layer in layers for value in (layer.cos, layer.sin) if value is not None)
     )
@@ -245,15 +245,15 @@ def _fixed(value: ir.Value, axis: int) -> int:
 def _table(graph: ir.Graph, kind: str, table: np.ndarray) -> ir.Value:
     """The initializer of a table; layers that have the same share it."""
     for name, value in graph.initializers.items():
-        if name.startswith(f"rotary.{kind}.") and value.const_value is not None:
-            if np.array_equal(value.const_value.numpy(), table):
-                return value
+        known = value.const_value if name.startswith(f"rotary.{kind}.") else None
+        if known is not None and np.array_equal(known.numpy(), table):
+            return value
     number = sum(name.startswith(f"rotary.{kind}.") for name in graph.initializers)
     return initializer(graph, f"rotary.{kind}.{number}", np.ascontiguousarray(table, np.float32))
 
 
 def _tokens_major(graph: ir.Graph, value: ir.Value, width: int) -> ir.Value:
-    """`[batch, heads, sequence, size]` as `[batch, sequence, heads * size]`: what it was made of, if it was."""
+    """`[batch, heads, sequence, size]` as `[batch, sequence, heads * size]`: what it was made of, or new."""
     assert value.shape is not None
     batch, heads, tokens, size = value.shape
     node = value.producer()

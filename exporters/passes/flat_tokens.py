@@ -73,7 +73,9 @@ def _treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
         return _axes(others[0]) == 2 if others else False
     if node.op_type == "Split":
         return node.attributes.get_int("axis", 0) in (-1, 2) and _set_axis(node)
-    return node.op_type == "MatMulNBits" or node.attributes.get_int("axis", -1) in (-1, 2) and _set_axis(node)
+    return node.op_type == "MatMulNBits" or (
+        node.attributes.get_int("axis", -1) in (-1, 2) and _set_axis(node)
+    )
 
 
 def _set_axis(node: ir.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Let products and normalizations do the sums around them: nodes that a token has to pass cost time of their own.
+"""Let products and normalizations do the sums around them: every node that a token passes takes time.
 
 x @ W + b             → MatMulNBits with a bias
 r + (y + t @ B)       → y + Gemm(t, B, r)

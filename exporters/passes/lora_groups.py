@@ -3,8 +3,8 @@
     y = x Wᵀ + (x A) B        A [in, rank], B [rank, out]
 
 The factors of the slots stand side by side along the rank axis; `B` is zero outside a slot's own ranks and
-columns, and holds the scaling. Two small nodes a product are what a token can bear: a third that multiplies by
-the scaling, 120 of them in 30 layers, takes 3% of a token's time, with an adapter or without.
+columns, and holds the scaling. Two small nodes a product are what a token can bear: a third that
+multiplies by the scaling, 120 of them in 30 layers, takes 3% of a token's time, with an adapter or without.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,8 @@
 """Put linear layers that read the same value side by side: one product instead of two or three.
 
-Before: `x @ Wqᵀ`, `x @ Wkᵀ`, `x @ Wvᵀ` (each with a bias, or none). After: `Split(x @ [Wq; Wk; Wv]ᵀ)`. The rows
-of the weights stand one after the other, so that other graphs go on reading their parts of the same bytes.
+Before: `x @ Wqᵀ`, `x @ Wkᵀ`, `x @ Wvᵀ` (each with a bias, or none). After: `Split(x @ [Wq; Wk; Wv]ᵀ)`. The
+rows of the weights stand one after the other, so that other graphs go on reading their parts of the same
+bytes.
 """
 
 from collections.abc import Sequence

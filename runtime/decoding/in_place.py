@@ -1,7 +1,7 @@
 """The decoder graph over a cache of fixed size: a run writes its keys and values where they stay.
 
-Everything that a token needs is bound once: the cache, the token ids, the logits. Nothing is copied from token
-to token and nothing is allocated but what onnxruntime's arena holds already.
+Everything that a token needs is bound once: the cache, the token ids, the logits. Nothing is copied from
+token to token and nothing is allocated but what onnxruntime's arena holds already.
 """
 
 from collections.abc import Mapping, Sequence
