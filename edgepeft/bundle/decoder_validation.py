@@ -14,9 +14,11 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     """
     slots = {slot.module: slot for slot in manifest.lora_slots}
     cache = {
-        spec.name for spec in manifest.graphs["inference"].inputs if spec.name.startswith("past_key_values.")
+        spec.name: spec
+        for spec in manifest.graphs["inference"].inputs
+        if spec.name.startswith("past_key_values.")
     }
-    expected = _INPUTS | cache
+    expected = _INPUTS | cache.keys()
     for index, group in enumerate(decoder.groups):
         where = f"decoder, group {index}"
         expected |= {group.a_input, group.b_input}
@@ -43,6 +45,13 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
         _require(
             not differing, f"decoder: the graph {role!r} and its wiring differ in the input {differing[:1]}"
         )
+        for spec in graph.inputs:
+            if spec.name in cache:
+                sizes, wanted = spec.shape, cache[spec.name].shape
+                _require(
+                    len(sizes) == 4 and (sizes[1], sizes[3]) == (wanted[1], wanted[3]),
+                    f"decoder: {spec.name!r} is {list(sizes)}, the inference graph's {list(wanted)}",
+                )
         outputs = {spec.name for spec in graph.outputs}
         presents = {name.replace("past_key_values.", "present.") for name in cache}
         differing = sorted(outputs ^ {"logits", *presents})

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.errors import UsageError
 from edgepeft.runtime.cache import PAST, PRESENT, cache_specs
 from edgepeft.runtime.decoding.base import Array, FloatArray
 from edgepeft.runtime.session import GraphSession
@@ -38,7 +39,7 @@ class InPlaceDecoder:
     ) -> None:
         self.rows = rows
         self.lengths = [0] * rows
-        self._session, self._chunk = session, chunk
+        self._session, self._capacity, self._chunk = session, capacity, chunk
         self._by_row = by_row
         # Pages that no token has been written to take no memory.
         self._cache = {
@@ -54,7 +55,11 @@ class InPlaceDecoder:
         self._ids_bound: Array | None = None
 
     def read(self, row: int, ids: Sequence[int]) -> FloatArray:
-        """See `Decoder.read`."""
+        """See `Decoder.read`.
+
+        Raises:
+            UsageError: the row would be longer than the cache.
+        """
         unread = np.array([ids], np.int64)
         while unread.size:
             chunk = np.ascontiguousarray(unread[:, : self._chunk])
@@ -98,7 +103,10 @@ class InPlaceDecoder:
     def _run(self, rows: slice, ids: Array) -> None:
         """One run over some rows, their lengths already those after it."""
         self._last[rows] = [max(length, 1) - 1 for length in self.lengths[rows]]
-        self._total[0] = int(self._last[rows].max()) + 1
+        total = int(self._last[rows].max()) + 1
+        if total > self._capacity:  # the graph would write behind the cache
+            raise UsageError(f"a text has {total} tokens, the cache holds {self._capacity}")
+        self._total[0] = total
         if rows != self._rows_bound:
             self._bind_rows(rows)
             self._rows_bound = rows

@@ -1,5 +1,6 @@
 """The decoder graph against PyTorch + PEFT and transformers' own `generate`."""
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import transformers
 
 import edgepeft
 from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.bundle.validation import validate_manifest
 from edgepeft.runtime.activation import graph_inputs, group_inputs, resolve
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
 from edgepeft.runtime.session import GraphSession
@@ -233,6 +235,35 @@ def test_weights_are_stored_once_and_nodes_are_few(decoders: Make) -> None:
     assert kinds.count("MatMulNBits") == 4 * layers + 1
     assert kinds.count("GroupQueryAttention") == layers
     assert len(kinds) <= 24 * layers + 12
+
+
+def test_a_text_longer_than_the_cache_is_refused(decoders: Make) -> None:
+    decoder = decoders("llama", 4).decoder({})
+    with pytest.raises(edgepeft.UsageError, match=f"{CAPACITY + 1} tokens, the cache holds {CAPACITY}"):
+        decoder.read(0, tokens(CAPACITY + 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"graph": "gone"}, "no graph 'gone'"),
+        ({"graph": "inference"}, "differ in the input"),
+        ({"int8_memory": None}, "memory is missing"),
+        ({"groups": ()}, "differ in the input"),
+        ({"first": 10_000}, "from column 10000 on"),
+    ],
+)
+def test_wiring_that_does_not_fit_is_refused(decoders: Make, change: dict[str, Any], message: str) -> None:
+    manifest = decoders("llama", 4).bundle.manifest
+    wiring = manifest.decoder
+    assert wiring is not None
+    if "first" in change:
+        group = wiring.groups[0]
+        slots = (dataclasses.replace(group.slots[0], **change), *group.slots[1:])
+        change = {"groups": (dataclasses.replace(group, slots=slots), *wiring.groups[1:])}
+    wrong = dataclasses.replace(manifest, decoder=dataclasses.replace(wiring, **change))
+    with pytest.raises(edgepeft.BundleError, match=message):
+        validate_manifest(wrong)
 
 
 def test_activations_of_eight_bits_are_near(decoders: Make) -> None:
