@@ -52,7 +52,7 @@ class WeightWriter:
         """
         whole = self.add(name, tensor)
         data = tensor.tobytes()
-        row_bytes = len(data) // int(tensor.shape[0])
+        row_bytes = len(data) // tensor.shape.numpy()[0]
         first = 0
         for count in rows:
             part = data[first * row_bytes : (first + count) * row_bytes]

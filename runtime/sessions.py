@@ -107,9 +107,9 @@ class Sessions:
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
         manifest = self._bundle.manifest
-        bound = group_inputs(manifest, inputs) if is_decoder(manifest, plan.role) else inputs
-        session.bind(bound)
-        self._open[plan.role] = _Open(session, frozen, inputs, bound, rank, process_bytes)
+        taken = group_inputs(manifest, inputs) if is_decoder(manifest, plan.role) else inputs
+        session.bind(taken)
+        self._open[plan.role] = _Open(session, frozen, inputs, taken, rank, process_bytes)
         return session, plan
 
     def borrowed(

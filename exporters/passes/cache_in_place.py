@@ -75,7 +75,7 @@ def _match(node: ir.Node) -> _Layer | None:
     if (
         len(inputs) < 4
         or any(value is not None for value in inputs[4:])
-        or node.attributes.get_int("is_causal", 0)
+        or node.attributes.get_int("is_causal", 0) != 0
     ):
         return None
     query, key, value, mask = inputs[:4]
@@ -227,8 +227,7 @@ def _rewrite(
     for present, past, output in zip(presents, layer.pasts, outputs[1:], strict=True):
         assert past.shape is not None
         graph.outputs[list(graph.outputs).index(present)] = output
-        name, present.name = present.name, None
-        output.name = name
+        output.name, present.name = present.name, None
         output.shape = ir.Shape([past.shape[0], past.shape[1], CAPACITY, past.shape[3]])
     _read_tokens_major(graph, old, outputs[0])
     node.replace_input_with(1, None)

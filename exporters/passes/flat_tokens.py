@@ -39,7 +39,8 @@ def flatten_tokens(graph: ir.Graph) -> None:
                 if value not in made:
                     assert value.shape is not None
                     width = value.shape[2]
-                    target = initializer(graph, f"shape_tokens_{width}", np.array([-1, int(width)], np.int64))
+                    assert isinstance(width, int)
+                    target = initializer(graph, f"shape_tokens_{width}", np.array([-1, width], np.int64))
                     made[value] = append(graph, "Reshape", [value, target], shape=[TOKENS, width])
                 _replace(node, value, made[value])
             for output in node.outputs:
@@ -98,7 +99,8 @@ def _apart(graph: ir.Graph, value: ir.Value, ids: ir.Value) -> ir.Value:
     assert value.shape is not None
     assert ids.shape is not None
     width = value.shape[1]
+    assert isinstance(width, int)
     extent = append(graph, "Shape", [ids], shape=[2], dtype=INT64)
-    last = initializer(graph, f"size_{width}", np.array([int(width)], np.int64))
+    last = initializer(graph, f"size_{width}", np.array([width], np.int64))
     target = append(graph, "Concat", [extent, last], {"axis": 0}, shape=[3], dtype=INT64)
     return append(graph, "Reshape", [value, target], shape=[*list(ids.shape), width])

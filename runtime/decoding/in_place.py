@@ -66,7 +66,8 @@ class InPlaceDecoder:
             unread = unread[:, self._chunk :]
             self.lengths[row] += chunk.size
             self._run(slice(row, row + 1), chunk)
-        return self._logits[row]
+        logits: FloatArray = self._logits[row]
+        return logits
 
     def step(self, ids: Sequence[int]) -> FloatArray:
         """See `Decoder.step`; a row of length 0 writes where its first token will be."""
