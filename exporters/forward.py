@@ -9,6 +9,7 @@ import torch
 from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import ExportError
 
+from .decoder import Decoder, build_decoder
 from .graph import tidy
 from .model_info import default_targets
 from .passes.linears import find_linears, find_marked_linears, select, unpack
@@ -22,13 +23,15 @@ from .sources.pooling import append_pooling
 
 @dataclass
 class Forward:
-    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SavedModule.default`."""
+    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SavedModule.default`;
+    `decoder` is the graph that generates, where there is one."""
 
     model: ir.Model
     model_inputs: tuple[str, ...]
     slots: tuple[LoraSlot, ...]
     saved_modules: tuple[SavedModule, ...]
     saved_values: dict[str, torch.Tensor]
+    decoder: Decoder | None = None
 
 
 def build_forward(
@@ -62,10 +65,17 @@ def build_forward(
     chosen = select(linears, default_targets(source) if modules is None else modules)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
+    generates = source.task == "text-generation" and not training and not saved
+    plain = traced.model.clone() if generates else None
     slots = insert_lora_slots(graph, chosen.values())
     if source.pooling is not None:
         append_pooling(graph, source.pooling)
     freezer.freeze(graph, {name: (value, traced.weights[name]) for name, value in weights.items()})
     tidy(traced.model)
     values = {module.default: traced.weights[module.default] for module in saved}
-    return Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
+    forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
+    if plain is not None:
+        forward.decoder = build_decoder(
+            plain, traced.weights, traced.packed, chosen, freezer, source.max_length
+        )
+    return forward

@@ -243,6 +243,8 @@ def _write(
     """Write everything but the manifest, whose memory figures are still empty."""
     loss = losses.judged
     models = {"inference": inference.model}
+    if inference.decoder is not None:
+        models |= inference.decoder.graphs
     streamed = None
     if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
         streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
@@ -264,6 +266,8 @@ def _write(
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightWriter(file)
+        if inference.decoder is not None:  # first, so that the other graphs find their weights in its own
+            inference.decoder.write_weights(weights)
         for role, graph in models.items():
             path = f"graphs/{role}.onnx"
             write_graph(graph, folder / path, weights, WEIGHTS_FILE, row_scalings.get(role, ()))
@@ -298,6 +302,7 @@ def _write(
         streamed_inference=None if streamed is None else streamed.wiring,
         image_preprocessing=source.image_preprocessing,
         audio_preprocessing=source.audio_preprocessing,
+        decoder=None if inference.decoder is None else inference.decoder.wiring,
     )
 
 
@@ -344,6 +349,11 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
     if streamed is not None:
         streamed = dataclasses.replace(streamed, memory=measure_streamed(folder, length_unit))
 
+    decoder = manifest.decoder
+    if decoder is not None:
+        int8 = None if decoder.int8_graph is None else formula(decoder.int8_graph)
+        decoder = dataclasses.replace(decoder, memory=formula(decoder.graph), int8_memory=int8)
+
     def measured(strategy: Strategy) -> Strategy:
         if strategy.exact:
             memory = formula(strategy.graph or STAGES)
@@ -355,5 +365,6 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
         manifest,
         inference_memory=inference,
         streamed_inference=streamed,
+        decoder=decoder,
         strategies=tuple(measured(strategy) for strategy in manifest.strategies),
     )

@@ -6,6 +6,7 @@ with q in 0…15 and zero point 8 at 4 bits, q in 0…255 and zero point 128 at 
 Source: `MatMulNBits` and `GatherBlockQuantized` of com.microsoft, version 1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,6 +73,13 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeigh
     return QuantizedWeight(
         codes.reshape(rows, columns).numpy(), scales.reshape(rows, -1).numpy(), bits, block_size
     )
+
+
+def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Weights of the same columns, bits and blocks, one below the other."""
+    codes = np.concatenate([weight.codes for weight in weights])
+    scales = np.concatenate([weight.scales for weight in weights])
+    return QuantizedWeight(codes, scales, weights[0].bits, weights[0].block_size)
 
 
 def _quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,7 @@ from .losses.triplet import MARGIN
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
+from .verify_decoder import verify_decoder
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
 
@@ -133,6 +134,10 @@ class _Check:
             inputs = self._adapter_feeds(adapter)
             streamed = verify_streamed(self.bundle, self.batch, inputs, got, self.tolerance)
             self.figures.setdefault("streamed_outputs", {})[what] = streamed
+        if self.bundle.manifest.decoder is not None:
+            inputs = self._adapter_feeds(adapter)
+            decoded = verify_decoder(self.bundle, self.batch, inputs, got, self.tolerance)
+            self.figures.setdefault("decoder_outputs", {})[what] = decoded
         if adapter is None:
             self._plain = counted[0]
             if has_drift_penalty(self.bundle.manifest):

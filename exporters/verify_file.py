@@ -28,6 +28,7 @@ from .passes.exact_products import use_exact_products
 from .sources.base import Pooling
 from .sources.onnx_file import OnnxFile
 from .verify import EFFECT, OUTPUT_TOLERANCE, Arrays, model_feeds, sample_batch
+from .verify_decoder import verify_decoder
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
 
@@ -62,6 +63,8 @@ def verify_against_file(
     check.outputs()
     if bundle.manifest.streamed_inference is not None:
         check.streamed_outputs()
+    if bundle.manifest.decoder is not None:
+        check.decoder_outputs()
     if bundle.manifest.strategies:
         check.training_outputs()
     compared = dict(adapters) or {"random": _random_adapter(bundle)}
@@ -109,6 +112,13 @@ class _Check:
         inputs = graph_inputs(self.bundle, [])
         difference = verify_streamed(self.bundle, self.batch, inputs, expected, self.tolerance)
         self.figures["streamed_outputs"] = {"no adapter": difference}
+
+    def decoder_outputs(self) -> None:
+        """The decoder graph's logits, as those of the training graph."""
+        expected = self._graph_output(self.reference, exact=True)
+        inputs = graph_inputs(self.bundle, [])
+        difference = verify_decoder(self.bundle, self.batch, inputs, expected, self.tolerance)
+        self.figures["decoder_outputs"] = {"no adapter": difference}
 
     def training_outputs(self) -> None:
         """The training graph's outputs and those of the file's own operators, without rounded activations."""

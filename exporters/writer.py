@@ -1,7 +1,7 @@
 """Write graphs and weights of a bundle: equal bytes are stored once, whatever number of graphs reads them."""
 
 import hashlib
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,6 +17,8 @@ from .passes.run_order import run_in_order
 INLINE_BYTES = 1024
 #: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
+#: A cache line: where a tensor that is a part of another may begin.
+PART_ALIGNMENT = 64
 
 
 class WeightWriter:
@@ -44,6 +46,21 @@ class WeightWriter:
         if self.tensors.setdefault(name, stored) != stored:
             raise ValueError(f"two different tensors are named {name!r}")
         return stored
+
+    def add_parts(self, name: str, tensor: ir.TensorProtocol, rows: Sequence[int]) -> None:
+        """Store `tensor` under `name`, and let those of its parts, so many rows each, be found in its bytes.
+
+        A part that would begin at no multiple of `PART_ALIGNMENT` is not shared.
+        """
+        whole = self.add(name, tensor)
+        data = tensor.tobytes()
+        row_bytes = len(data) // tensor.shape.numpy()[0]
+        first = 0
+        for count in rows:
+            part = data[first * row_bytes : (first + count) * row_bytes]
+            if first * row_bytes % PART_ALIGNMENT == 0:
+                self._offsets.setdefault(hashlib.sha256(part).digest(), whole.offset + first * row_bytes)
+            first += count
 
     def add_array(self, name: str, array: np.ndarray) -> WeightTensor:
         """Store a numpy array."""

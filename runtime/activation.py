@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from edgepeft.adapters import Adapter, fit, load_adapter
 from edgepeft.bundle.adapter_store import check_has_effect
-from edgepeft.bundle.manifest import LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
 
@@ -220,6 +220,36 @@ def _factors(slot: LoraSlot, adapters: Sequence[PreparedAdapter]) -> dict[str, F
         slot.a_input: _joined([item.inputs[slot.a_input] for item in adapters], 1, (slot.in_features, 0)),
         slot.b_input: _joined([item.inputs[slot.b_input] for item in adapters], 0, (0, slot.out_features)),
     }
+
+
+def is_decoder(manifest: Manifest, role: str) -> bool:
+    """Whether a graph takes adapters as `group_inputs` gives them."""
+    decoder = manifest.decoder
+    return decoder is not None and role in (decoder.graph, decoder.int8_graph)
+
+
+def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times
+    its scaling.
+
+    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice.
+    """
+    assert manifest.decoder is not None
+    slots = {slot.module: slot for slot in manifest.lora_slots}
+    grouped: dict[str, FloatArray] = {}
+    for group in manifest.decoder.groups:
+        members = [slots[placed.module] for placed in group.slots]
+        lora_a = np.concatenate([inputs[slot.a_input] for slot in members], axis=1)
+        lora_b = np.zeros((lora_a.shape[1], group.out_features), np.float32)
+        first = 0
+        for slot, placed in zip(members, group.slots, strict=True):
+            scaled = inputs[slot.scaling_input][:, None] * inputs[slot.b_input]
+            ranks = slice(first, first + len(scaled))
+            lora_b[ranks, placed.first : placed.first + slot.out_features] = scaled
+            inputs[slot.a_input] = lora_a[:, ranks]
+            first = ranks.stop
+        grouped |= {group.a_input: lora_a, group.b_input: lora_b}
+    return grouped
 
 
 def _joined(parts: Sequence[FloatArray], axis: int, empty: tuple[int, ...]) -> FloatArray:

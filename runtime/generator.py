@@ -109,6 +109,7 @@ class Generator:
         sessions: where sessions come from.
         lock: the model's.
         budget_bytes: limit on the process's resident memory; None for no limit.
+        int8_activations: round activations to 8 bits; the bundle has a graph for it.
     """
 
     def __init__(
@@ -118,8 +119,11 @@ class Generator:
         sessions: Sessions,
         lock: threading.RLock,
         budget_bytes: int | None,
+        *,
+        int8_activations: bool = False,
     ) -> None:
         self._manifest = bundle.manifest
+        self._int8 = int8_activations
         self._task, self._sessions, self._lock, self._budget_bytes = task, sessions, lock, budget_bytes
         self._decodes = self._manifest.task == "text2text-generation"
 
@@ -242,6 +246,7 @@ class Generator:
                 max_new_tokens=max_new_tokens,
                 rank=rank,
                 rows=rows,
+                int8=self._int8,
             )
 
         return plan

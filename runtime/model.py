@@ -48,16 +48,36 @@ class Model:
         bundle: an opened bundle.
         memory_budget_bytes: limit on the whole process's resident memory; None for no limit.
         threads: threads of a session; 0 lets onnxruntime choose.
+        int8_activations: see `load`.
     """
 
-    def __init__(self, bundle: Bundle, memory_budget_bytes: int | None = None, threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        memory_budget_bytes: int | None = None,
+        threads: int = 0,
+        *,
+        int8_activations: bool = False,
+    ) -> None:
+        if int8_activations and (bundle.manifest.decoder is None or not bundle.manifest.decoder.int8_graph):
+            raise UsageError(
+                f"{bundle.path}: int8_activations is for language models with weights of 4 or 8 bits that "
+                "have a decoder graph, which this bundle has not: leave it out"
+            )
         self._bundle = bundle
         self._budget_bytes = memory_budget_bytes
         self._threads = threads
         self._lock = threading.RLock()
         self._task: Task = task_for(bundle)
         self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
-        self._generator = Generator(bundle, self._task, self._sessions, self._lock, memory_budget_bytes)
+        self._generator = Generator(
+            bundle,
+            self._task,
+            self._sessions,
+            self._lock,
+            memory_budget_bytes,
+            int8_activations=int8_activations,
+        )
 
     @property
     def manifest(self) -> Manifest:
@@ -411,16 +431,26 @@ class Model:
         self.close()
 
 
-def load(path: str | Path, memory_budget: str | int | None = None, threads: int = 0) -> Model:
+def load(
+    path: str | Path,
+    memory_budget: str | int | None = None,
+    threads: int = 0,
+    *,
+    int8_activations: bool = False,
+) -> Model:
     """Open a bundle and check every file of it.
 
     Args:
         path: the bundle's folder.
         memory_budget: limit on the whole process's resident memory, such as `"128MiB"`; None for no limit.
         threads: threads of a session; 0 lets onnxruntime choose.
+        int8_activations: generate with activations rounded to 8 bits in products with quantized weights:
+            a token takes about half the time, and logits move by some hundredths of their spread.
+            `forward`, `predict` and training stay exact.
 
     Raises:
         BundleError: the bundle is missing, damaged, of a newer format or reaches outside its folder.
-        UsageError: the budget is no size.
+        UsageError: the budget is no size, or the bundle cannot generate with rounded activations.
     """
-    return Model(open_bundle(path), None if memory_budget is None else parse_size(memory_budget), threads)
+    budget_bytes = None if memory_budget is None else parse_size(memory_budget)
+    return Model(open_bundle(path), budget_bytes, threads, int8_activations=int8_activations)

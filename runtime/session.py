@@ -145,6 +145,12 @@ class GraphSession:
         """Let go of every input."""
         self._binding.clear_binding_inputs()
 
+    def unbind(self) -> None:
+        """Let go of every input and output."""
+        self.unbind_inputs()
+        self._binding.clear_binding_outputs()
+        self._outputs_kept.clear()
+
     def bind_outputs(self, values: Mapping[str, Array]) -> None:
         """Have these outputs written straight into arrays of the right dtype and shape from now on."""
         with self._translated():

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.runtime.activation import group_inputs, is_decoder
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
@@ -35,12 +36,13 @@ class Borrower(Protocol):
 
 @dataclass(frozen=True)
 class _Open:
-    """A session, the adapter that is bound in it, and what the process held before it was opened, without
-    loaded adapters."""
+    """A session, the adapter that is bound in it (as `graph_inputs` gives it and as the session's graph takes
+    it), and what the process held before it was opened, without loaded adapters."""
 
     session: AnySession
     adapter: AdapterSpecs
     inputs: dict[str, FloatArray]
+    bound: dict[str, FloatArray]
     stamp: object
     rank: int
     process_bytes: int
@@ -108,19 +110,28 @@ class Sessions:
             self.check_unused("this call needs the memory in another way")
             self.close()
         session = self._session(plan.role) if entry is None else entry.session
-        session.bind(inputs)
-        self._open[plan.role] = _Open(session, adapter, inputs, stamp, rank, process_bytes)
+        taken = self._as_taken(plan.role, inputs)
+        session.bind(taken)
+        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, rank, process_bytes)
         return session, plan
 
     def borrowed(
         self, adapter: AdapterSpecs, choose: Callable[[int, int], RunPlan]
     ) -> tuple[AnySession, dict[str, FloatArray], RunPlan]:
-        """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there."""
+        """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there.
+
+        Raises:
+            UsageError: there is a list of adapters.
+        """
+        if isinstance(adapter, list | tuple):
+            raise UsageError(
+                "adapter: generation takes one for all prompts: give a name or a mixture, or one prompt at a "
+                "time"
+            )
         session, plan = self.activated(adapter, choose)
-        inputs = self._open[plan.role].inputs
         own = session.with_own_bindings()
-        own.bind(inputs)
-        return own, inputs, plan
+        own.bind(self._open[plan.role].bound)
+        return own, self._open[plan.role].inputs, plan
 
     def lend(self, borrower: Borrower) -> None:
         """Keep the sessions open for a borrower, and count what it holds, until it gives back or is gone."""
@@ -151,8 +162,11 @@ class Sessions:
         for role, entry in self._open.items():
             if name in names_in(entry.adapter):
                 inputs = self.registry.inputs(None)
-                entry.session.bind(inputs)
-                self._open[role] = _Open(entry.session, None, inputs, stamped(None), 0, entry.process_bytes)
+                taken = self._as_taken(role, inputs)
+                entry.session.bind(taken)
+                self._open[role] = _Open(
+                    entry.session, None, inputs, taken, stamped(None), 0, entry.process_bytes
+                )
         release_freed_memory()
 
     def close(self) -> None:
@@ -164,6 +178,11 @@ class Sessions:
                 entry.session.close()
             self._open.clear()
             release_freed_memory()
+
+    def _as_taken(self, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """Adapter inputs as the graph of this role takes them."""
+        manifest = self._bundle.manifest
+        return group_inputs(manifest, inputs) if is_decoder(manifest, role) else inputs
 
     def _session(self, role: str) -> AnySession:
         if role == STREAMED:

@@ -102,6 +102,7 @@ def test_imports_follow_the_house_rules(folder: str) -> None:
             if folder == "exporters" and module.startswith("edgepeft.runtime"):
                 assert path.name in {
                     "verify.py",
+                    "verify_decoder.py",
                     "verify_file.py",
                     "verify_stages.py",
                     "verify_streamed.py",

@@ -68,7 +68,8 @@ class SavedModule:
 
 @dataclass(frozen=True)
 class WeightTensor:
-    """A tensor in `weights.bin`: raw little-endian bytes at a 4096-aligned offset."""
+    """A tensor in `weights.bin`: raw little-endian bytes at a 64-aligned offset, on pages of its own (4096)
+    but where several are parts of a larger one."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -207,6 +208,52 @@ class StreamedInference:
     stages: tuple[Stage, ...]
     output_layer: OutputLayer | None
     memory: MemoryFormula
+
+
+@dataclass(frozen=True)
+class GroupedSlot:
+    """A LoRA slot of the decoder graph: its module, and the column of the group's output that its own begin
+    at."""
+
+    module: str
+    first: int
+
+
+@dataclass(frozen=True)
+class LoraGroup:
+    """LoRA slots that are computed at once, since one product makes the outputs of their modules.
+
+    The decoder graph computes `y += (x @ A) @ B` with `A` float32 `[in_features, R]` and `B` float32
+    `[R, out_features]`, where R is the sum of the slots' ranks: their factors stand side by side, and `B`,
+    each row of it times its rank's scaling, is zero outside a slot's own ranks and columns.
+    """
+
+    slots: tuple[GroupedSlot, ...]
+    in_features: int
+    out_features: int
+    a_input: str
+    b_input: str
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """The graph that generates, over a key/value cache that stays where it is.
+
+    `past_key_values.*` and `present.*` are `[batch, kv_heads, capacity, head_dim]` and are bound to the same
+    memory. `seqlens_k` int32 `[batch]` is a row's tokens but one, those of this run included, and
+    `total_sequence_length` int32 `[1]` the most tokens of a row; more than one row read one token each, and
+    one row any number. `logits` float32 `[batch, vocab]` are of the last token of each row. `memory` leaves
+    out the cache.
+
+    `int8_graph` is the same, but its products round the activations to 8 bits; null where no weight is
+    quantized.
+    """
+
+    graph: str
+    groups: tuple[LoraGroup, ...]
+    memory: MemoryFormula
+    int8_graph: str | None = None
+    int8_memory: MemoryFormula | None = None
 
 
 @dataclass(frozen=True)
@@ -351,3 +398,4 @@ class Manifest:
     streamed_inference: StreamedInference | None = None  # null: a model without a cut
     image_preprocessing: ImagePreprocessing | None = None  # null: feed `pixel_values`
     audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`
+    decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place

@@ -4,6 +4,7 @@ import math
 import re
 from pathlib import PurePosixPath
 
+from edgepeft.bundle.decoder_validation import check_decoder
 from edgepeft.bundle.manifest import (
     GraphSpec,
     ImagePreprocessing,
@@ -31,7 +32,7 @@ TASKS = (
 RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos")
 #: transformers' problem types.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-ALIGNMENT_BYTES = 4096
+ALIGNMENT_BYTES = 64
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -95,6 +96,11 @@ def validate_manifest(manifest: Manifest) -> None:
     if manifest.streamed_inference is not None:
         check_streamed_inference(manifest, manifest.streamed_inference)
         _check_formula("streamed_inference", manifest.streamed_inference.memory)
+    if manifest.decoder is not None:
+        check_decoder(manifest, manifest.decoder)
+        for formula in (manifest.decoder.memory, manifest.decoder.int8_memory):
+            if formula is not None:
+                _check_formula("decoder", formula)
 
 
 def _check_files(manifest: Manifest) -> None:

@@ -4,6 +4,7 @@ Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, blo
 that the output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from ..graph import FLOAT, MICROSOFT, append, initializer
-from ..quantization import QuantizedWeight, can_quantize, quantize
+from ..quantization import QuantizedWeight, can_quantize, concatenate, quantize
 from .linears import find_embeddings, linear_products
 
 
@@ -31,12 +32,23 @@ class Freezer:
     exceptions: dict[str, int] = field(default_factory=dict)
     _quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
 
-    def freeze(self, graph: ir.Graph, weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> None:
+    def freeze(
+        self,
+        graph: ir.Graph,
+        weights: dict[str, tuple[ir.Value, torch.Tensor]],
+        parts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         """Turn the weight inputs into initializers: quantized where they are matrices, float32 otherwise.
 
         A matrix that no block divides, and an embedding that is not the largest (positions, token types), is
         kept in float16; vectors stay float32. The graph is left unsorted.
+
+        Args:
+            graph: the graph.
+            weights: its weight inputs by name, with their values.
+            parts: weights that are made of others, one below the other; those have been frozen before.
         """
+        parts = parts or {}
         largest = _largest_embedding(weights)
         for name, (value, tensor) in weights.items():
             if not value.uses():
@@ -44,20 +56,30 @@ class Freezer:
                 continue
             stored = self._bits_for(value, tensor, is_largest=name == largest)
             if stored in (4, 8):
-                quantized = self._quantized.get(name) or quantize(tensor, stored, self.block_size)
-                self._quantized[name] = quantized
+                quantized = self._quantize(name, tensor, stored, parts.get(name, ()))
                 _use_quantized(graph, value, quantized)
-                self.reference[name] = torch.from_numpy(quantized.dequantize())
+                reference = torch.from_numpy(quantized.dequantize())
             elif stored == 16:
                 half = tensor.to(torch.float16)
                 _use_half(graph, value, half.numpy())
-                self.reference[name] = half.float()
+                reference = half.float()
             else:
-                _use_float(graph, value, tensor.float().numpy())
-                self.reference[name] = tensor.float()
-            if tensor.ndim == 2 and stored != self.bits:
-                self.exceptions[name] = stored
+                reference = tensor.float()
+                _use_float(graph, value, reference.numpy())
+            if name not in parts:
+                self.reference[name] = reference
+                if tensor.ndim == 2 and stored != self.bits:
+                    self.exceptions[name] = stored
             graph.inputs.remove(value)
+
+    def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
+        if name not in self._quantized:
+            self._quantized[name] = (
+                concatenate([self._quantized[part] for part in parts])
+                if parts
+                else quantize(tensor, bits, self.block_size)
+            )
+        return self._quantized[name]
 
     def _bits_for(self, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
         if tensor.ndim != 2 or self.bits == 32:

@@ -6,6 +6,8 @@ import numpy as np
 
 from edgepeft.bundle.manifest import GraphSpec, Manifest
 
+from ..passes.cache_in_place import SEQLENS, TOTAL
+
 
 def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:
     """Ones for every adapter input, each slot of this rank."""
@@ -34,6 +36,7 @@ def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
         "decoder_sequence": sequence,
         "total_sequence": sequence,
         "past_sequence": 0,
+        "capacity": sequence,
     }
 
 
@@ -44,7 +47,11 @@ def sample_feeds(spec: GraphSpec, sizes: Mapping[str, int], rank: int) -> dict[s
         sizes: sizes of the symbolic axes, by name.
         rank: size of the rank axis of every slot.
     """
-    return {item.name: np.ones(_resolve(item.shape, sizes, rank), item.dtype) for item in spec.inputs}
+    feeds = {item.name: np.ones(_resolve(item.shape, sizes, rank), item.dtype) for item in spec.inputs}
+    if SEQLENS in feeds:  # the decoder graph is told how many tokens its cache holds after the run
+        feeds[SEQLENS][:] = sizes["total_sequence"] - 1
+        feeds[TOTAL][:] = sizes["total_sequence"]
+    return feeds
 
 
 def _resolve(shape: tuple[int | str, ...], sizes: Mapping[str, int], rank: int) -> tuple[int, ...]:

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.runtime.activation import is_decoder
 from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.decoding.base import Decoder
 from edgepeft.runtime.decoding.growing import GrowingDecoder
+from edgepeft.runtime.decoding.in_place import InPlaceDecoder
 from edgepeft.runtime.decoding.streamed import StreamedDecoder
 from edgepeft.runtime.decoding.whole_text import EncoderDecoder, whole_text
 from edgepeft.runtime.memory.inference import RunPlan
@@ -29,6 +31,9 @@ def decoder_for(
         return EncoderDecoder(session, manifest, len(capacities))
     if not cache_specs(manifest):
         return whole_text(session, manifest, len(capacities))
+    if is_decoder(manifest, plan.role):
+        assert isinstance(session, GraphSession)
+        return InPlaceDecoder(session, manifest, len(capacities), max(capacities), plan.chunk)
     if isinstance(session, StreamedModel):
         return StreamedDecoder(session, manifest, capacities, plan.chunk)
     return GrowingDecoder(session, len(capacities))

@@ -13,6 +13,8 @@ from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
 
 RESIDENT, STREAMED = "inference", "streamed"
+#: Tokens of a prompt that the decoder graph reads at a time: enough for full speed, and its memory bounded.
+CHUNK = 512
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,10 @@ def plan_generation(
     max_new_tokens: int,
     rank: int,
     rows: int = 1,
+    int8: bool = False,
 ) -> RunPlan:
-    """Texts continued: the inference graph, or its stages with as large chunks of the prompt as fit.
+    """Texts continued: the decoder graph (or the inference graph where there is none), or stages, with as
+    large chunks of the prompt as fit.
 
     Args:
         manifest: a decoder's manifest.
@@ -112,12 +116,17 @@ def plan_generation(
         prompt_tokens: tokens of the longest prompt.
         max_new_tokens: tokens that may be written.
         rank: the largest rank of the adapter.
-        rows: texts at once; they run one after the other, each with a cache of its own.
+        rows: texts at once, each with a cache of its own.
+        int8: run the decoder graph that rounds activations to 8 bits.
 
     Raises:
         BudgetError: neither fits; names the smallest budget that would do, and how many tokens fit.
     """
     total = prompt_tokens + max_new_tokens
+    sizes = rows, prompt_tokens, total
+    in_place = _in_place(manifest, budget_bytes, process_bytes, rank, sizes, int8=int8)
+    if in_place is not None:
+        return in_place
     others_bytes = growing_cache_bytes(manifest, rows - 1, total)
     resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank, others_bytes)
     if resident is not None:
@@ -139,6 +148,36 @@ def plan_generation(
     of_rows = f"{rows} prompts of " if rows > 1 else ""
     what = f"{of_rows}{prompt_tokens} tokens and {max_new_tokens} more need"
     raise _refusal(plan(1, prompt_tokens, total), budget_bytes, what, remedy)
+
+
+def _in_place(
+    manifest: Manifest,
+    budget_bytes: int | None,
+    process_bytes: int,
+    rank: int,
+    sizes: tuple[int, int, int],
+    *,
+    int8: bool,
+) -> RunPlan | None:
+    """The decoder graph with as large chunks of the prompt as fit, for these rows, prompt and whole length;
+    None where there is none or the budget cannot hold it."""
+    decoder = manifest.decoder
+    role = None if decoder is None else decoder.int8_graph if int8 else decoder.graph
+    memory = None if decoder is None else decoder.int8_memory if int8 else decoder.memory
+    if role is None or memory is None:
+        return None
+    rows, prompt_tokens, total = sizes
+    kept_bytes = growing_cache_bytes(manifest, rows, total)
+
+    def plan(chunk: int) -> RunPlan:
+        tensor_bytes = max(memory.activation_bytes(1, chunk, rank), memory.activation_bytes(rows, 1, rank))
+        session_bytes = memory.session_bytes
+        return RunPlan(role, process_bytes, session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk)
+
+    chunk = min(prompt_tokens, CHUNK)
+    if budget_bytes is not None:
+        chunk = _largest(chunk, lambda n: plan(n).peak_bytes <= budget_bytes)
+    return plan(chunk) if chunk else None
 
 
 def _resident(

@@ -104,7 +104,7 @@ class TrainingState:
                 name: _MemoryBuffer(np.zeros(count, dtype)) for name, (count, dtype) in self._layout.items()
             }
         else:
-            self.buffers = StateFile(file_in, self._layout).buffers
+            self.buffers = dict(StateFile(file_in, self._layout).buffers)
         for name, tensor in tensors.items():
             for kind in ("param", "start"):
                 self.buffers[kind].write(self._places[name][0], tensor.reshape(-1))

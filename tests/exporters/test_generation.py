@@ -13,6 +13,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
+from edgepeft.exporters.decoder import ROLE as DECODER
 from edgepeft.runtime.memory.inference import RESIDENT, STREAMED
 from edgepeft.runtime.model import Model
 
@@ -64,14 +65,17 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(params=[RESIDENT, STREAMED])
+@pytest.fixture(params=[DECODER, RESIDENT, STREAMED])
 def device(request: pytest.FixtureRequest, bundle: Callable[[str], Path]) -> Iterator[Model]:
-    """The decoder run whole, and with its weights streamed."""
+    """A language model with its cache in place, with the inference graph, and with its weights streamed."""
     opened = open_bundle(bundle("decoder"))
+    manifest = opened.manifest
+    if request.param != DECODER:
+        manifest = dataclasses.replace(manifest, decoder=None)
     if request.param == STREAMED:
-        large = dataclasses.replace(opened.manifest.inference_memory, session_bytes=10_000 * MIB)
-        manifest = dataclasses.replace(opened.manifest, inference_memory=large)
-        opened = dataclasses.replace(opened, manifest=manifest)
+        large = dataclasses.replace(manifest.inference_memory, session_bytes=10_000 * MIB)
+        manifest = dataclasses.replace(manifest, inference_memory=large)
+    opened = dataclasses.replace(opened, manifest=manifest)
     with Model(opened, 4000 * MIB, threads=1) as model:
         yield model
         assert set(model._sessions._open) <= {request.param}

@@ -183,20 +183,23 @@ def test_a_chain_that_contradicts_itself_is_refused(
 
 
 def with_memory(manifest: Manifest) -> Manifest:
-    """A manifest whose resident graph is large."""
+    """A manifest whose resident graphs are large."""
     large = dataclasses.replace(manifest.inference_memory, session_bytes=1000 * MIB)
-    return dataclasses.replace(manifest, inference_memory=large)
+    decoder = manifest.decoder and dataclasses.replace(manifest.decoder, memory=large)
+    return dataclasses.replace(manifest, inference_memory=large, decoder=decoder)
 
 
 def test_the_whole_graph_is_preferred_then_the_largest_chunk(bundle: Make) -> None:
     """And what the plan holds grows with the chunk."""
     manifest = with_memory(open_bundle(bundle("llama", 4)).manifest)
 
-    def plan(budget_bytes: int | None):  # type: ignore[no-untyped-def]
+    def plan(budget_bytes: int | None, manifest: Manifest = manifest):  # type: ignore[no-untyped-def]
         sizes = {"prompt_tokens": 40, "max_new_tokens": 8, "rank": 4}
         return plan_generation(manifest, budget_bytes, 50 * MIB, **sizes)
 
-    assert plan(None).role == plan(1200 * MIB).role == RESIDENT
+    assert plan(None).role == plan(1200 * MIB).role == "decoder"
+    without = dataclasses.replace(manifest, decoder=None)
+    assert plan(None, without).role == plan(1200 * MIB, without).role == RESIDENT
     whole = plan(200 * MIB)
     assert (whole.role, whole.chunk) == (STREAMED, 40)
     tight = plan(whole.peak_bytes - 4096)

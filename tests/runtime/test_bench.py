@@ -121,10 +121,10 @@ def test_the_command_prints_a_table_or_json_and_draws(classifier: Path, tmp_path
 
 def test_a_budget_for_nothing_exits_3(classifier: Path) -> None:
     """With one line, which names the phase that needs the least."""
-    result = command("bench", classifier, "--budget", "30MiB", "--steps", 1)
+    result = command("bench", classifier, "--budget", "40MiB", "--steps", 1)
     assert result.exit_code == 3
     assert result.stdout == ""
-    assert "error: no phase runs in 30.0 MiB; the smallest, " in result.stderr
+    assert "error: no phase runs in 40.0 MiB; the smallest, " in result.stderr
     assert "give at least" in result.stderr
 
 

@@ -1,0 +1,63 @@
+"""What a manifest must say of the decoder graph before it is opened."""
+
+from edgepeft.bundle.manifest import DecoderGraph, Manifest
+from edgepeft.errors import BundleError
+
+_INPUTS = {"input_ids", "seqlens_k", "total_sequence_length"}
+
+
+def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
+    """Check that the graphs exist, take what a decoder is given, and that every group fits its slots.
+
+    Raises:
+        BundleError: names the graph or group, and what is wrong with it.
+    """
+    slots = {slot.module: slot for slot in manifest.lora_slots}
+    cache = {
+        spec.name: spec
+        for spec in manifest.graphs["inference"].inputs
+        if spec.name.startswith("past_key_values.")
+    }
+    expected = _INPUTS | cache.keys()
+    for index, group in enumerate(decoder.groups):
+        where = f"decoder, group {index}"
+        expected |= {group.a_input, group.b_input}
+        _require(len(group.slots) >= 1, f"{where} has no slot")
+        for placed in group.slots:
+            slot = slots.get(placed.module)
+            _require(slot is not None, f"{where}: {placed.module!r} is no slot")
+            assert slot is not None
+            _require(
+                slot.in_features == group.in_features
+                and placed.first >= 0
+                and placed.first + slot.out_features <= group.out_features,
+                f"{where} is {group.in_features} -> {group.out_features}, its slot {placed.module!r} "
+                f"{slot.in_features} -> {slot.out_features} from column {placed.first} on",
+            )
+    _require((decoder.int8_graph is None) == (decoder.int8_memory is None), "decoder: its memory is missing")
+    for role in (decoder.graph, decoder.int8_graph):
+        if role is None:
+            continue
+        graph = manifest.graphs.get(role)
+        _require(graph is not None, f"decoder: there is no graph {role!r}")
+        assert graph is not None
+        differing = sorted({spec.name for spec in graph.inputs} ^ expected)
+        _require(
+            not differing, f"decoder: the graph {role!r} and its wiring differ in the input {differing[:1]}"
+        )
+        for spec in graph.inputs:
+            if spec.name in cache:
+                sizes, wanted = spec.shape, cache[spec.name].shape
+                _require(
+                    len(sizes) == 4 and (sizes[1], sizes[3]) == (wanted[1], wanted[3]),
+                    f"decoder: {spec.name!r} is {list(sizes)}, the inference graph's {list(wanted)}",
+                )
+        outputs = {spec.name for spec in graph.outputs}
+        presents = {name.replace("past_key_values.", "present.") for name in cache}
+        differing = sorted(outputs ^ {"logits", *presents})
+        _require(not differing, f"decoder: the graph {role!r} has not the outputs expected: {differing[:1]}")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise BundleError(message)

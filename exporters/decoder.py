@@ -1,0 +1,135 @@
+"""The graph that generates: tokens into a cache of fixed size, logits of the last one out.
+
+Made from the same trace as the inference graph and of the same weights, for speed: attention writes its keys
+and values in place, the output layer sees one token a row, layers that read the same value are one product,
+and a LoRA costs two small nodes a product. Where a model does not allow it, there is none, and the inference
+graph generates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from edgepeft.bundle.manifest import DecoderGraph, MemoryFormula
+
+from .graph import tidy
+from .passes.cache_in_place import keep_cache_in_place
+from .passes.drop_cache import is_cache
+from .passes.flat_tokens import flatten_tokens
+from .passes.fuse_sums import fuse_sums
+from .passes.input_shapes import take_sizes_from_inputs
+from .passes.last_token import keep_last_token
+from .passes.linears import Linear, find_linears, find_marked_linears, unpack
+from .passes.lora_groups import insert_lora_groups
+from .passes.quantize import Freezer
+from .passes.side_by_side import put_side_by_side
+from .writer import WeightWriter
+
+ROLE, INT8_ROLE = "decoder", "decoder.int8"
+#: Memory is measured when the graphs have been written.
+UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
+
+
+@dataclass
+class Decoder:
+    """The graphs by role, what the manifest says of them, and the rows of the parts of joined weights."""
+
+    graphs: dict[str, ir.Model]
+    wiring: DecoderGraph
+    rows: dict[str, list[int]]
+
+    def write_weights(self, weights: WeightWriter) -> None:
+        """Store the joined weights, so that the graphs which read their parts share the bytes."""
+        for name, value in self.graphs[self.wiring.graph].graph.initializers.items():
+            stem = next((stem for stem in self.rows if name == stem or name.startswith(f"{stem}.")), None)
+            if stem is not None and value.const_value is not None:
+                weights.add_parts(name, value.const_value, self.rows[stem])
+
+
+def build_decoder(
+    model: ir.Model,
+    tensors: dict[str, torch.Tensor],
+    packed: dict[str, dict[str, int]],
+    modules: Collection[str],
+    freezer: Freezer,
+    max_length: int,
+) -> Decoder | None:
+    """Make the decoder of an optimized trace, which is changed.
+
+    Args:
+        model: with a key/value cache, its weights inputs.
+        tensors: the weights by name.
+        packed: see `Traced`.
+        modules: names of the linears that have LoRA slots.
+        freezer: that has stored the weights for the inference graph.
+        max_length: positions that the model knows.
+
+    Returns:
+        The decoder, or None where the graph has no cache, or one that cannot stay in place.
+    """
+    graph = model.graph
+    if not keep_cache_in_place(model, max_length):
+        return None
+    by_name = {value.name or "": value for value in graph.inputs}
+    weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
+    linears = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
+    products = {node for linear in linears.values() for node in linear.nodes}
+    keep_last_token(graph, graph.outputs[0], products)
+    take_sizes_from_inputs(graph)
+    _count_rows_of_tokens(graph)
+    tidy(model)
+    joined = put_side_by_side(graph, weights)
+    chosen: list[Linear] = [linear for name, linear in unpack(linears, packed).items() if name in modules]
+    groups = insert_lora_groups(graph, chosen, joined.places)
+    freezer.freeze(graph, weights, joined.parts)
+    tidy(model)
+    flatten_tokens(graph)
+    tidy(model)
+    fuse_sums(graph)
+    tidy(model)
+    if not _stands_alone(graph):
+        return None
+    int8 = _int8(model)
+    wiring = DecoderGraph(
+        ROLE,
+        tuple(groups),
+        UNKNOWN,
+        None if int8 is None else INT8_ROLE,
+        None if int8 is None else UNKNOWN,
+    )
+    rows = {name: [len(tensors[part]) for part in parts] for name, parts in joined.parts.items()}
+    return Decoder({ROLE: model} | ({} if int8 is None else {INT8_ROLE: int8}), wiring, rows)
+
+
+def _count_rows_of_tokens(graph: ir.Graph) -> None:
+    """Ask the tokens, and no other input, how many rows there are."""
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    for node in graph:
+        if node.op_type != "Shape" or node.inputs[0] not in graph.inputs:
+            continue
+        if (node.attributes.get_int("start", 0), node.attributes.get_int("end", -1)) == (0, 1):
+            node.replace_input_with(0, ids)
+
+
+def _stands_alone(graph: ir.Graph) -> bool:
+    """Drop the mask, which nothing may read any more; nothing but attention may read the cache."""
+    for value in list(graph.inputs):
+        readers = {node.op_type for node, _ in value.uses()}
+        if value.name == "attention_mask" and not readers:
+            graph.inputs.remove(value)
+        elif value.name == "attention_mask" or (is_cache(value) and readers != {"GroupQueryAttention"}):
+            return False
+    return True
+
+
+def _int8(model: ir.Model) -> ir.Model | None:
+    """The same graph, its products rounding activations to 8 bits; None where no weight is quantized."""
+    copied = model.clone()
+    products = [node for node in copied.graph if node.op_type == "MatMulNBits"]
+    for node in products:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
+    return copied if products else None
