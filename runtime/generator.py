@@ -184,7 +184,7 @@ class Generator:
         decoder = decoder_for(session, self._manifest, plan, [len(ids)])
         try:
             decoder.read(0, ids)
-            return PromptCache.of(ids, origin(self._manifest, inputs), decoder.snapshot(0))
+            return PromptCache.of(ids, origin(self._manifest, plan.role, inputs), decoder.snapshot(0))
         finally:
             decoder.close()
 
@@ -210,7 +210,7 @@ class Generator:
         rows, cached_bytes = len(prompts) + keep, 0 if cache is None else cache.held_bytes
         planned = self._planned(prompts, options.max_new_tokens, rows, cached_bytes)
         session, inputs, plan = self._sessions.borrowed(adapter, planned)
-        made_by = {} if cache is None and not keep else origin(self._manifest, inputs)
+        made_by = {} if cache is None and not keep else origin(self._manifest, plan.role, inputs)
         if cache is not None:
             cache.check_origin(made_by)
         # The last token that is written is not read.

@@ -23,11 +23,13 @@ from edgepeft.tensor_files import TensorFile, write_tensors
 _KEY = "edgepeft_prompt"
 
 
-def origin(manifest: Manifest, adapter_inputs: Mapping[str, Array]) -> dict[str, str]:
+def origin(manifest: Manifest, role: str, adapter_inputs: Mapping[str, Array]) -> dict[str, str]:
     """What keys and values depend on beside the tokens, by names that people know: SHA-256 of the inference
-    graph and the weights, and of the adapter as the graph gets it."""
+    graph and the weights, and of the adapter as the graph gets it; and whether activations were rounded by
+    the graph of this role."""
     graph = manifest.files[manifest.graphs["inference"].file].sha256
     weights = manifest.files[manifest.weights_file].sha256
+    rounds = manifest.decoder is not None and role == manifest.decoder.int8_graph
     digest = hashlib.sha256()
     for name in sorted(adapter_inputs):
         value = adapter_inputs[name]
@@ -36,6 +38,7 @@ def origin(manifest: Manifest, adapter_inputs: Mapping[str, Array]) -> dict[str,
     return {
         "bundle": hashlib.sha256(f"{graph} {weights}".encode()).hexdigest(),
         "adapter": digest.hexdigest(),
+        "precision": "int8 activations" if rounds else "exact",
     }
 
 

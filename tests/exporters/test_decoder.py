@@ -19,6 +19,7 @@ from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.validation import validate_manifest
 from edgepeft.runtime.activation import graph_inputs, group_inputs, resolve
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
+from edgepeft.runtime.decoding.prompt_cache import origin
 from edgepeft.runtime.session import GraphSession
 
 from . import models, zoo
@@ -274,6 +275,11 @@ def test_activations_of_eight_bits_are_near(decoders: Make) -> None:
     session.bind(group_inputs(exported.bundle.manifest, graph_inputs(exported.bundle, [])))
     rounded = InPlaceDecoder(session, exported.bundle.manifest, 1, CAPACITY, CAPACITY).read(0, ids)
     assert 0 < np.abs(rounded - exact).max() < 0.1 * exact.std()
+    # So their keys and values are not taken for the exact ones, whichever graph made those.
+    made_by = {
+        role: origin(exported.bundle.manifest, role, {}) for role in ("decoder", "streamed", "decoder.int8")
+    }
+    assert made_by["decoder"] == made_by["streamed"] != made_by["decoder.int8"]
 
 
 @pytest.mark.slow
