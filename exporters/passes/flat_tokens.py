@@ -41,7 +41,9 @@ def flatten_tokens(graph: ir.Graph) -> None:
                     width = value.shape[2]
                     assert isinstance(width, int)
                     target = initializer(graph, f"shape_tokens_{width}", np.array([-1, width], np.int64))
-                    made[value] = append(graph, "Reshape", [value, target], shape=[TOKENS, width])
+                    made[value] = append(
+                        graph, "Reshape", [value, target], shape=[TOKENS, width], dtype=value.dtype
+                    )
                 _replace(node, value, made[value])
             for output in node.outputs:
                 if output.shape is not None and output.uses():
@@ -103,4 +105,4 @@ def _apart(graph: ir.Graph, value: ir.Value, ids: ir.Value) -> ir.Value:
     extent = append(graph, "Shape", [ids], shape=[2], dtype=INT64)
     last = initializer(graph, f"size_{width}", np.array([width], np.int64))
     target = append(graph, "Concat", [extent, last], {"axis": 0}, shape=[3], dtype=INT64)
-    return append(graph, "Reshape", [value, target], shape=[*list(ids.shape), width])
+    return append(graph, "Reshape", [value, target], shape=[*list(ids.shape), width], dtype=value.dtype)

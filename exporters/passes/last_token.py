@@ -39,7 +39,14 @@ def _cut(graph: ir.Graph, product: ir.Node, after: list[ir.Node], last: ir.Value
     hidden = product.inputs[0]
     assert hidden is not None
     assert hidden.shape is not None
-    row = append(graph, "Gather", [hidden, last], {"axis": 1}, shape=[hidden.shape[0], hidden.shape[2]])
+    row = append(
+        graph,
+        "Gather",
+        [hidden, last],
+        {"axis": 1},
+        shape=[hidden.shape[0], hidden.shape[2]],
+        dtype=hidden.dtype,
+    )
     product.replace_input_with(0, row)
     for node in (product, *after):
         shape = node.outputs[0].shape

@@ -24,6 +24,8 @@ _BYTES_PER_VALUE = 4 + 4 - 4
 _DIRECTION_BYTES = 4 * CHUNK_VALUES
 # Where the state is in a file, what the optimizer reads of it at a time.
 _READ_BYTES = 8 * 4 * CHUNK_VALUES
+# Weights of the next stage that are read ahead; larger ones would cost more than they save.
+_READ_AHEAD_BYTES = 16 * 2**20
 # Of the inputs of stages, one in so many is kept where memory is shorter still.
 _STRIDES = (2, 4)
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
@@ -110,10 +112,11 @@ def _staged(
             bare, held=Held(weights=True), session_bytes=bare.session_bytes + more_bytes
         )
         return [cost.filled(bare, budget_bytes)]
-    mapped = dataclasses.replace(
+    ahead_bytes = largest_stage_bytes(manifest, partition)
+    in_file = dataclasses.replace(
         bare,
-        held=Held(cached=False),
-        session_bytes=bare.session_bytes + largest_stage_bytes(manifest, partition),
+        held=Held(cached=ahead_bytes > _READ_AHEAD_BYTES),
+        session_bytes=bare.session_bytes + (ahead_bytes if ahead_bytes <= _READ_AHEAD_BYTES else 0),
         state_in_file=True,
         state_bytes=_READ_BYTES
         + _adapter_bytes(workload)
@@ -124,7 +127,7 @@ def _staged(
     )
     # Half of what is left is the system's, for pages of weights that it need not read again.
     half = None if budget_bytes is None else (budget_bytes + bare.peak_bytes) // 2
-    return [cost.filled(bare, half), mapped, *(_strided(mapped, cost, stride) for stride in _STRIDES)]
+    return [cost.filled(bare, half), in_file, *(_strided(in_file, cost, stride) for stride in _STRIDES)]
 
 
 def _strided(plan: Plan, cost: ChainCost, stride: int) -> Plan:
