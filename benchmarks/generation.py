@@ -20,9 +20,8 @@ from typing import Any
 import click
 import numpy as np
 
-import edgepeft
 from benchmarks.compare import REST_S, Command, Side, machine
-from benchmarks.shapes import ALL_LINEARS, DECODERS, RANK, SHAPES
+from benchmarks.shapes import ALL_LINEARS, DECODERS, SHAPES, bundle_of
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
 PROMPT, TOKENS, THREADS, SWAPS = 128, 64, 2, 10
@@ -51,18 +50,8 @@ class GenerationSide(Side):
 
 def prepare(shape: str, work: Path) -> tuple[Path, Path]:
     """The bundle with two adapters, and genai's folder, below `work`; made where they are not there yet."""
-    bundle, folder, source = (work / f"{shape}.{kind}" for kind in ("edge", "genai", "hf"))
-    if not bundle.exists():
-        chosen = SHAPES[shape]
-        edgepeft.export(
-            chosen.build(),
-            bundle,
-            task=chosen.task,
-            rank=RANK,
-            targets=ALL_LINEARS,
-            train=False,
-            verify=False,
-        )
+    folder, source = (work / f"{shape}.{kind}" for kind in ("genai", "hf"))
+    bundle = bundle_of(shape, work, lambda text: click.echo(f"{text} …", err=True), ALL_LINEARS, train=False)
     for name in ("a", "b"):
         _random_adapter(bundle, work / f"{shape}.{name}")
     if not folder.exists():

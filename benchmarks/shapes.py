@@ -1,6 +1,6 @@
 """Models in published shapes with random weights: time and memory do not depend on the values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,16 @@ SHAPES = {
 DECODERS = [name for name, shape in SHAPES.items() if shape.task == "text-generation"]
 
 
-def bundle_of(shape: str, folder: Path, report: Callable[[str], None]) -> Path:
-    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet."""
+def bundle_of(
+    shape: str,
+    folder: Path,
+    report: Callable[[str], None],
+    targets: Sequence[str] | None = None,
+    *,
+    train: bool = True,
+) -> Path:
+    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet: with LoRA on `targets`,
+    or on the shape's own, and with training graphs if it is to `train`."""
     bundle = folder / f"{shape}.edge"
     if not bundle.exists():
         chosen = SHAPES[shape]
@@ -110,7 +118,8 @@ def bundle_of(shape: str, folder: Path, report: Callable[[str], None]) -> Path:
             bundle,
             task=chosen.task,
             rank=RANK,
-            targets=chosen.targets,
+            targets=chosen.targets if targets is None else targets,
+            train=train,
             verify=False,
             report=report,
         )

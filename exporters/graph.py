@@ -87,6 +87,17 @@ def new_model(graph: ir.Graph) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepeft")
 
 
+def add_behind(graph: ir.Graph, output: ir.Value, delta: ir.Value) -> None:
+    """Have everything that reads `output`, and the graph where it is an output, read `output + delta`."""
+    readers = list(output.uses())
+    total = append(graph, "Add", [output, delta], shape=output.shape)
+    for reader, position in readers:
+        reader.replace_input_with(position, total)
+    if output.is_graph_output():
+        graph.outputs[list(graph.outputs).index(output)] = total
+        total.name, output.name = output.name, None
+
+
 def rename_axes(graph: ir.Graph, names: Mapping[str, str]) -> None:
     """Rename symbolic axes everywhere; an expression of several (`s1 + s2`) is renamed part by part."""
 

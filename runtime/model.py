@@ -338,6 +338,7 @@ class Model:
             raise UsageError(f"a {self.manifest.task} bundle classifies nothing")
         return self.predict(prediction.as_records(self._task, inputs), adapter, batch_size, seq_len)
 
+    @one_at_a_time
     def embed(
         self,
         texts: Sequence[object],

@@ -1,12 +1,9 @@
 """Options of `edgepeft generate` that say how tokens are chosen and where an answer ends; they have the names
 of `GenerationOptions`."""
 
-from collections.abc import Callable
-from typing import Any
-
 import click
 
-from edgepeft.cli.options import Decorator
+from edgepeft.cli.options import Decorator, all_of
 
 
 def generation_options() -> Decorator:
@@ -46,10 +43,4 @@ def generation_options() -> Decorator:
             help="End before this text; repeat it for several.",
         ),
     )
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return all_of(options)

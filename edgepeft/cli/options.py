@@ -62,6 +62,17 @@ def check_floor(budget_bytes: int | None) -> None:
         )
 
 
+def all_of(options: Sequence[Decorator]) -> Decorator:
+    """Several options as one decorator, in the order in which the help lists them."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def memory_options() -> Decorator:
     """What of `TrainingOptions` trades time or freedom for memory."""
     options = (
@@ -91,13 +102,7 @@ def memory_options() -> Decorator:
             help="32bit or 8bit: how AdamW's moments are kept.",
         ),
     )
-
-    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    return all_of(options)
 
 
 def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> Device | None:

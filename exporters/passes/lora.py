@@ -17,7 +17,7 @@ import onnx_ir as ir
 from edgepeft.bundle.manifest import LoraSlot
 from edgepeft.errors import ExportError
 
-from ..graph import append, graph_input, initializer
+from ..graph import add_behind, append, graph_input, initializer
 from .linears import Linear
 
 PEFT_PREFIX = "base_model.model."
@@ -63,17 +63,11 @@ def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
                 f"linear {linear.module}: the shape of its output is unknown, so it takes no LoRA"
             )
         lead = list(output.shape)[:-1]
-        readers = list(output.uses())
         low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
         scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
         delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, slot.out_features])
         delta = _in_place(graph, delta, linear.first, output)
-        total = append(graph, "Add", [output, delta], shape=output.shape)
-        for reader, position in readers:
-            reader.replace_input_with(position, total)
-        if output.is_graph_output():
-            graph.outputs[list(graph.outputs).index(output)] = total
-            total.name, output.name = output.name, None
+        add_behind(graph, output, delta)
 
 
 def _in_place(graph: ir.Graph, delta: ir.Value, first: int, output: ir.Value) -> ir.Value:

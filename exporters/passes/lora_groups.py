@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GroupedSlot, LoraGroup
 
-from ..graph import append, graph_input
+from ..graph import add_behind, append, graph_input
 from .linears import Linear
 
 
@@ -49,15 +49,9 @@ def _insert(graph: ir.Graph, product: ir.Node, slots: Sequence[GroupedSlot], ind
     group = LoraGroup(tuple(slots), in_features, out_features, f"lora.{index}.A", f"lora.{index}.B")
     lora_a = graph_input(graph, group.a_input, [in_features, rank])
     lora_b = graph_input(graph, group.b_input, [rank, out_features])
-    readers = list(output.uses())
     low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
     delta = append(graph, "MatMul", [low_rank, lora_b], shape=[*lead, out_features])
-    total = append(graph, "Add", [output, delta], shape=output.shape)
-    for reader, position in readers:
-        reader.replace_input_with(position, total)
-    if output.is_graph_output():
-        graph.outputs[list(graph.outputs).index(output)] = total
-        total.name, output.name = output.name, None
+    add_behind(graph, output, delta)
     return group
 
 

@@ -69,6 +69,8 @@ class TrainingState:
             `adds_up`, `total`, float32, of no length without an optimizer; and the optimizer's, by the names
             that its graph gives them.
         moments: the names of the optimizer's.
+        parameters, gradients: the trained tensors as they are now and their gradients, by name: views of what
+            is in memory, else read when they are asked for.
         size: entries of `param`, gaps included.
         count: values of all tensors.
 
@@ -105,20 +107,14 @@ class TrainingState:
             }
         else:
             self.buffers = dict(StateFile(file_in, self._layout).buffers)
+        self._name_tensors()
         for name, tensor in tensors.items():
             for kind in ("param", "start"):
                 self.buffers[kind].write(self._places[name][0], tensor.reshape(-1))
 
-    @property
-    def parameters(self) -> Mapping[str, FloatArray]:
-        """The trained tensors as they are now, by name: views of what is in memory, else read when they are
-        asked for."""
-        return self._tensors("param")
-
-    @property
-    def gradients(self) -> Mapping[str, FloatArray]:
-        """Their gradients, likewise."""
-        return self._tensors("grad") if len(self.buffers["grad"]) else {}
+    def _name_tensors(self) -> None:
+        self.parameters = self._tensors("param")
+        self.gradients = self._tensors("grad") if len(self.buffers["grad"]) else {}
 
     def inputs(self, constants: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """All adapter inputs: the trained tensors as they are now, and the constants."""
@@ -145,6 +141,7 @@ class TrainingState:
         for name, buffer in before.items():
             for start in range(0, len(buffer), CHUNK_VALUES):
                 self.buffers[name].write(start, buffer.read(start, start + CHUNK_VALUES))
+        self._name_tensors()
 
     def relative_change(self) -> float:
         """L2 norm of the update divided by that of what it started from."""
@@ -195,6 +192,9 @@ class _Tensors(Mapping[str, FloatArray]):
             return self._others[name]
         start, shape = self._places[name]
         return self._buffer.read(start, start + math.prod(shape)).reshape(shape)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places or name in self._others  # without reading it
 
     def __iter__(self) -> Iterator[str]:
         return iter({**self._others, **self._places})
