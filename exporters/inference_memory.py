@@ -14,7 +14,7 @@ from edgepeft.runtime.streamed import StreamedModel
 
 from .training.feeds import axis_sizes, sample_feeds
 from .training.memory import Grid, fit_peaks, grid_of, read_profile
-from .training.probe import STREAMED, measure_session_bytes, sample_run
+from .training.probe import STREAMED, sample_run, with_session
 
 #: Lengths of the cache on the grid of sizes: what a run holds is linear in them.
 PASTS = (3, 8)
@@ -31,8 +31,7 @@ def measure_streamed(folder: Path, length_unit: int = 1) -> MemoryFormula:
     short = _one_of_each_kind(bundle.manifest, streamed)
     in_use = np.hstack(list(_bytes_in_use(bundle, short, grid, length_unit)))
     tensors = MemoryFormula(session_bytes=0, peaks=fit_peaks(in_use, grid, length_unit))
-    session_bytes = measure_session_bytes(folder, STREAMED, tensors, length_unit)
-    return dataclasses.replace(tensors, session_bytes=session_bytes)
+    return with_session(folder, STREAMED, tensors, length_unit)
 
 
 def _bytes_in_use(

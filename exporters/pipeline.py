@@ -45,7 +45,7 @@ from .training.joint import build_joint, build_loss
 from .training.memory import measure_peaks
 from .training.optimizer import build_adamw, build_grad_norm
 from .training.optimizer8 import build_adamw8
-from .training.probe import FORWARD, STAGES, measure_session_bytes
+from .training.probe import FORWARD, STAGES, with_session
 from .verify import verify_bundle
 from .verify_file import verify_against_file
 from .writer import WeightWriter, graph_spec, write_graph
@@ -340,9 +340,7 @@ def _with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest
         else:
             spec = manifest.graphs[role]
             peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit, batch_unit)
-        tensors = MemoryFormula(session_bytes=0, peaks=peaks)
-        session_bytes = measure_session_bytes(folder, role, tensors, length_unit)
-        return dataclasses.replace(tensors, session_bytes=session_bytes)
+        return with_session(folder, role, MemoryFormula(session_bytes=0, peaks=peaks), length_unit)
 
     inference = formula("inference")
     streamed = manifest.streamed_inference

@@ -95,14 +95,16 @@ class MemoryTerm:
 class MemoryFormula:
     """Bytes one session needs beyond the process it runs in.
 
-    peak = `session_bytes` + the maximum over `peaks` of the sum of that list's terms. `session_bytes` is what
-    loading the graph costs (nodes, initializers, prepacked copies), measured at export with onnxruntime in a
-    clean process; each list of terms is the sum of the tensors alive at one moment of the run that is the
-    largest for some size.
+    peak = `session_bytes` + (1 + `arena_gaps`) · the maximum over `peaks` of the sum of that list's terms.
+    `session_bytes` is what loading the graph costs (nodes, initializers, prepacked copies) and `arena_gaps`
+    what onnxruntime's arena leaves between tensors, per byte of them; both are measured at export in a clean
+    process. Each list of terms is the sum of the tensors alive at one moment of the run that is the largest
+    for some size.
     """
 
     session_bytes: int
     peaks: tuple[tuple[MemoryTerm, ...], ...]
+    arena_gaps: float = 0.0
 
     def activation_bytes(self, batch: int, seq_len: int, rank: int, past: int = 0) -> int:
         """Bytes of the tensors alive at the worst moment of one run."""
@@ -114,9 +116,9 @@ class MemoryFormula:
 
         return max((int(sum(map(value, terms))) for terms in self.peaks), default=0)
 
-    def peak_bytes(self, batch: int, seq_len: int, rank: int) -> int:
-        """`session_bytes` and `activation_bytes` together."""
-        return self.session_bytes + self.activation_bytes(batch, seq_len, rank)
+    def arena_bytes(self, batch: int, seq_len: int, rank: int, past: int = 0) -> int:
+        """What the arena takes for the tensors alive at the worst moment of one run, with its gaps."""
+        return int((1 + self.arena_gaps) * self.activation_bytes(batch, seq_len, rank, past))
 
 
 @dataclass(frozen=True)

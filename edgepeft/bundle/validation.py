@@ -289,6 +289,7 @@ def _check_training(manifest: Manifest) -> None:
 
 def _check_formula(where: str, formula: MemoryFormula) -> None:
     _require(formula.session_bytes >= 0, f"{where}: session_bytes is {formula.session_bytes}")
+    _require(0 <= formula.arena_gaps <= 1, f"{where}: arena_gaps is {formula.arena_gaps}")
     for terms in formula.peaks:
         for term in terms:
             powers = (term.batch_power, term.seq_power, term.rank_power, term.past_power)

@@ -34,14 +34,21 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
     model = forward.model.clone()
     graph = model.graph
     output = next(value for value in graph.outputs if value.name == loss.output)
-    scalar = build_sliced_loss(graph, loss, output) or loss.build(graph, output)
-    graph.outputs[:] = [scalar]
+    sliced = build_sliced_loss(graph, loss, output)
+    ends = [loss.build(graph, output)] if sliced is None else [sliced.loss, sliced.cotangent]
+    graph.outputs[:] = ends
     tidy(model)
     names = [name for slot in forward.slots for name in (slot.a_input, slot.b_input)]
     names += [module.input for module in forward.saved_modules]
     inputs = {value.name: value for value in graph.inputs}
     trainable = [name for name in names if inputs[name].uses()]
-    cotangents = differentiate(graph, scalar, [inputs[name] for name in trainable])
+    if sliced is None:
+        cotangents = differentiate(graph, ends[0], [inputs[name] for name in trainable])
+    else:
+        cotangents = differentiate(
+            graph, sliced.hidden, [inputs[name] for name in trainable], cotangent=sliced.cotangent
+        )
+    graph.outputs[:] = ends[:1]
     for name in trainable:
         gradient = cotangents[inputs[name]]
         if gradient.is_graph_output() or gradient.is_graph_input():
@@ -49,7 +56,7 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
         gradient.name = f"{GRADIENT_PREFIX}{name}"
         graph.outputs.append(gradient)
     tidy(model)
-    rematerialize(model, scalar)
+    rematerialize(model, ends)
     return Joint(model, tuple(trainable))
 
 

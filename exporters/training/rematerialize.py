@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 
@@ -11,20 +13,20 @@ from ..partition.saved import choose_saved
 from ..passes.decode_late import decode_late
 
 
-def rematerialize(model: ir.Model, loss: ir.Value) -> int:
+def rematerialize(model: ir.Model, ends: Sequence[ir.Value]) -> int:
     """Give the backward pass copies of the forward nodes that it may run again.
 
     Equal nodes stand in the graph twice afterwards: whoever runs it must not merge them.
 
     Args:
         model: with forward and backward pass, sorted.
-        loss: what the forward pass ends in.
+        ends: what the forward pass ends in.
 
     Returns:
         How many nodes were copied.
     """
     graph = model.graph
-    forward = ancestors([loss])
+    forward = ancestors(ends)
     saved = choose_saved(graph, forward)
     copies: dict[ir.Value, ir.Value] = {}
     copied = [copied_node(node, copies) for node in saved.again]

@@ -1,34 +1,45 @@
 """The loss of a language model over slices of its vocabulary, inside the training graph.
 
-`logits = f(x Wᵀ)` is made a few thousand rows of W at a time, so that W is never decoded whole: with z the
-logits of a slice, log_z gathers logΣexp z over the slices and picked the logit of the label.
+The graphs of the vocabulary head (`partition/vocabulary_head.py`) are copied into it, once for each slice of
+a few thousand rows, so that the output layer is never decoded whole and each of its rows only once.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from ..autodiff.emitter import Emitter
-from ..graph import INT64, MICROSOFT, append, graph_input, initializer
+from ..graph import INT64, append, graph_input, initializer
 from ..losses import Loss
-from ..losses.causal_lm import causal_lm_loss, shifted_labels
-from ..losses.cross_entropy import Targets
+from ..losses.causal_lm import causal_lm_loss
 from ..partition.copying import copied_node
 from ..partition.cuts import Segment
-from ..partition.vocabulary_head import OutputLayer, find_output_layer
+from ..partition.vocabulary_head import ROWS, OutputLayer, build_vocabulary_head, find_output_layer
 from ..writer import is_weight
 
 #: Weights that are decoded at a time (16 MiB of float32).
 SLICE_VALUES = 2**22
+_GATHERED = ("log_z", "picked", "spread", "label_rows")
 
 
-def build_sliced_loss(graph: ir.Graph, loss: Loss, logits: ir.Value) -> ir.Value | None:
+@dataclass(frozen=True)
+class SlicedLoss:
+    """The scalar `loss`, and the `cotangent` of what the output layer reads, `hidden`."""
+
+    loss: ir.Value
+    hidden: ir.Value
+    cotangent: ir.Value
+
+
+def build_sliced_loss(graph: ir.Graph, loss: Loss, logits: ir.Value) -> SlicedLoss | None:
     """Append the loss to a forward graph, whose output layer is left without a use.
 
     Returns:
-        The scalar, named `loss`; None where the loss or the output layer is of another kind, or one slice
-        would hold all of it.
+        None where the loss or the output layer is of another kind, or one slice would hold all of it.
     """
     if loss.function is not causal_lm_loss:
         return None
@@ -41,66 +52,105 @@ def build_sliced_loss(graph: ir.Graph, loss: Loss, logits: ir.Value) -> ir.Value
     if layer is None or layer.rows * _columns(layer) <= SLICE_VALUES:
         return None
     labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
-    targets = Targets(graph, shifted_labels(graph, labels))
+    head = build_vocabulary_head(layer)
+    gathered = _beginning(graph, layer, labels)
     step = SLICE_VALUES // _columns(layer)
-    parts = [
-        _slice(graph, layer, targets, first, min(first + step, layer.rows))
-        for first in range(0, layer.rows, step)
-    ]
-    last = initializer(graph, "axis_last", np.array([-1], np.int64))
-    all_z = append(
-        graph, "Concat", [log_z for log_z, _ in parts], {"axis": -1}, shape=[*targets.shape[:-1], len(parts)]
-    )
-    log_z = append(graph, "ReduceLogSumExp", [all_z, last], {"keepdims": 1}, shape=targets.shape)
-    picked = append(graph, "Sum", [picked for _, picked in parts], shape=targets.shape)
-    scalar = targets.mean_loss(log_z, picked)
-    scalar.name = "loss"
-    return scalar
+    for first in range(0, layer.rows, step):
+        rows = min(step, layer.rows - first)
+        given = {
+            **_weights(graph, layer, first, rows, after=(gathered["spread"], gathered["label_rows"])),
+            "first": initializer(graph, f"int64_{first}", np.array(first, np.int64)),
+            "hidden": layer.x,
+            "labels": labels,
+            **gathered,
+        }
+        found = _copied(graph, "spread", head["spread"], given, rows)
+        gathered = {name: found[f"{name}.out"] for name in _GATHERED}
+    found = _copied(graph, "loss", head["loss"], {"labels": labels, **gathered})
+    share = {"share": found["share"]}
+    cotangent = _copied(graph, "cotangent", head["cotangent"], {**gathered, **share})["cotangent"]
+    found["loss"].name = "loss"
+    return SlicedLoss(found["loss"], layer.x, cotangent)
 
 
-def _slice(
-    graph: ir.Graph, layer: OutputLayer, targets: Targets, first: int, end: int
-) -> tuple[ir.Value, ir.Value]:
-    """Of rows `[first, end)`: each position's log-normalizer, and the logit of its label or 0."""
+def _beginning(graph: ir.Graph, layer: OutputLayer, labels: ir.Value) -> dict[str, ir.Value]:
+    """What is gathered before the first slice."""
+    one = initializer(graph, "int64_axis_1", np.array([1], np.int64))
+    size = append(graph, "Shape", [labels], shape=[2], dtype=INT64)
+    positions = append(graph, "Concat", [size, one], {"axis": 0}, shape=[3], dtype=INT64)
+    columns = initializer(graph, "columns", np.array([_columns(layer)], np.int64))
+    width = append(graph, "Concat", [size, columns], {"axis": 0}, shape=[3], dtype=INT64)
+
+    def filled(value: float, shape: ir.Value, dims: list[int | str]) -> ir.Value:
+        tensor = ir.tensor(np.array([value], np.float32))
+        return append(graph, "ConstantOfShape", [shape], {"value": tensor}, shape=dims)
+
+    dims: list[int | str] = ["batch", "sequence"]
+    nothing = filled(0.0, width, [*dims, _columns(layer)])
+    return {
+        "log_z": filled(np.finfo(np.float32).min, positions, [*dims, 1]),
+        "picked": filled(0.0, positions, [*dims, 1]),
+        "spread": nothing,
+        "label_rows": nothing,
+    }
+
+
+def _weights(
+    graph: ir.Graph, layer: OutputLayer, first: int, rows: int, after: tuple[ir.Value, ir.Value]
+) -> dict[str, ir.Value]:
+    """Rows of the layer, packed, and their scales; taken when what the last slice was needed for, `after`, is
+    there: otherwise onnxruntime has all slices in memory before it uses the first one up."""
     emit = Emitter(graph)
     attributes = {name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")}
-    columns = _columns(layer)
     packed, scales = layer.weights
-    shape = [*targets.shape[:-1], end - first]
     assert scales.dtype is not None
-    weight = append(
-        graph,
-        "GatherBlockQuantized",
-        [
-            emit.reinterpreted(packed, ir.DataType.UINT8, [layer.rows, columns * attributes["bits"] // 8]),
-            initializer(graph, f"rows_{first}_{end}", np.arange(first, end, dtype=np.int64)),
-            emit.reinterpreted(scales, scales.dtype, [layer.rows, columns // attributes["block_size"]]),
-        ],
-        {"gather_axis": 0, "quantize_axis": 1, **attributes},
-        shape=[end - first, columns],
-        domain=MICROSOFT,
+    row_bytes = _columns(layer) * attributes["bits"] // 8
+    matrices = (
+        emit.reinterpreted(packed, ir.DataType.UINT8, [layer.rows, row_bytes]),
+        emit.reinterpreted(scales, scales.dtype, [layer.rows, _columns(layer) // attributes["block_size"]]),
     )
-    value = append(graph, "FusedMatMul", [layer.x, weight], {"transB": 1}, shape=shape, domain=MICROSOFT)
-    copies = {layer.product.outputs[0]: value}
-    for node in layer.after:
-        graph.append(copied_node(node, copies))
-        value = copies[node.outputs[0]]
-        value.shape = ir.Shape(shape)
-    bounds = [initializer(graph, f"int64_{bound}", np.array(bound, np.int64)) for bound in (first, end, 0)]
-    conditions = [
-        append(graph, op_type, [targets.column, bound], shape=targets.shape, dtype=ir.DataType.BOOL)
-        for op_type, bound in zip(("GreaterOrEqual", "Less"), bounds, strict=False)
+    zero = initializer(graph, "zero_int64", np.array(0, np.int64))
+    sizes = [append(graph, "Size", [value], shape=[], dtype=INT64) for value in after]
+    size = append(graph, "Add", sizes, shape=[], dtype=INT64)
+    nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
+    bounds = [
+        append(
+            graph,
+            "Add",
+            [initializer(graph, f"row_{bound}", np.array([bound], np.int64)), nothing],
+            shape=[1],
+            dtype=INT64,
+        )
+        for bound in (first, first + rows)
     ]
-    inside = append(graph, "And", conditions, shape=targets.shape, dtype=ir.DataType.BOOL)
-    offset = append(graph, "Sub", [targets.column, bounds[0]], shape=targets.shape, dtype=INT64)
-    index = append(graph, "Where", [inside, offset, bounds[2]], shape=targets.shape, dtype=INT64)
-    label = append(graph, "GatherElements", [value, index], {"axis": -1}, shape=targets.shape)
-    nothing = initializer(graph, "zero_float32", np.array(0, np.float32))
-    last = initializer(graph, "axis_last", np.array([-1], np.int64))
-    return (
-        append(graph, "ReduceLogSumExp", [value, last], {"keepdims": 1}, shape=targets.shape),
-        append(graph, "Where", [inside, label, nothing], shape=targets.shape),
-    )
+    axis = initializer(graph, "axis_first", np.array([0], np.int64))
+    return {
+        f"weight.{number}": append(
+            graph,
+            "Slice",
+            [matrix, *bounds, axis],
+            shape=[rows, *list(matrix.shape or ())[1:]],
+            dtype=matrix.dtype,
+        )
+        for number, matrix in enumerate(matrices)
+    }
+
+
+def _copied(
+    graph: ir.Graph, role: str, model: ir.Model, inputs: Mapping[str, ir.Value], rows: int = 0
+) -> dict[str, ir.Value]:
+    """Append a copy of the head's graph `role` and return its outputs; its slice has so many rows."""
+    copies = {value: inputs[value.name or ""] for value in model.graph.inputs}
+    for name, value in model.graph.initializers.items():
+        assert value.const_value is not None
+        copies[value] = initializer(graph, f"head.{role}.{name}", ir.tensor(value.const_value.numpy()))
+    for node in model.graph:
+        copied = copied_node(node, copies)
+        for value in copied.outputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([rows if dim == ROWS else dim for dim in value.shape])
+        graph.append(copied)
+    return {value.name or "": copies[value] for value in model.graph.outputs}
 
 
 def _columns(layer: OutputLayer) -> int:

@@ -59,7 +59,7 @@ def plan_graph(
     """
     if budget_bytes is not None:
         check_run(memory, budget_bytes, process_bytes, shape=shape, rank=rank)
-    activation_bytes = run_bytes(memory.activation_bytes(*shape, rank))
+    activation_bytes = run_bytes(memory.arena_bytes(*shape, rank))
     return RunPlan(role, process_bytes, memory.session_bytes, activation_bytes)
 
 
@@ -86,7 +86,7 @@ def plan_forward(
     assert budget_bytes is not None
     rows, tokens = shape
     output_bytes = 0 if streamed.output_layer is None else 4 * rows * tokens * streamed.output_layer.rows
-    activation_bytes = run_bytes(streamed.memory.activation_bytes(rows, tokens, rank)) + output_bytes
+    activation_bytes = run_bytes(streamed.memory.arena_bytes(rows, tokens, rank)) + output_bytes
     plan = RunPlan(STREAMED, process_bytes, streamed.memory.session_bytes, activation_bytes)
     if plan.peak_bytes > budget_bytes:
         raise _refusal(
@@ -170,9 +170,9 @@ def _in_place(
     kept_bytes = growing_cache_bytes(manifest, rows, total)
 
     def plan(chunk: int) -> RunPlan:
-        tensor_bytes = max(memory.activation_bytes(1, chunk, rank), memory.activation_bytes(rows, 1, rank))
+        arena_bytes = max(memory.arena_bytes(1, chunk, rank), memory.arena_bytes(rows, 1, rank))
         session_bytes = memory.session_bytes
-        return RunPlan(role, process_bytes, session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk)
+        return RunPlan(role, process_bytes, session_bytes, run_bytes(arena_bytes), kept_bytes, chunk)
 
     chunk = min(prompt_tokens, CHUNK)
     if budget_bytes is not None:
@@ -215,14 +215,14 @@ def _generation(
     rows, chunk, prompt_tokens, total = sizes
     memory = streamed.memory
     if cache_specs(manifest):
-        tensor_bytes = max(
-            memory.activation_bytes(1, chunk, rank, prompt_tokens - chunk),
-            memory.activation_bytes(1, 1, rank, total - 1),
+        arena_bytes = max(
+            memory.arena_bytes(1, chunk, rank, prompt_tokens - chunk),
+            memory.arena_bytes(1, 1, rank, total - 1),
         )
     else:  # every token reads the whole text again
-        tensor_bytes = memory.activation_bytes(1, total, rank)
+        arena_bytes = memory.arena_bytes(1, total, rank)
     kept_bytes = rows * cache_bytes(manifest, streamed, 1, total)
-    return RunPlan(STREAMED, process_bytes, memory.session_bytes, run_bytes(tensor_bytes), kept_bytes, chunk)
+    return RunPlan(STREAMED, process_bytes, memory.session_bytes, run_bytes(arena_bytes), kept_bytes, chunk)
 
 
 def _largest(count: int, fits: Callable[[int], bool]) -> int:

@@ -30,9 +30,8 @@ _READ_AHEAD_BYTES = 16 * 2**20
 _STRIDES = (2, 4)
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
-# Gaps in the arena, per byte of tensors, and what the first run touches beside them (code, stacks): on
-# MiniLM, six sizes of batches from 2 x 32 to 32 x 16 measured 0.07 to 0.12 and 3 to 4 MiB.
-_ARENA_GAPS = 0.12
+# What the first run touches beside tensors (code, stacks): on MiniLM, six sizes of batches from 2 x 32 to
+# 32 x 16 measured 3 to 4 MiB.
 _FIRST_RUN_BYTES = 4 * 2**20
 
 
@@ -68,7 +67,7 @@ def _resident(
 ) -> Plan:
     inference = manifest.inference_memory
     sizes = (workload.rows, workload.seq_len, workload.rank)
-    inference_bytes = inference.session_bytes + run_bytes(inference.activation_bytes(*sizes))
+    inference_bytes = inference.session_bytes + run_bytes(inference.arena_bytes(*sizes))
     # A drift penalty has the base model run beside the training graph.
     base_bytes = inference_bytes if has_drift_penalty(manifest) else 0
     return Plan(
@@ -76,7 +75,7 @@ def _resident(
         exact=strategy.exact,
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes,
-        activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + base_bytes,
+        activation_bytes=run_bytes(strategy.memory.arena_bytes(*sizes)) + base_bytes,
         state_bytes=_state_bytes(workload) + _batch_bytes(manifest, graph, workload),
         evaluation_bytes=inference_bytes + _loss_bytes(manifest, workload),
     )
@@ -99,7 +98,7 @@ def _staged(
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes + _embedding_bytes(manifest, workload),
         activation_bytes=run_bytes(
-            strategy.memory.activation_bytes(workload.rows, workload.seq_len, workload.rank)
+            strategy.memory.arena_bytes(workload.rows, workload.seq_len, workload.rank)
         ),
         state_bytes=_state_bytes(workload) + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # in stages, judging is a part of what training does
@@ -150,7 +149,7 @@ def _forward_only(manifest: Manifest, strategy: Strategy, workload: Workload, pr
         exact=strategy.exact,
         process_bytes=process_bytes,
         session_bytes=strategy.memory.session_bytes + embedding_bytes,
-        activation_bytes=run_bytes(strategy.memory.activation_bytes(*sizes)) + loss_bytes,
+        activation_bytes=run_bytes(strategy.memory.arena_bytes(*sizes)) + loss_bytes,
         state_bytes=_adapter_bytes(workload) + _DIRECTION_BYTES + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # judging is what training does
         relative_step=None,
@@ -230,7 +229,7 @@ def check_run(
     Raises:
         BudgetError: names the smallest budget that would do.
     """
-    activation_bytes = run_bytes(memory.activation_bytes(*shape, rank))
+    activation_bytes = run_bytes(memory.arena_bytes(*shape, rank))
     peak_bytes = process_bytes + memory.session_bytes + activation_bytes
     if peak_bytes <= budget_bytes:
         return
@@ -245,9 +244,9 @@ def check_run(
     )
 
 
-def run_bytes(tensor_bytes: int) -> int:
-    """What a run adds to the process for tensors of so many bytes."""
-    return tensor_bytes + int(_ARENA_GAPS * tensor_bytes) + _FIRST_RUN_BYTES
+def run_bytes(arena_bytes: int) -> int:
+    """What a run adds to the process whose arena takes so many bytes."""
+    return arena_bytes + _FIRST_RUN_BYTES
 
 
 def _loss_bytes(manifest: Manifest, workload: Workload) -> int:

@@ -138,6 +138,7 @@ SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "infer
         (put("strategies", 0, "graph", value="inference"), "no gradient of"),
         (put("strategies", 0, "exact", value=1), "exact is 1, expected bool"),
         (put("inference_memory", "session_bytes", value=-1), "session_bytes is -1"),
+        (put("inference_memory", "arena_gaps", value=-0.5), "arena_gaps is -0.5"),
         (put("inference_memory", "peaks", 0, 0, "bytes", value=-1), "memory term"),
         (put("inference_memory", "peaks", 0, 0, "seq_power", value=99), "memory term"),
     ],

@@ -217,7 +217,7 @@ def traced_once() -> Iterator[None]:
         patch.object(forward, "optimize_forward", lambda _: None),
         patch("edgepeft.exporters.pipeline.measure_peaks", lambda *_: ()),
         patch("edgepeft.exporters.pipeline.measure_chain_peaks", lambda *_, **__: ()),
-        patch("edgepeft.exporters.pipeline.measure_session_bytes", lambda *_: 0),
+        patch("edgepeft.exporters.pipeline.with_session", lambda _, __, tensors, *___: tensors),
         patch("edgepeft.exporters.pipeline.measure_streamed", lambda *_: MemoryFormula(0, ())),
     ):
         yield

@@ -105,15 +105,15 @@ def test_formulas_are_maxima_of_sums() -> None:
     formula = MemoryFormula(7, ((MemoryTerm(2.0, 1, 2, 1), MemoryTerm(0.5)), (MemoryTerm(100.0),)))
     assert formula.activation_bytes(1, 1, 1) == 100
     assert formula.activation_bytes(3, 4, 5) == 2 * 3 * 16 * 5 + 0
-    assert formula.peak_bytes(3, 4, 5) == 487
-    assert MemoryFormula(7, ()).peak_bytes(9, 9, 9) == 7
+    assert dataclasses.replace(formula, arena_gaps=0.25).arena_bytes(3, 4, 5) == 600
+    assert MemoryFormula(7, ()).arena_bytes(9, 9, 9) == 0
 
 
 def test_a_plan_adds_up(manifest: Manifest) -> None:
     """Process, session, activations and state; the evaluation counts where it is larger."""
     resident, streamed = plans(manifest, WORKLOAD, process_bytes=50 * MIB)
-    assert 4 * MIB < resident.activation_bytes < 10 * MIB  # the tensors, and what the arena adds
-    assert resident.activation_bytes - streamed.activation_bytes == pytest.approx(1.12 * 3 * MIB, abs=2)
+    assert 4 * MIB < resident.activation_bytes < 10 * MIB  # the tensors, and what a first run adds
+    assert resident.activation_bytes - streamed.activation_bytes == pytest.approx(3 * MIB, abs=2)
     assert resident.peak_bytes == 50 * MIB + 30 * MIB + resident.activation_bytes + resident.state_bytes
     assert resident.state_bytes > 4 * 4 * 600 + 4 * 400
     assert streamed.training_bytes == 60 * MIB + streamed.activation_bytes + streamed.state_bytes
