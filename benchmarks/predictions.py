@@ -26,7 +26,7 @@ from edgepeft.runtime.memory.plan import Plan, Workload
 from edgepeft.runtime.memory.planner import plans
 from edgepeft.runtime.memory.process import read_memory
 from edgepeft.runtime.model import Model
-from edgepeft.runtime.training import adapt
+from edgepeft.runtime.training import preparation
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "predictions.json"
@@ -72,7 +72,7 @@ def run(bundle: Path, number: int, holds: bool, batch_size: int, seq_len: int | 
         del budget_bytes
         return [plans(manifest, workload, process_bytes, None if holds else 0)[number]]
 
-    adapt.plans = forced
+    preparation.plans = forced
     model = Model(open_bundle(bundle))
     try:
         report = model.adapt(

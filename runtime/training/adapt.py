@@ -4,61 +4,33 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 import edgepeft
-from edgepeft.adapters import CONFIG_FILE, Adapter, write_adapter
+from edgepeft.adapters import CONFIG_FILE, write_adapter
 from edgepeft.bundle.manifest import Strategy
-from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
-from edgepeft.runtime.activation import graph_inputs, to_peft_layout
-from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.activation import to_peft_layout
+from edgepeft.runtime.data import RecordSource
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
-from edgepeft.runtime.memory.planner import choose, plans
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.session import shrink_shared_arena
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.checkpoint import Progress, checkpoint_path, load_checkpoint, save_checkpoint
-from edgepeft.runtime.training.fingerprint import fingerprint
+from edgepeft.runtime.tasks import Task
+from edgepeft.runtime.training.checkpoint import checkpoint_path, save_checkpoint
 from edgepeft.runtime.training.gate import Evaluation, evaluate
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.preparation import Prepared, prepare
 from edgepeft.runtime.training.report import REPORT_FILE, AdaptReport, HeldOut, MemoryReport, StepDown
-from edgepeft.runtime.training.sampling import split, steps_per_epoch
-from edgepeft.runtime.training.starting import starting_adapter, trained_names
 from edgepeft.runtime.training.stepping_down import NEAR, cheaper
 from edgepeft.runtime.training.trainer import Schedule, Step, train
-from edgepeft.runtime.training.workload import workload
 from edgepeft.sizes import format_size
 
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
 
 OnStep = Callable[[Step], None]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything that is known before the first session is opened."""
-
-    adapter: Adapter  # without its tensors
-    untrained: dict[str, npt.NDArray[np.float32]]
-    plan: Plan
-    candidates: list[Plan]
-    train_on: list[Example]
-    held_out: list[Example]
-    total_steps: int
-    inputs: dict[str, npt.NDArray[np.float32]]
-    state: TrainingState
-    fingerprint: dict[str, Any]
-    progress: Progress
 
 
 class _SteppingDown(Exception):
@@ -131,7 +103,9 @@ class Update:
         with self._recorder:
             began_s = time.perf_counter()
             self._recorder.mark("read records")
-            prepared = self._prepare()
+            prepared = prepare(
+                self._bundle, self._task, self._source, self._output, self._options, self._budget_bytes
+            )
             self._plan = prepared.plan
             release_freed_memory()  # the adapter as it was read
             progress = prepared.progress
@@ -189,59 +163,7 @@ class Update:
             )
         return report
 
-    def _prepare(self) -> _Prepared:
-        """Read the adapter and the records, and plan; a budget that cannot be met is refused here."""
-        bundle, options, task = self._bundle, self._options, self._task
-        adapter = starting_adapter(bundle, options)
-        names = trained_names(bundle.manifest, adapter, options)
-        examples = task.encode_all(records(self._source), options.tokens(bundle.manifest), training=True)
-        task.release()
-        train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
-        total_steps = self._total_steps(len(train_on))
-        release_freed_memory()
-        rows = min(options.batch_size, len(examples)) * task.rows_per_record
-        sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
-        candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, self._budget_bytes)
-        if options.strategy is not None:
-            candidates = [item for item in candidates if item.strategy == options.strategy]
-        plan = choose(candidates, self._budget_bytes)
-        inputs = graph_inputs(bundle, [(adapter, 1.0)])
-        file_in = self._output.parent if plan.state_in_file else None
-        optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
-        start = {name: inputs.pop(name) for name in names}
-        state = TrainingState(start, file_in, optimizer, adds_up=options.accumulation_steps > 1)
-        del start
-        known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
-        progress = load_checkpoint(self._checkpoint, known_by, state) if options.resume else None
-        # The trained tensors are in the inputs now, so the adapter's own go.
-        untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
-        return _Prepared(
-            adapter=adapter.with_tensors({}, adapter.origin),
-            untrained=untrained,
-            plan=plan,
-            candidates=candidates,
-            train_on=[examples[index] for index in train_on],
-            held_out=[examples[index] for index in held_out],
-            total_steps=total_steps,
-            inputs=inputs,
-            state=state,
-            fingerprint=known_by,
-            progress=progress or Progress(),
-        )
-
-    def _total_steps(self, count: int) -> int:
-        options = self._options
-        per_epoch = steps_per_epoch(count, options.records_per_step, self._task.minimum_batch)
-        total = options.steps or options.epochs * per_epoch
-        limit = self._bundle.manifest.policy.max_steps
-        if limit is not None and total > limit:
-            raise UsageError(
-                f"{options.epochs} epochs of {count} records are {total} steps, the bundle's policy allows "
-                f"{limit} an update: give --steps {limit}"
-            )
-        return total
-
-    def _judge(self, prepared: _Prepared) -> Evaluation:
+    def _judge(self, prepared: Prepared) -> Evaluation:
         """Loss and accuracy of the adapter as it is now, on the held-out records."""
         self._recorder.mark("evaluate")
         began_s = time.perf_counter()
@@ -268,7 +190,7 @@ class Update:
         strategies = self._bundle.manifest.strategies
         return next(item for item in strategies if item.name == self._present.strategy)
 
-    def _train(self, prepared: _Prepared) -> None:
+    def _train(self, prepared: Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
         self._recorder.mark("train")
         began_s = last_s = time.perf_counter()
@@ -310,10 +232,10 @@ class Update:
         release_freed_memory()
         self._seconds["train"] = time.perf_counter() - began_s
 
-    def _save(self, prepared: _Prepared) -> None:
+    def _save(self, prepared: Prepared) -> None:
         save_checkpoint(self._checkpoint, prepared.fingerprint, prepared.state, prepared.progress)
 
-    def _step_down(self, prepared: _Prepared, plan: Plan) -> None:
+    def _step_down(self, prepared: Prepared, plan: Plan) -> None:
         """Go on with a cheaper plan; the sessions of the last one are closed."""
         before, self._plan = self._present, plan
         peak_bytes = self._recorder.recent_peak_bytes
@@ -324,7 +246,7 @@ class Update:
         release_freed_memory()
         self._recorder.forget_peak()
 
-    def _enforce(self, prepared: _Prepared) -> None:
+    def _enforce(self, prepared: Prepared) -> None:
         """Step down near the budget; over it with nothing cheaper left, stop with the work in the
         checkpoint."""
         if self._budget_bytes is None:
@@ -348,7 +270,7 @@ class Update:
             required_bytes=required_bytes,
         )
 
-    def _keep(self, prepared: _Prepared, report: AdaptReport) -> None:
+    def _keep(self, prepared: Prepared, report: AdaptReport) -> None:
         shrink_shared_arena(self._bundle)  # makes room for a copy of the adapter
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
         tensors = {**prepared.untrained, **trained}

@@ -54,7 +54,7 @@ def test_a_loss_goes_down_and_an_update_resumes_bit_for_bit(
         states.append(TrainingState(*args, **options))
         return states[-1]
 
-    monkeypatch.setattr("edgepeft.runtime.training.adapt.TrainingState", spied)
+    monkeypatch.setattr("edgepeft.runtime.training.preparation.TrainingState", spied)
     with edgepeft.load(switched(kind), threads=1) as device:
         report = device.adapt(data_of(kind), tmp_path / "straight", **OPTIONS)
         again = resumed(device, data_of(kind), tmp_path / "again", at=23, **OPTIONS)

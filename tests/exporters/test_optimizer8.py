@@ -16,11 +16,11 @@ from edgepeft.errors import UsageError
 from edgepeft.exporters.training.optimizer import build_adamw
 from edgepeft.exporters.training.optimizer8 import build_adamw8, dynamic_map
 from edgepeft.runtime.memory.planner import CHUNK_VALUES, plans
-from edgepeft.runtime.training.adapt import workload
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.starting import trained_names
+from edgepeft.runtime.training.workload import workload
 
 from .interrupting import resumed, same_tensors
 

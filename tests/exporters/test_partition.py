@@ -193,7 +193,9 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
         "streamed, state in a file": NOTHING_HELD,
         "streamed, state in a file, 1 input in 2 kept": Held(stride=2),
     }.items():
-        monkeypatch.setattr("edgepeft.runtime.training.adapt.choose", functools.partial(forced, label, held))
+        monkeypatch.setattr(
+            "edgepeft.runtime.training.preparation.choose", functools.partial(forced, label, held)
+        )
         with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
             folder = tmp_path / label.replace(" ", "-")
             reports[label] = device.adapt(RECORDS, folder, steps=12, batch_size=4, learning_rate=5e-3)

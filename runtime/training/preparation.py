@@ -1,0 +1,110 @@
+"""What an update knows before its first session is opened: the adapter, the records, the plan."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.adapters import Adapter
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import UsageError
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.memory.plan import Plan
+from edgepeft.runtime.memory.planner import choose, plans
+from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.checkpoint import Progress, checkpoint_path, load_checkpoint
+from edgepeft.runtime.training.fingerprint import fingerprint
+from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.sampling import split, steps_per_epoch
+from edgepeft.runtime.training.starting import starting_adapter, trained_names
+from edgepeft.runtime.training.workload import workload
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
+    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from."""
+
+    adapter: Adapter
+    untrained: dict[str, npt.NDArray[np.float32]]
+    plan: Plan
+    candidates: list[Plan]
+    train_on: list[Example]
+    held_out: list[Example]
+    total_steps: int
+    inputs: dict[str, npt.NDArray[np.float32]]
+    state: TrainingState
+    fingerprint: dict[str, Any]
+    progress: Progress
+
+
+def prepare(
+    bundle: Bundle,
+    task: Task,
+    source: RecordSource,
+    output: Path,
+    options: TrainingOptions,
+    budget_bytes: int | None,
+) -> Prepared:
+    """Read the adapter and the records, and plan; arguments as for `Update`.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+        UsageError: an option cannot be used.
+        DataError: a record cannot be used, or there are too few.
+        AdapterError: the starting adapter is damaged or does not fit.
+    """
+    adapter = starting_adapter(bundle, options)
+    names = trained_names(bundle.manifest, adapter, options)
+    examples = task.encode_all(records(source), options.tokens(bundle.manifest), training=True)
+    task.release()
+    train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
+    total_steps = _total_steps(bundle, task, options, len(train_on))
+    release_freed_memory()
+    rows = min(options.batch_size, len(examples)) * task.rows_per_record
+    sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
+    candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
+    if options.strategy is not None:
+        candidates = [item for item in candidates if item.strategy == options.strategy]
+    plan = choose(candidates, budget_bytes)
+    inputs = graph_inputs(bundle, [(adapter, 1.0)])
+    file_in = output.parent if plan.state_in_file else None
+    optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
+    start = {name: inputs.pop(name) for name in names}
+    state = TrainingState(start, file_in, optimizer, adds_up=options.accumulation_steps > 1)
+    del start
+    known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
+    progress = load_checkpoint(checkpoint_path(output), known_by, state) if options.resume else None
+    # The trained tensors are in the state now, so the adapter's own go.
+    untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
+    return Prepared(
+        adapter=adapter.with_tensors({}, adapter.origin),
+        untrained=untrained,
+        plan=plan,
+        candidates=candidates,
+        train_on=[examples[index] for index in train_on],
+        held_out=[examples[index] for index in held_out],
+        total_steps=total_steps,
+        inputs=inputs,
+        state=state,
+        fingerprint=known_by,
+        progress=progress or Progress(),
+    )
+
+
+def _total_steps(bundle: Bundle, task: Task, options: TrainingOptions, count: int) -> int:
+    per_epoch = steps_per_epoch(count, options.records_per_step, task.minimum_batch)
+    total = options.steps or options.epochs * per_epoch
+    limit = bundle.manifest.policy.max_steps
+    if limit is not None and total > limit:
+        raise UsageError(
+            f"{options.epochs} epochs of {count} records are {total} steps, the bundle's policy allows "
+            f"{limit} an update: give --steps {limit}"
+        )
+    return total
