@@ -180,13 +180,13 @@ class Model:
     def generate(self, prompt: str | None = None, adapter: AdapterSpec = None, **options: Any) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], adapter: AdapterSpec = None, **options: Any) -> list[str]: ...
+    def generate(self, prompt: Sequence[str], adapter: AdapterSpecs = None, **options: Any) -> list[str]: ...
 
     @one_at_a_time
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        adapter: AdapterSpec = None,
+        adapter: AdapterSpecs = None,
         *,
         messages: Messages | None = None,
         prompt_cache: CacheSpec = None,
@@ -196,7 +196,7 @@ class Model:
 
         Args:
             prompt: the text to continue, or several, each of which gets what it gets alone.
-            adapter: as for `forward`.
+            adapter: as for `forward`; a list has one for each prompt.
             messages: instead of a prompt, a conversation for the base model's chat template, `{"role",
                 "content"}` each.
             prompt_cache: of `read_prompt` or a stream with `keep`, or its file; what prompts have in common
@@ -248,14 +248,14 @@ class Model:
 
     @overload
     def generate_ids(
-        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpec = None, **options: Any
+        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpecs = None, **options: Any
     ) -> list[list[int]]: ...
 
     @one_at_a_time
     def generate_ids(
         self,
         prompt: Sequence[int] | Sequence[Sequence[int]],
-        adapter: AdapterSpec = None,
+        adapter: AdapterSpecs = None,
         *,
         prompt_cache: CacheSpec = None,
         **options: Any,

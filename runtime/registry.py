@@ -48,6 +48,10 @@ class AdapterRegistry:
         """Bytes that the loaded adapters take."""
         return sum(adapter.nbytes for adapter in self._loaded.values())
 
+    def holds(self, name: str, array: FloatArray) -> bool:
+        """Whether an adapter's input is a loaded adapter's own array, which `nbytes` counts."""
+        return any(adapter.inputs.get(name) is array for adapter in self._loaded.values())
+
     def load(self, name: str, path: str | Path | None) -> None:
         """Keep an adapter in memory; see `Model.load_adapter`."""
         if not is_adapter_name(name):
@@ -109,6 +113,23 @@ def check_rows(spec: AdapterSpecs, count: int, what: str) -> None:
         raise UsageError(
             f"adapter: is a list of {len(rows)}, the batch has {count} {what}: give one for each"
         )
+
+
+def grouped(spec: AdapterSpecs, count: int) -> list[tuple[AdapterSpec, list[int]]]:
+    """The adapters that differ, each with the rows of a batch of `count` that have it."""
+    rows = _rows(spec)
+    if rows is None:
+        assert not isinstance(spec, list | tuple)
+        return [(spec, list(range(count)))]
+    groups: list[tuple[object, AdapterSpec, list[int]]] = []
+    for index, row in enumerate(rows):
+        stamp = stamped(row)
+        members = next((members for other, _, members in groups if other == stamp), None)
+        if members is None:
+            groups.append((stamp, row, [index]))
+        else:
+            members.append(index)
+    return [(row, members) for _, row, members in groups]
 
 
 def part_of(spec: AdapterSpecs, indices: Sequence[int]) -> AdapterSpecs:

@@ -18,6 +18,7 @@ import edgepeft
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.validation import validate_manifest
 from edgepeft.runtime.activation import graph_inputs, group_inputs, resolve
+from edgepeft.runtime.decoding.by_adapter import ByAdapter
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
 from edgepeft.runtime.decoding.prompt_cache import origin
 from edgepeft.runtime.session import GraphSession
@@ -68,17 +69,12 @@ class Exported:
         mixture: Mapping[str, float],
         rows: int = 1,
         chunk: int = CAPACITY,
-        *,
-        own: bool = False,
     ) -> InPlaceDecoder:
-        """A decoder with these adapters mixed, or with each for a row of its `own`."""
+        """A decoder with these adapters mixed."""
         chosen = resolve(self.bundle, mixture) if mixture else []
-        mixtures = [[one] for one in chosen] if own else [chosen]
-        grouped = [group_inputs(self.bundle.manifest, graph_inputs(self.bundle, one)) for one in mixtures]
         session = GraphSession(self.bundle, "decoder")
-        session.bind(grouped[0])
-        by_row = grouped if own else ()
-        return InPlaceDecoder(session, self.bundle.manifest, rows, CAPACITY, chunk, by_row)
+        session.bind(group_inputs(self.bundle.manifest, graph_inputs(self.bundle, chosen)))
+        return InPlaceDecoder(session, self.bundle.manifest, rows, CAPACITY, chunk)
 
 
 Make = Callable[[str, int], Exported]
@@ -160,7 +156,7 @@ def test_rows_of_a_batch_have_adapters_of_their_own(decoders: Make, family: str,
     exported = decoders(family, bits)
     lengths = (5, 21, 13, 2)
     texts = [tokens(length + 4, seed) for seed, length in enumerate(lengths)]
-    decoder = exported.decoder(dict.fromkeys(NAMES, 1.0), rows=4, own=True)
+    decoder = ByAdapter([(exported.decoder({name: 1.0}), [row]) for row, name in enumerate(NAMES)])
     read = [decoder.read(row, text[:-4]).copy() for row, text in enumerate(texts)]
     steps = [decoder.step([text[number - 4] for text in texts]).copy() for number in range(4)]
     for row, (name, text) in enumerate(zip(NAMES, texts, strict=True)):
