@@ -166,9 +166,10 @@ def test_every_prompt_has_an_adapter_of_its_own(device: Model, tmp_path: Path) -
     texts = device.generate(TEXTS, ["one", None, asked[2]], max_new_tokens=COUNT)
     assert texts == [device._task.text.decode([t for t in ids if t not in ENDS]) for ids in expected[:3]]
     with pytest.raises(UsageError, match="is a list of 2, the batch has 3 prompts: give one for each"):
-        device.generate(TEXTS, ["one", None])
+        device.generate(TEXTS, ["one", None], max_new_tokens=COUNT)
+    cache = device.read_prompt("XYZ")
     with pytest.raises(UsageError, match="made with another adapter"):
-        device.generate(TEXTS[:2], [None, "one"], prompt_cache=device.read_prompt("XYZ"))
+        device.generate(TEXTS[:2], [None, "one"], prompt_cache=cache, max_new_tokens=COUNT)
 
 
 def test_stop_texts_are_those_of_transformers(device: Model) -> None:
