@@ -259,7 +259,7 @@ def group_bytes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> int:
     total = 0
     for group in manifest.decoder.groups:
         members = [slots[placed.module] for placed in group.slots]
-        rank = sum(inputs[slot.scaling_input].size for slot in members)
+        rank = sum(inputs[slot.scaling_input].shape[-1] for slot in members)
         total += 4 * rank * (members[0].in_features + group.out_features)
     return total
 

@@ -37,6 +37,7 @@ class AdapterRegistry:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._loaded: dict[str, PreparedAdapter] = {}
+        self._array_ids: frozenset[int] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -48,9 +49,9 @@ class AdapterRegistry:
         """Bytes that the loaded adapters take."""
         return sum(adapter.nbytes for adapter in self._loaded.values())
 
-    def holds(self, name: str, array: FloatArray) -> bool:
+    def holds(self, array: FloatArray) -> bool:
         """Whether an adapter's input is a loaded adapter's own array, which `nbytes` counts."""
-        return any(adapter.inputs.get(name) is array for adapter in self._loaded.values())
+        return id(array) in self._array_ids
 
     def load(self, name: str, path: str | Path | None) -> None:
         """Keep an adapter in memory; see `Model.load_adapter`."""
@@ -68,6 +69,7 @@ class AdapterRegistry:
             adapter = find_adapter(self._bundle, Path(path))
         check_effect_of(self._bundle, adapter)
         self._loaded[name] = prepare(self._bundle, adapter)
+        self._know_arrays()
 
     def unload(self, name: str) -> None:
         """Free a loaded adapter.
@@ -78,6 +80,12 @@ class AdapterRegistry:
         if name not in self._loaded:
             raise AdapterError(f"no adapter {name!r} is loaded (loaded: {', '.join(self._loaded) or 'none'})")
         del self._loaded[name]
+        self._know_arrays()
+
+    def _know_arrays(self) -> None:
+        self._array_ids = frozenset(
+            id(array) for adapter in self._loaded.values() for array in adapter.inputs.values()
+        )
 
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.

@@ -35,15 +35,26 @@ class Borrower(Protocol):
 
 
 @dataclass(frozen=True)
+class _Size:
+    """An adapter's largest rank, and the bytes of its inputs beside those that loaded adapters hold: as they
+    are read, and once a decoder graph has them, whose `A` factors they then share."""
+
+    rank: int
+    nbytes: int
+    decoder_bytes: int
+
+
+@dataclass(frozen=True)
 class _Open:
     """A session, the adapter that is bound in it (as `graph_inputs` gives it and as the session's graph takes
-    it), and what the process held before it was opened, without adapters."""
+    it), how large that is, and what the process held before it was opened, without adapters."""
 
     session: AnySession
     adapter: AdapterSpecs
     inputs: dict[str, FloatArray]
     bound: dict[str, FloatArray]
     stamp: object
+    size: _Size
     process_bytes: int
 
 
@@ -98,25 +109,31 @@ class Sessions:
         adapter = simplified(adapter)
         stamp = stamped(adapter)
         bound = next((entry for entry in self._open.values() if entry.stamp == stamp), None)
-        inputs = self.registry.inputs(adapter, check_effect=check_effect) if bound is None else bound.inputs
-        adapters = [inputs, *beside]
-        rank = max(map(self._rank, adapters))
+        inputs: dict[str, FloatArray] | None = None
+        if bound is None:
+            inputs = self.registry.inputs(adapter, check_effect=check_effect)
+            size = self._size(inputs)
+        else:
+            size = bound.size
+        sizes = [size, *map(self._size, beside)]
+        rank = max(item.rank for item in sizes)
+        read_bytes = sum(item.nbytes for item in sizes)
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         opened = next(iter(self._open.values()), None)
         loaded_bytes = self.registry.nbytes
         if opened is None:
-            process_bytes = read_memory().resident_bytes - loaded_bytes - self._adapter_bytes(adapters)
+            process_bytes = read_memory().resident_bytes - loaded_bytes - read_bytes
         else:
             process_bytes = opened.process_bytes
         held_bytes = process_bytes + loaded_bytes + sum(item.held_bytes for item in self._borrowers)
-        plan = choose(held_bytes + self._adapter_bytes(adapters), rank)
+        plan = choose(held_bytes + read_bytes, rank)
         if is_decoder(self._bundle.manifest, plan.role):
-            plan = choose(held_bytes + self._adapter_bytes(adapters, grouped=True), rank)
+            plan = choose(held_bytes + sum(item.decoder_bytes for item in sizes), rank)
         self.plan = plan
         entry = self._open.get(plan.role)
         if entry is not None and entry.stamp == stamp:
             return entry.session, plan
-        if bound is not None:  # another graph took its inputs, perhaps as parts of larger ones
+        if inputs is None:  # another graph took them, perhaps as parts of larger ones
             inputs = self.registry.inputs(adapter, check_effect=check_effect)
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
@@ -124,7 +141,7 @@ class Sessions:
         session = self._session(plan.role) if entry is None else entry.session
         taken = self._as_taken(plan.role, inputs)
         session.bind(taken)
-        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, process_bytes)
+        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, size, process_bytes)
         return session, plan
 
     def borrowed(
@@ -179,7 +196,13 @@ class Sessions:
                 taken = self._as_taken(role, inputs)
                 entry.session.bind(taken)
                 self._open[role] = _Open(
-                    entry.session, None, inputs, taken, stamped(None), entry.process_bytes
+                    entry.session,
+                    None,
+                    inputs,
+                    taken,
+                    stamped(None),
+                    self._size(inputs),
+                    entry.process_bytes,
                 )
         release_freed_memory()
 
@@ -193,21 +216,15 @@ class Sessions:
             self._open.clear()
             release_freed_memory()
 
-    def _rank(self, inputs: dict[str, FloatArray]) -> int:
-        slots = self._bundle.manifest.lora_slots
-        return max((inputs[slot.scaling_input].shape[-1] for slot in slots), default=0)
-
-    def _adapter_bytes(self, adapters: Sequence[dict[str, FloatArray]], *, grouped: bool = False) -> int:
-        """What adapters' inputs take beside the loaded ones', as they were read or `grouped` for a decoder
-        graph, whose `A` factors they then share."""
+    def _size(self, inputs: dict[str, FloatArray]) -> _Size:
         manifest = self._bundle.manifest
-        shared = {slot.a_input for slot in manifest.lora_slots} if grouped else set()
-        held_bytes = 0
-        for inputs in adapters:
-            own = {name: array for name, array in inputs.items() if not self.registry.holds(name, array)}
-            held_bytes += sum(array.nbytes for name, array in own.items() if name not in shared)
-            held_bytes += group_bytes(manifest, inputs) if grouped else 0
-        return held_bytes
+        rank = max((inputs[slot.scaling_input].shape[-1] for slot in manifest.lora_slots), default=0)
+        own = {name: array for name, array in inputs.items() if not self.registry.holds(array)}
+        nbytes = sum(array.nbytes for array in own.values())
+        if manifest.decoder is None:
+            return _Size(rank, nbytes, nbytes)
+        shared_bytes = sum(own[slot.a_input].nbytes for slot in manifest.lora_slots if slot.a_input in own)
+        return _Size(rank, nbytes, nbytes - shared_bytes + group_bytes(manifest, inputs))
 
     def _as_taken(self, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Adapter inputs as the graph of this role takes them."""

@@ -35,8 +35,8 @@ def build() -> transformers.PreTrainedModel:
 
 @pytest.mark.slow
 def test_ten_thousand_tokens_and_a_thousand_swaps_leave_nothing_behind(tmp_path: Path) -> None:
-    """A text's keys and values are 6 MiB, an adapter 2.5: a leak of them in every tenth text, or in every
-    hundredth swap, would be seen."""
+    """A text's keys and values are 6 MiB, an adapter 2.5: a leak of them in every tenth text, or in one of a
+    hundred swaps, would be seen."""
     folders = [
         models.save_adapter(
             build(), tmp_path / name, seed, r=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"
@@ -53,4 +53,4 @@ def test_ten_thousand_tokens_and_a_thousand_swaps_leave_nothing_behind(tmp_path:
     for phase, count in (("tokens", TOKENS), ("swaps", SWAPS)):
         assert report[phase]["done"] >= count
         for figure in ("resident_bytes", "anonymous_bytes"):
-            assert report[phase][figure]["grown"] < 8 * MIB, (phase, report)
+            assert report[phase][figure]["grown"] < 4 * MIB, (phase, report)
