@@ -136,14 +136,14 @@ def edgepeft_side(
         )
 
     def activate() -> Any:
-        return model._sessions.borrowed(names[0], plan)
+        return model._sessions.borrowed(names[:1], plan)
 
     activate()
     _say(load_s=time.perf_counter() - began_s)
 
     def once() -> dict[str, float]:
-        session, _, chosen = activate()
-        decoder = decoder_for(session, model.manifest, chosen, [prompt + tokens])
+        (own,), chosen = activate()
+        decoder = decoder_for(own.session, model.manifest, chosen, [prompt + tokens])
         token = 0
 
         def first() -> None:

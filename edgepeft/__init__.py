@@ -5,7 +5,6 @@ so that importing `edgepeft` costs numpy at most.
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.errors import (
@@ -27,7 +26,8 @@ if TYPE_CHECKING:
     from edgepeft.exporters import export as export
     from edgepeft.runtime import load as load
 
-__version__ = version("edgepeft")
+# Asking the installation's metadata for it costs a process 3 MiB.
+__version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "BudgetError",

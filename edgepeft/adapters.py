@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,9 @@ from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_folder, atomic_write
 from edgepeft.tensor_files import read_tensors, write_tensors
+
+StoredDtype: TypeAlias = Literal["float16", "float32"]
+"""What tensors are written as; read are all floats, as float32."""
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -254,11 +257,30 @@ def load_adapter(folder: Path | str) -> Adapter:
     return Adapter(config=config, tensors=read_tensors(folder / TENSOR_FILE), origin=str(folder))
 
 
-def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """Write the adapter's two files into an existing folder."""
+def rounded(adapter: Adapter, dtype: StoredDtype) -> Adapter:
+    """The adapter with the values that a file of this dtype holds.
+
+    Raises:
+        AdapterError: a value is out of its range.
+    """
+    tensors = {}
+    for key, tensor in adapter.tensors.items():
+        with np.errstate(over="ignore"):
+            tensors[key] = tensor.astype(dtype).astype(np.float32)
+        if not np.isfinite(tensors[key]).all():
+            raise AdapterError(
+                f"{adapter.origin}: tensor {key} has values up to {np.abs(tensor).max():g}, {dtype} holds "
+                f"{np.finfo(dtype).max:g}: keep it in float32"
+            )
+    return adapter.with_tensors(tensors, adapter.origin)
+
+
+def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32") -> None:
+    """Write the adapter's two files into an existing folder, its tensors in this dtype."""
     config = json.dumps(adapter.config, indent=2, sort_keys=True).encode()
     atomic_write(folder / CONFIG_FILE, config)
-    write_tensors(folder / TENSOR_FILE, adapter.tensors)
+    stored = {key: tensor.astype(dtype, copy=False) for key, tensor in adapter.tensors.items()}
+    write_tensors(folder / TENSOR_FILE, stored)
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:

@@ -6,7 +6,7 @@ it does not give as numpy arrays, and errors that name the file.
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -46,7 +46,7 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     """
     path = Path(path)
     tensors: dict[str, npt.NDArray[np.float32]] = {}
-    halves = []
+    halves: list[str] = []
     with _opened(path) as file:
         # One at a time: a device has no room for the file beside its tensors.
         for name in sorted(file.keys()):
@@ -60,7 +60,7 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
             else:
                 with np.errstate(over="ignore"):  # a float64 out of range becomes inf, refused by the caller
                     tensors[name] = file.get_tensor(name).astype(np.float32, copy=False)
-    return _with_bfloat16(path, tensors, halves) if halves else tensors
+    return tensors | _bfloat16(path, halves) if halves else tensors
 
 
 def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
@@ -79,15 +79,19 @@ def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
         return tensor
 
 
-def _with_bfloat16(
-    path: Path, tensors: dict[str, npt.NDArray[np.float32]], names: list[str]
-) -> dict[str, npt.NDArray[np.float32]]:
-    """`tensors` with those that numpy has no dtype for: bfloat16 is the upper half of a float32."""
-    entries = dict(safetensors.deserialize(path.read_bytes()))
-    for name in names:
-        stored = np.frombuffer(entries[name]["data"], "<u2").astype(np.uint32) << 16
-        tensors[name] = stored.view(np.float32).reshape(entries[name]["shape"])
-    return dict(sorted(tensors.items()))
+def _bfloat16(path: Path, names: Sequence[str]) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors that numpy has no dtype for, of a file whose header is checked: bfloat16 is the upper half of a
+    float32. They are read one at a time, too."""
+    tensors = {}
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            file.seek(8 + header_bytes + begin)
+            stored = np.fromfile(file, "<u2", (end - begin) // 2).astype(np.uint32) << 16
+            tensors[name] = stored.view(np.float32).reshape(header[name]["shape"])
+    return tensors
 
 
 @contextlib.contextmanager

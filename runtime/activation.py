@@ -252,6 +252,18 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
     return grouped
 
 
+def group_bytes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> int:
+    """Bytes of what `group_inputs` gives for these inputs."""
+    assert manifest.decoder is not None
+    slots = {slot.module: slot for slot in manifest.lora_slots}
+    total = 0
+    for group in manifest.decoder.groups:
+        members = [slots[placed.module] for placed in group.slots]
+        rank = sum(inputs[slot.scaling_input].shape[-1] for slot in members)
+        total += 4 * rank * (members[0].in_features + group.out_features)
+    return total
+
+
 def _joined(parts: Sequence[FloatArray], axis: int, empty: tuple[int, ...]) -> FloatArray:
     """The parts concatenated; a single one itself, and zeros of shape `empty` where there is none."""
     if len(parts) == 1:

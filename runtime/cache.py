@@ -23,6 +23,16 @@ def cache_specs(manifest: Manifest) -> dict[str, TensorSpec]:
     }
 
 
+def empty_cache(inputs: Mapping[str, TensorSpec], batch: int) -> dict[str, Array]:
+    """A graph's cache inputs at length 0, `[batch, kv_heads, 0, head_dim]` each; none for a model without a
+    cache."""
+    return {
+        name: np.zeros(_shape(spec, batch, 0), spec.dtype)
+        for name, spec in inputs.items()
+        if name.startswith(PAST)
+    }
+
+
 def growing_cache_bytes(manifest: Manifest, rows: int, tokens: int) -> int:
     """What keys and values of so many rows and tokens take where there is no room beside them."""
     return sum(_nbytes(spec, rows, tokens) for spec in cache_specs(manifest).values())

@@ -11,12 +11,14 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.cache import cache_specs, growing_cache_bytes
+from edgepeft.runtime.decoding.by_adapter import ByAdapter
 from edgepeft.runtime.decoding.choose import decoder_for
 from edgepeft.runtime.decoding.options import Completion, GenerationOptions, check_lengths
 from edgepeft.runtime.decoding.prompt_cache import PromptCache, open_prompt_cache, origin
 from edgepeft.runtime.generation import Generation
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan, plan_forward, plan_generation
+from edgepeft.runtime.registry import AdapterSpecs, check_rows, grouped
 from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.tasks import Task
 
@@ -131,7 +133,7 @@ class Generator:
         self,
         prompt: str | Sequence[str] | None,
         messages: Messages | None,
-        adapter: AdapterSpec,
+        adapter: AdapterSpecs,
         prompt_cache: CacheSpec,
         options: Mapping[str, object],
     ) -> str | list[str]:
@@ -162,7 +164,7 @@ class Generator:
     def ids(
         self,
         prompt: Sequence[int] | Sequence[Sequence[int]],
-        adapter: AdapterSpec,
+        adapter: AdapterSpecs,
         prompt_cache: CacheSpec,
         options: Mapping[str, object],
     ) -> list[int] | list[list[int]]:
@@ -180,18 +182,18 @@ class Generator:
         self._check([ids], 0)
         self._require_cache()
         # The snapshot is as large as another row's cache.
-        session, inputs, plan = self._sessions.borrowed(adapter, self._planned([ids], 0, rows=2))
-        decoder = decoder_for(session, self._manifest, plan, [len(ids)])
+        (own,), plan = self._sessions.borrowed([adapter], self._planned([ids], 0, rows=2))
+        decoder = decoder_for(own.session, self._manifest, plan, [len(ids)])
         try:
             decoder.read(0, ids)
-            return PromptCache.of(ids, origin(self._manifest, plan.role, inputs), decoder.snapshot(0))
+            return PromptCache.of(ids, origin(self._manifest, plan.role, own.inputs), decoder.snapshot(0))
         finally:
             decoder.close()
 
     def _begin(
         self,
         prompts: Sequence[Sequence[int]],
-        adapter: AdapterSpec,
+        adapter: AdapterSpecs,
         options: GenerationOptions,
         prompt_cache: CacheSpec,
         *,
@@ -200,6 +202,7 @@ class Generator:
     ) -> _Begun:
         """A generation that has read nothing yet."""
         self._check(prompts, options.max_new_tokens)
+        check_rows(adapter, len(prompts), "prompts")
         if keep or prompt_cache is not None:
             self._require_cache()
         cache = (
@@ -209,14 +212,22 @@ class Generator:
         )
         rows, cached_bytes = len(prompts) + keep, 0 if cache is None else cache.held_bytes
         planned = self._planned(prompts, options.max_new_tokens, rows, cached_bytes)
-        session, inputs, plan = self._sessions.borrowed(adapter, planned)
-        made_by = {} if cache is None and not keep else origin(self._manifest, plan.role, inputs)
-        if cache is not None:
-            cache.check_origin(made_by)
+        groups = grouped(adapter, len(prompts))
+        borrowed, plan = self._sessions.borrowed([spec for spec, _ in groups], planned)
+        made_by: dict[str, str] = {}
+        if keep or cache is not None:
+            for own in borrowed:
+                made_by = origin(self._manifest, plan.role, own.inputs)
+                if cache is not None:
+                    cache.check_origin(made_by)
         # The last token that is written is not read.
         capacities = [len(prompt) + options.max_new_tokens - 1 for prompt in prompts]
+        decoders = [
+            (decoder_for(own.session, self._manifest, plan, [capacities[row] for row in rows_of]), rows_of)
+            for own, (_, rows_of) in zip(borrowed, groups, strict=True)
+        ]
         generation = Generation(
-            decoder_for(session, self._manifest, plan, capacities),
+            decoders[0][0] if len(decoders) == 1 else ByAdapter(decoders),
             self._manifest,
             prompts,
             options,

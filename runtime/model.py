@@ -1,42 +1,33 @@
-"""A loaded bundle: forward passes, gradients, generation, prediction and adaptation."""
+"""A loaded bundle: generation, prediction, gradients and adaptation beside forward passes."""
+
+from __future__ import annotations
 
 import dataclasses
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, overload
+from typing import TYPE_CHECKING, Any, overload
 
-import numpy as np
-import numpy.typing as npt
-
-from edgepeft.bundle.manifest import Manifest
-from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime import prediction
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.decoding.growing import empty_cache
-from edgepeft.runtime.decoding.prompt_cache import PromptCache
-from edgepeft.runtime.generator import CacheSpec, Generator, Messages, TextStream
-from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
-from edgepeft.runtime.loss import loss_and_gradients
-from edgepeft.runtime.memory.inference import RunPlan, plan_forward
+from edgepeft.runtime.loaded import FloatArray, LoadedBundle
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
-from edgepeft.runtime.sessions import Sessions
-from edgepeft.runtime.streamed import StreamedModel
-from edgepeft.runtime.tasks import Example, Task, task_for
-from edgepeft.runtime.tasks.embedding import Embedding
-from edgepeft.runtime.training.adapt import OnStep, Update
+from edgepeft.runtime.tasks import Example
 from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.report import AdaptReport
 from edgepeft.sizes import parse_size
 
-FloatArray = npt.NDArray[np.float32]
+# A device process generates, predicts or trains; what the others need, modules and all, it does not hold.
+if TYPE_CHECKING:
+    from edgepeft.runtime.decoding.prompt_cache import PromptCache
+    from edgepeft.runtime.generator import CacheSpec, Messages, TextStream
+    from edgepeft.runtime.training.adapt import OnStep
+    from edgepeft.runtime.training.report import AdaptReport
 
 
-class Model:
+class Model(LoadedBundle):
     """A bundle, ready to run. Sessions are opened when they are first needed; close it or use it in a `with`
     block.
 
@@ -50,111 +41,6 @@ class Model:
         threads: threads of a session; 0 lets onnxruntime choose.
         int8_activations: see `load`.
     """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        memory_budget_bytes: int | None = None,
-        threads: int = 0,
-        *,
-        int8_activations: bool = False,
-    ) -> None:
-        if int8_activations and (bundle.manifest.decoder is None or not bundle.manifest.decoder.int8_graph):
-            raise UsageError(
-                f"{bundle.path}: int8_activations is for language models with weights of 4 or 8 bits that "
-                "have a decoder graph, which this bundle has not: leave it out"
-            )
-        self._bundle = bundle
-        self._budget_bytes = memory_budget_bytes
-        self._threads = threads
-        self._lock = threading.RLock()
-        self._task: Task = task_for(bundle)
-        self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
-        self._generator = Generator(
-            bundle,
-            self._task,
-            self._sessions,
-            self._lock,
-            memory_budget_bytes,
-            int8_activations=int8_activations,
-        )
-
-    @property
-    def manifest(self) -> Manifest:
-        """The bundle's manifest."""
-        return self._bundle.manifest
-
-    @property
-    def predicted_peak_bytes(self) -> int | None:
-        """The plan's peak for the last run; None before the first."""
-        return None if self._sessions.plan is None else self._sessions.plan.peak_bytes
-
-    @property
-    def adapters(self) -> tuple[str, ...]:
-        """Names of the bundle's adapters and of those that were loaded."""
-        own = self._bundle.adapter_names()
-        return own + tuple(name for name in self._sessions.registry.names if name not in own)
-
-    @one_at_a_time
-    def load_adapter(self, name: str, path: str | Path | None = None) -> None:
-        """Keep an adapter in memory, so that activating it only binds what is there.
-
-        It takes its own bytes (float32) and no more. Adapters that are not loaded are read whenever a call
-        activates them.
-
-        Args:
-            name: what calls name it by; without `path` an adapter of the bundle.
-            path: a PEFT folder.
-
-        Raises:
-            AdapterError: the adapter is missing, damaged, does not fit or has no effect.
-            UsageError: the name cannot be used, or is taken.
-        """
-        self._sessions.registry.load(name, path)
-
-    @one_at_a_time
-    def unload_adapter(self, name: str) -> None:
-        """Free what `load_adapter` loaded.
-
-        Raises:
-            AdapterError: no adapter of that name is loaded.
-        """
-        self._sessions.unload(name)
-
-    @one_at_a_time
-    def forward(self, batch: Mapping[str, object], adapter: AdapterSpecs = None) -> dict[str, FloatArray]:
-        """Run the model on a batch.
-
-        Args:
-            batch: the transformers model's keyword arguments as arrays, such as `input_ids` int64
-                `[batch, sequence]`; rows of language models are padded on the right.
-            adapter: an adapter's name, a PEFT folder's path, a mixture `{name: weight}`, or None for the base
-                alone; or a list of these, one for each row of the batch.
-
-        Returns:
-            `logits` float32 `[batch, num_labels]` or `[batch, sequence, vocab]`, or `sentence_embedding`
-            `[batch, width]`.
-
-        Raises:
-            UsageError: an input cannot be used.
-            AdapterError: the adapter is missing, damaged, does not fit or has no effect.
-            BudgetError: the memory budget cannot hold this batch.
-        """
-        specs = model_inputs(self.manifest, self.manifest.graphs["inference"].inputs)
-        arrays = check_batch(self.manifest, specs, batch)
-        shape = batch_shape(specs, arrays)
-        check_rows(adapter, shape[0], "rows")
-
-        def plan(process_bytes: int, rank: int) -> RunPlan:
-            return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
-
-        session, _ = self._sessions.activated(adapter, plan)
-        if isinstance(session, StreamedModel):
-            return {self._task.output: session.forward(arrays)}
-        session.bind(arrays)
-        session.bind(empty_cache(session, shape[0]))
-        outputs = session.run_for([self._task.output])
-        return {name: value.numpy() for name, value in outputs.items()}
 
     @one_at_a_time
     def loss_and_gradients(
@@ -174,19 +60,21 @@ class Model:
             UsageError: an input cannot be used, or the bundle was exported without training graphs.
             AdapterError: the adapter is missing, damaged or does not fit.
         """
+        from edgepeft.runtime.loss import loss_and_gradients
+
         return loss_and_gradients(self._bundle, self._sessions, self._budget_bytes, batch, adapter)
 
     @overload
     def generate(self, prompt: str | None = None, adapter: AdapterSpec = None, **options: Any) -> str: ...
 
     @overload
-    def generate(self, prompt: Sequence[str], adapter: AdapterSpec = None, **options: Any) -> list[str]: ...
+    def generate(self, prompt: Sequence[str], adapter: AdapterSpecs = None, **options: Any) -> list[str]: ...
 
     @one_at_a_time
     def generate(
         self,
         prompt: str | Sequence[str] | None = None,
-        adapter: AdapterSpec = None,
+        adapter: AdapterSpecs = None,
         *,
         messages: Messages | None = None,
         prompt_cache: CacheSpec = None,
@@ -196,7 +84,7 @@ class Model:
 
         Args:
             prompt: the text to continue, or several, each of which gets what it gets alone.
-            adapter: as for `forward`.
+            adapter: as for `forward`; a list has one for each prompt.
             messages: instead of a prompt, a conversation for the base model's chat template, `{"role",
                 "content"}` each.
             prompt_cache: of `read_prompt` or a stream with `keep`, or its file; what prompts have in common
@@ -248,14 +136,14 @@ class Model:
 
     @overload
     def generate_ids(
-        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpec = None, **options: Any
+        self, prompt: Sequence[Sequence[int]], adapter: AdapterSpecs = None, **options: Any
     ) -> list[list[int]]: ...
 
     @one_at_a_time
     def generate_ids(
         self,
         prompt: Sequence[int] | Sequence[Sequence[int]],
-        adapter: AdapterSpec = None,
+        adapter: AdapterSpecs = None,
         *,
         prompt_cache: CacheSpec = None,
         **options: Any,
@@ -363,6 +251,8 @@ class Model:
             DataError: a text cannot be used.
             UsageError: the bundle's task is not feature-extraction, or it has no such prompt.
         """
+        from edgepeft.runtime.tasks.embedding import Embedding
+
         task = self._task
         if not isinstance(task, Embedding):
             raise UsageError(f"a {self.manifest.task} bundle embeds nothing: it takes feature-extraction")
@@ -405,6 +295,8 @@ class Model:
         unknown = sorted(options.keys() - known)
         if unknown:
             raise UsageError(f"adapt takes no option {unknown[0]!r}: it takes {', '.join(sorted(known))}")
+        from edgepeft.runtime.training.adapt import Update
+
         self._sessions.check_unused("training needs its memory")
         self.close()
         return Update(
@@ -417,19 +309,6 @@ class Model:
             self._threads,
             on_step,
         ).run()
-
-    @one_at_a_time
-    def close(self) -> None:
-        """Free the sessions and end open streams; the next call opens sessions again."""
-        self._sessions.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def load(

@@ -37,6 +37,7 @@ class AdapterRegistry:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._loaded: dict[str, PreparedAdapter] = {}
+        self._array_ids: frozenset[int] = frozenset()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -47,6 +48,10 @@ class AdapterRegistry:
     def nbytes(self) -> int:
         """Bytes that the loaded adapters take."""
         return sum(adapter.nbytes for adapter in self._loaded.values())
+
+    def holds(self, array: FloatArray) -> bool:
+        """Whether an adapter's input is a loaded adapter's own array, which `nbytes` counts."""
+        return id(array) in self._array_ids
 
     def load(self, name: str, path: str | Path | None) -> None:
         """Keep an adapter in memory; see `Model.load_adapter`."""
@@ -64,6 +69,7 @@ class AdapterRegistry:
             adapter = find_adapter(self._bundle, Path(path))
         check_effect_of(self._bundle, adapter)
         self._loaded[name] = prepare(self._bundle, adapter)
+        self._know_arrays()
 
     def unload(self, name: str) -> None:
         """Free a loaded adapter.
@@ -74,6 +80,12 @@ class AdapterRegistry:
         if name not in self._loaded:
             raise AdapterError(f"no adapter {name!r} is loaded (loaded: {', '.join(self._loaded) or 'none'})")
         del self._loaded[name]
+        self._know_arrays()
+
+    def _know_arrays(self) -> None:
+        self._array_ids = frozenset(
+            id(array) for adapter in self._loaded.values() for array in adapter.inputs.values()
+        )
 
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.
@@ -109,6 +121,23 @@ def check_rows(spec: AdapterSpecs, count: int, what: str) -> None:
         raise UsageError(
             f"adapter: is a list of {len(rows)}, the batch has {count} {what}: give one for each"
         )
+
+
+def grouped(spec: AdapterSpecs, count: int) -> list[tuple[AdapterSpec, list[int]]]:
+    """The adapters that differ, each with the rows of a batch of `count` that have it."""
+    rows = _rows(spec)
+    if rows is None:
+        assert not isinstance(spec, list | tuple)
+        return [(spec, list(range(count)))]
+    groups: list[tuple[object, AdapterSpec, list[int]]] = []
+    for index, row in enumerate(rows):
+        stamp = stamped(row)
+        members = next((members for other, _, members in groups if other == stamp), None)
+        if members is None:
+            groups.append((stamp, row, [index]))
+        else:
+            members.append(index)
+    return [(row, members) for _, row, members in groups]
 
 
 def part_of(spec: AdapterSpecs, indices: Sequence[int]) -> AdapterSpecs:

@@ -1,7 +1,7 @@
 """The open sessions of a loaded bundle, and the adapter that is bound in each."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import group_inputs, is_decoder
+from edgepeft.runtime.activation import AdapterSpec, group_bytes, group_inputs, is_decoder
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
@@ -35,17 +35,36 @@ class Borrower(Protocol):
 
 
 @dataclass(frozen=True)
+class _Size:
+    """An adapter's largest rank, and the bytes of its inputs beside those that loaded adapters hold: as they
+    are read, and once a decoder graph has them, whose `A` factors they then share."""
+
+    rank: int
+    nbytes: int
+    decoder_bytes: int
+
+
+@dataclass(frozen=True)
 class _Open:
     """A session, the adapter that is bound in it (as `graph_inputs` gives it and as the session's graph takes
-    it), and what the process held before it was opened, without loaded adapters."""
+    it), how large that is, and what the process held before it was opened, without adapters."""
 
     session: AnySession
     adapter: AdapterSpecs
     inputs: dict[str, FloatArray]
     bound: dict[str, FloatArray]
     stamp: object
-    rank: int
+    size: _Size
     process_bytes: int
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A session with bindings that no other call changes, in which an adapter is bound, and the adapter's
+    inputs as `graph_inputs` gives them."""
+
+    session: AnySession
+    inputs: dict[str, FloatArray]
 
 
 class Sessions:
@@ -68,7 +87,12 @@ class Sessions:
         self._borrowers: weakref.WeakSet[Borrower] = weakref.WeakSet()
 
     def activated(
-        self, adapter: AdapterSpecs, choose: Callable[[int, int], RunPlan], *, check_effect: bool = True
+        self,
+        adapter: AdapterSpecs,
+        choose: Callable[[int, int], RunPlan],
+        *,
+        check_effect: bool = True,
+        beside: Sequence[dict[str, FloatArray]] = (),
     ) -> tuple[AnySession, RunPlan]:
         """The session of the plan that is chosen, with this adapter's inputs bound.
 
@@ -76,6 +100,7 @@ class Sessions:
             adapter: an adapter's name, a PEFT folder's path, a mixture, None, or a list with one a row.
             choose: given what the process holds without sessions, in bytes, and the adapter's rank.
             check_effect: refuse an adapter that changes nothing.
+            beside: inputs of other adapters that the same call binds, for the plan.
 
         Raises:
             AdapterError: the adapter is missing, damaged, does not fit or has no effect.
@@ -83,28 +108,32 @@ class Sessions:
         """
         adapter = simplified(adapter)
         stamp = stamped(adapter)
-        inputs: dict[str, FloatArray] | None = None
         bound = next((entry for entry in self._open.values() if entry.stamp == stamp), None)
+        inputs: dict[str, FloatArray] | None = None
         if bound is None:
             inputs = self.registry.inputs(adapter, check_effect=check_effect)
-            slots = self._bundle.manifest.lora_slots
-            rank = max((inputs[slot.scaling_input].shape[-1] for slot in slots), default=0)
+            size = self._size(inputs)
         else:
-            rank = bound.rank
+            size = bound.size
+        sizes = [size, *map(self._size, beside)]
+        rank = max(item.rank for item in sizes)
+        read_bytes = sum(item.nbytes for item in sizes)
         # An open session keeps what its largest batch needed, so a plan starts from what there was before it.
         opened = next(iter(self._open.values()), None)
         loaded_bytes = self.registry.nbytes
         if opened is None:
-            process_bytes = read_memory().resident_bytes - loaded_bytes
+            process_bytes = read_memory().resident_bytes - loaded_bytes - read_bytes
         else:
             process_bytes = opened.process_bytes
-        borrowed_bytes = sum(borrower.held_bytes for borrower in self._borrowers)
-        plan = choose(process_bytes + loaded_bytes + borrowed_bytes, rank)
+        held_bytes = process_bytes + loaded_bytes + sum(item.held_bytes for item in self._borrowers)
+        plan = choose(held_bytes + read_bytes, rank)
+        if is_decoder(self._bundle.manifest, plan.role):
+            plan = choose(held_bytes + sum(item.decoder_bytes for item in sizes), rank)
         self.plan = plan
         entry = self._open.get(plan.role)
         if entry is not None and entry.stamp == stamp:
             return entry.session, plan
-        if inputs is None:
+        if inputs is None:  # another graph took them, perhaps as parts of larger ones
             inputs = self.registry.inputs(adapter, check_effect=check_effect)
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
@@ -112,26 +141,28 @@ class Sessions:
         session = self._session(plan.role) if entry is None else entry.session
         taken = self._as_taken(plan.role, inputs)
         session.bind(taken)
-        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, rank, process_bytes)
+        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, size, process_bytes)
         return session, plan
 
     def borrowed(
-        self, adapter: AdapterSpecs, choose: Callable[[int, int], RunPlan]
-    ) -> tuple[AnySession, dict[str, FloatArray], RunPlan]:
-        """As `activated`, with bindings that no other call changes, and the adapter's inputs bound there.
+        self, adapters: Sequence[AdapterSpec], choose: Callable[[int, int], RunPlan]
+    ) -> tuple[list[Borrowed], RunPlan]:
+        """As `activated`, for each of some adapters: one session, with bindings of its own for each.
 
         Raises:
-            UsageError: there is a list of adapters.
+            AdapterError, BudgetError: see `activated`.
         """
-        if isinstance(adapter, list | tuple):
-            raise UsageError(
-                "adapter: generation takes one for all prompts: give a name or a mixture, or one prompt at a "
-                "time"
-            )
-        session, plan = self.activated(adapter, choose)
-        own = session.with_own_bindings()
-        own.bind(self._open[plan.role].bound)
-        return own, self._open[plan.role].inputs, plan
+        first, *others = adapters
+        beside = [self.registry.inputs(adapter) for adapter in others]
+        session, plan = self.activated(first, choose, beside=beside)
+        entry = self._open[plan.role]
+        taken = [entry.bound, *(self._as_taken(plan.role, inputs) for inputs in beside)]
+        found = []
+        for inputs, bound in zip([entry.inputs, *beside], taken, strict=True):
+            own = session.with_own_bindings()
+            own.bind(bound)
+            found.append(Borrowed(own, inputs))
+        return found, plan
 
     def lend(self, borrower: Borrower) -> None:
         """Keep the sessions open for a borrower, and count what it holds, until it gives back or is gone."""
@@ -165,7 +196,13 @@ class Sessions:
                 taken = self._as_taken(role, inputs)
                 entry.session.bind(taken)
                 self._open[role] = _Open(
-                    entry.session, None, inputs, taken, stamped(None), 0, entry.process_bytes
+                    entry.session,
+                    None,
+                    inputs,
+                    taken,
+                    stamped(None),
+                    self._size(inputs),
+                    entry.process_bytes,
                 )
         release_freed_memory()
 
@@ -178,6 +215,16 @@ class Sessions:
                 entry.session.close()
             self._open.clear()
             release_freed_memory()
+
+    def _size(self, inputs: dict[str, FloatArray]) -> _Size:
+        manifest = self._bundle.manifest
+        rank = max((inputs[slot.scaling_input].shape[-1] for slot in manifest.lora_slots), default=0)
+        own = {name: array for name, array in inputs.items() if not self.registry.holds(array)}
+        nbytes = sum(array.nbytes for array in own.values())
+        if manifest.decoder is None:
+            return _Size(rank, nbytes, nbytes)
+        shared_bytes = sum(own[slot.a_input].nbytes for slot in manifest.lora_slots if slot.a_input in own)
+        return _Size(rank, nbytes, nbytes - shared_bytes + group_bytes(manifest, inputs))
 
     def _as_taken(self, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Adapter inputs as the graph of this role takes them."""

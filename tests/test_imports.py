@@ -66,6 +66,44 @@ with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
     assert not loaded_after(code) & (WORKSTATION | TEXT)
 
 
+#: What generation and other tasks need, and what the standard library brings along where nobody looks.
+UNUSED = (
+    "edgepeft.runtime.generat",
+    "edgepeft.runtime.decoding",
+    "edgepeft.runtime.chat",
+    "edgepeft.runtime.preprocessing",
+    "edgepeft.runtime.onnx_adapter",
+    "edgepeft.runtime.bench",
+    "edgepeft.runtime.tasks.embedding",
+    "importlib.metadata",
+    "statistics",
+    "email",
+    "http",
+    "socket",
+    "wave",
+)
+
+
+def test_an_update_loads_nothing_of_generation(tmp_path: Path) -> None:
+    """Every module is memory that the budget counts; and generation loads nothing of training."""
+    opened = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import edgepeft, json
+with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
+"""
+    adapted = loaded_after(f"""{opened}
+    recs = json.loads({json.dumps(json.dumps(_records()))})
+    model.adapt(recs, {str(tmp_path / "out")!r}, steps=12, learning_rate=0.05)
+""")
+    assert not [name for name in adapted if name.startswith(UNUSED)]
+    ran = loaded_after(f"""{opened}
+    model.forward({{"input_ids": [[1, 2, 3]]}})
+""")
+    unneeded = (*UNUSED, "edgepeft.runtime.training.adapt", "edgepeft.runtime.training.chain")
+    assert not [name for name in ran if name.startswith(unneeded)]
+
+
 def _records() -> list[dict[str, object]]:
     from .runtime import tiny
 

@@ -13,10 +13,20 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.sizes import format_size
 
 if TYPE_CHECKING:
-    from edgepeft.adapters import Adapter
+    from edgepeft.adapters import Adapter, StoredDtype
     from edgepeft.bundle.reader import Bundle
 
 ONNX_SUFFIX = ".onnx_adapter"
+
+
+def dtype_option() -> Callable[[Any], Any]:
+    """`--dtype`: what an adapter's tensors are stored as."""
+    return click.option(
+        "--dtype",
+        type=click.Choice(["float16", "float32"]),
+        help="Store tensors as float16 (half the bytes; PEFT and edgepeft read them as float32) or float32; "
+        "byte for byte as they are unless given.",
+    )
 
 
 @click.group(short_help="List, add, remove and export adapters.")
@@ -52,7 +62,8 @@ def list_adapters(bundle: str, as_json: bool) -> None:
 @adapter.command(short_help="Add adapters.")
 @bundle_argument()
 @click.argument("adapters", nargs=-1, required=True, metavar="NAME=PATH...")
-def add(bundle: str, adapters: tuple[str, ...]) -> None:
+@dtype_option()
+def add(bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
     """Add PEFT folders, or .onnx_adapter files that were made for this bundle, to BUNDLE.
 
     Each is checked for its fit and its effect first. A bundle whose add is interrupted stays as it was.
@@ -69,7 +80,7 @@ def add(bundle: str, adapters: tuple[str, ...]) -> None:
         name, separator, path = item.partition("=")
         if not (name and separator and path):
             raise UsageError(f"{item}: write NAME=PATH")
-        opened = add_adapter(opened, name, *_source(opened, Path(path)))
+        opened = add_adapter(opened, name, *_source(opened, Path(path), dtype))
         click.echo(f"added {name}")
 
 
@@ -102,43 +113,60 @@ def remove(bundle: str, names: tuple[str, ...]) -> None:
     type=click.Path(path_type=Path),
     help=f"A PEFT folder, or a file that ends with {ONNX_SUFFIX} for onnxruntime's LoraAdapter.",
 )
-def export_adapter(bundle: str, name: str, output: Path) -> None:
+@dtype_option()
+def export_adapter(bundle: str, name: str, output: Path, dtype: "StoredDtype | None") -> None:
     """Copy the adapter NAME of BUNDLE out of it: as the PEFT folder that it is, or as one file for
     onnxruntime's LoraAdapter.
 
     \b
     Example:
-      edgepeft adapter export model.edge mine -o ./mine
+      edgepeft adapter export model.edge mine -o ./mine --dtype float16
       edgepeft adapter export model.edge mine -o mine.onnx_adapter
     """
     from edgepeft.adapters import CONFIG_FILE
-    from edgepeft.bundle.adapter_store import copy_adapter
     from edgepeft.bundle.reader import open_bundle
     from edgepeft.files import atomic_folder
 
     opened = open_bundle(bundle)
     held = opened.adapter(name)
     if output.suffix == ONNX_SUFFIX:
+        if dtype == "float16":
+            raise UsageError(f"{output}: holds what the graphs take, float32: leave out --dtype float16")
         from edgepeft.runtime.onnx_adapter import write_onnx_adapter
 
         write_onnx_adapter(opened, held, output)
     else:
+        write = _writer(held, opened.path / "adapters" / name, dtype)[1]
         with atomic_folder(output, CONFIG_FILE) as folder:
-            copy_adapter(opened.path / "adapters" / name, folder)
+            write(folder)
     click.echo(f"wrote {output}")
 
 
-def _source(bundle: "Bundle", path: Path) -> "tuple[Adapter, Callable[[Path], None]]":
-    """The adapter at a path, and what writes its files into a folder: byte for byte where there are any."""
-    from edgepeft.adapters import load_adapter, write_adapter
-    from edgepeft.bundle.adapter_store import copy_adapter
-
+def _source(
+    bundle: "Bundle", path: Path, dtype: "StoredDtype | None"
+) -> "tuple[Adapter, Callable[[Path], None]]":
+    """The adapter at a path as it will be stored, and what writes its files into a folder."""
     if path.suffix == ONNX_SUFFIX:
         from edgepeft.runtime.onnx_adapter import read_onnx_adapter
 
-        adapter = read_onnx_adapter(bundle, path)
-        return adapter, lambda folder: write_adapter(adapter, folder)
-    return load_adapter(path), lambda folder: copy_adapter(path, folder)
+        return _writer(read_onnx_adapter(bundle, path), path, dtype or "float32")
+    from edgepeft.adapters import load_adapter
+
+    return _writer(load_adapter(path), path, dtype)
+
+
+def _writer(
+    adapter: "Adapter", path: Path, dtype: "StoredDtype | None"
+) -> "tuple[Adapter, Callable[[Path], None]]":
+    """The adapter with the values that are stored, and what writes its files into a folder: byte for byte
+    those of the folder at `path` where no dtype is asked for."""
+    from edgepeft.adapters import rounded, write_adapter
+    from edgepeft.bundle.adapter_store import copy_adapter
+
+    if dtype is None:
+        return adapter, lambda folder: copy_adapter(path, folder)
+    stored = rounded(adapter, dtype)
+    return stored, lambda folder: write_adapter(stored, folder, dtype)
 
 
 def _entry(bundle: "Bundle", name: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def simplify_attention(graph: ir.Graph) -> int:
     for node in graph:
         if node.op_type != "Attention" or node.domain:
             continue
-        grouped = [_ungrouped(node.inputs[position]) for position in (1, 2)]
+        grouped = [ungrouped(node.inputs[position]) for position in (1, 2)]
         if all(value is not None for value in grouped):
             for position, value in zip((1, 2), grouped, strict=True):
                 node.replace_input_with(position, value)
@@ -29,11 +29,11 @@ def simplify_attention(graph: ir.Graph) -> int:
     return rewritten
 
 
-def _ungrouped(value: ir.Value | None) -> ir.Value | None:
+def ungrouped(value: ir.Value | None) -> ir.Value | None:
     """`[batch, kv_heads, sequence, head_dim]` behind a repetition of its heads, or None without one."""
-    reshape = _producer(value, "Reshape")
-    expand = _producer(reshape.inputs[0] if reshape else None, "Expand")
-    unsqueeze = _producer(expand.inputs[0] if expand else None, "Unsqueeze")
+    reshape = producer(value, "Reshape")
+    expand = producer(reshape.inputs[0] if reshape else None, "Expand")
+    unsqueeze = producer(expand.inputs[0] if expand else None, "Unsqueeze")
     if reshape is None or expand is None or unsqueeze is None:
         return None
     source, axes = unsqueeze.inputs[0], constant_value(unsqueeze.inputs[1])
@@ -60,12 +60,13 @@ def _drop_guards(output: ir.Value) -> int:
         if node.op_type != "Where" or position != 2 or len(output.uses()) != 1:
             continue
         zero = constant_value(node.inputs[1])
-        if zero is not None and not zero.any() and _producer(node.inputs[0], "Less") is not None:
+        if zero is not None and not zero.any() and producer(node.inputs[0], "Less") is not None:
             node.outputs[0].replace_all_uses_with(output, replace_graph_outputs=True)
             dropped += 1
     return dropped
 
 
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+def producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
+    """The node of this kind that makes a value, or None."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type else None

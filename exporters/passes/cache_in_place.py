@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import FLOAT, MICROSOFT, append, graph_input, initializer
+from ..graph import FLOAT, MICROSOFT, append, graph_input, initializer, tidy
+from .capped_attention import gather_capped_attention
 from .drop_cache import PAST
 from .evaluate import evaluate
 
@@ -48,6 +49,8 @@ def keep_cache_in_place(model: ir.Model, max_length: int) -> bool:
         angles depend on the length of the text, or positions are used otherwise.
     """
     graph = model.graph
+    if gather_capped_attention(graph):
+        tidy(model)
     layers = [_match(node) for node in graph if node.op_type == "Attention" and not node.domain]
     pasts = [value for value in graph.inputs if (value.name or "").startswith(PAST)]
     if not layers or len(pasts) != 2 * len(layers):

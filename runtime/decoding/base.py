@@ -21,8 +21,11 @@ class Decoder(Protocol):
         lengths: tokens in the cache, by row.
     """
 
-    rows: int
-    lengths: list[int]
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
     def read(self, row: int, ids: Sequence[int]) -> FloatArray:
         """Add tokens to one row, in chunks of the decoder's choosing; the logits after the last, float32

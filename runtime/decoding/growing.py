@@ -9,19 +9,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnxruntime as ort
 
-from edgepeft.runtime.cache import PAST, PRESENT
+from edgepeft.runtime.cache import PAST, PRESENT, empty_cache
 from edgepeft.runtime.decoding.base import Array, FloatArray
 from edgepeft.runtime.decoding.rows import RowByRow
 from edgepeft.runtime.session import GraphSession
-
-
-def empty_cache(session: GraphSession, batch: int) -> dict[str, Array]:
-    """Cache inputs of length 0, `[batch, kv_heads, 0, head_dim]` each; none for a model without a cache."""
-    return {
-        name: np.zeros((batch, int(spec.shape[1]), 0, int(spec.shape[3])), np.dtype(spec.dtype))
-        for name, spec in session.inputs.items()
-        if name.startswith(PAST)
-    }
 
 
 class GrowingDecoder(RowByRow):
@@ -36,9 +27,8 @@ class GrowingDecoder(RowByRow):
         super().__init__(rows)
         self._session = session
         self._presents = [name for name in session.outputs if name.startswith(PRESENT)]
-        empty = {
-            name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in empty_cache(session, 1).items()
-        }
+        nothing = empty_cache(session.inputs, 1)
+        empty = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in nothing.items()}
         self._empty: dict[str, ort.OrtValue] = empty
         self._caches: list[dict[str, ort.OrtValue]] = [empty] * rows
         self._session.bind_values(empty)

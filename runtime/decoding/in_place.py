@@ -24,8 +24,6 @@ class InPlaceDecoder:
         rows: sequences at once.
         capacity: tokens that a row holds at most.
         chunk: tokens of a prompt that are read at a time.
-        by_row: an adapter's inputs for every row, where rows have adapters of their own; then a step runs the
-            rows one after the other.
     """
 
     def __init__(
@@ -35,12 +33,10 @@ class InPlaceDecoder:
         rows: int,
         capacity: int,
         chunk: int,
-        by_row: Sequence[Mapping[str, Array]] = (),
     ) -> None:
         self.rows = rows
         self.lengths = [0] * rows
         self._session, self._capacity, self._chunk = session, capacity, chunk
-        self._by_row = by_row
         # Pages that no token has been written to take no memory.
         self._cache = {
             name: np.empty((rows, int(spec.shape[1]), capacity, int(spec.shape[3])), np.dtype(spec.dtype))
@@ -71,11 +67,6 @@ class InPlaceDecoder:
 
     def step(self, ids: Sequence[int]) -> FloatArray:
         """See `Decoder.step`; a row of length 0 writes where its first token will be."""
-        if self._by_row:
-            for row in range(self.rows):
-                if self.lengths[row]:
-                    self.read(row, [ids[row]])
-            return self._logits
         self._ids[:, 0] = ids
         self.lengths = [length + (length > 0) for length in self.lengths]
         self._run(slice(0, self.rows), self._ids)
@@ -121,7 +112,6 @@ class InPlaceDecoder:
             {
                 "seqlens_k": self._last[rows],
                 **{PAST + name: part[rows] for name, part in self._cache.items()},
-                **(self._by_row[rows.start] if self._by_row else {}),
             }
         )
         presents = {PRESENT + name: part[rows] for name, part in self._cache.items()}

@@ -3,17 +3,19 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError, UsageError
-from edgepeft.runtime.chat import ChatTemplate
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import adapter_input_names
 from edgepeft.runtime.text import TOKENIZER_FILE, Text
+
+if TYPE_CHECKING:
+    from edgepeft.runtime.chat import ChatTemplate
 
 Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, npt.NDArray[np.float32]]
@@ -105,9 +107,12 @@ class Task(ABC):
         return TOKENIZER_FILE in self.manifest.files
 
     @property
-    def chat(self) -> ChatTemplate:
+    def chat(self) -> "ChatTemplate":
         """The bundle's chat template."""
         if self._chat is None:
+            # Few records and prompts are conversations.
+            from edgepeft.runtime.chat import ChatTemplate
+
             self._chat = ChatTemplate(self.bundle)
         return self._chat
 

@@ -1,7 +1,6 @@
 """One update from beginning to end: plan, judge, train, judge again, keep or reject."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -147,7 +146,7 @@ class Update:
                 seconds={
                     "total": time.perf_counter() - began_s,
                     **self._seconds,
-                    "step": statistics.median(self._step_s) if self._step_s else 0.0,
+                    "step": float(np.median(self._step_s)) if self._step_s else 0.0,
                 },
                 memory=self._memory_report(prepared.plan),
             )

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.decoding.growing import empty_cache
+from edgepeft.runtime.cache import empty_cache
 from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT
 from edgepeft.runtime.session import GraphSession
 
@@ -32,7 +32,7 @@ class Drift:
         """The batch with `base_logits` and `drift_weight`."""
         session = self._session
         session.bind({name: value for name, value in batch.items() if name in session.inputs})
-        session.bind(empty_cache(session, len(next(iter(batch.values())))))
+        session.bind(empty_cache(session.inputs, len(next(iter(batch.values())))))
         logits = session.run_for(["logits"])["logits"].numpy()
         return {**batch, BASE_LOGITS: logits, DRIFT_WEIGHT: self._weight}
 

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.decoding.growing import empty_cache
+from edgepeft.runtime.cache import empty_cache
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.chain import Chain
@@ -124,7 +124,7 @@ class _ResidentJudge:
         """The loss of a batch and the task's output."""
         inference, loss = self._inference, self._loss
         inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
-        inference.bind(empty_cache(inference, len(next(iter(batch.values())))))
+        inference.bind(empty_cache(inference.inputs, len(next(iter(batch.values())))))
         outputs = inference.run_for([self._output])
         loss.bind_values(outputs)
         loss.bind({name: value for name, value in batch.items() if name in loss.inputs})

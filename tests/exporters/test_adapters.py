@@ -1,5 +1,6 @@
 """Mixtures, rows with adapters of their own and onnxruntime's own adapters, against PyTorch and PEFT."""
 
+import shutil
 import warnings
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import onnxruntime as ort
 import peft
 import pytest
+import safetensors.torch
 import torch
 from click.testing import CliRunner
 
@@ -113,6 +115,59 @@ def test_rows_have_their_adapters_in_stages_too(three: Exported) -> None:
     with edgepeft.load(three.folder) as device:
         expected = device.forward({"input_ids": ids}, adapter=rows)["logits"]
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_adapters_that_peft_saved_in_half_precision_load(
+    three: Exported, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """As PEFT itself loads them: rounded, and computed with in float32."""
+    model = peft_model(three)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(str(tmp_path), selected_adapters=["b"], save_embedding_layers=False)
+    stored = safetensors.torch.load_file(tmp_path / "b" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    reopened = peft.PeftModel.from_pretrained(three.torch_model(), tmp_path / "b").eval()
+    with edgepeft.load(three.folder) as device:
+        got = device.forward({"input_ids": IDS.numpy()}, adapter=tmp_path / "b")["logits"]
+        full = device.forward({"input_ids": IDS.numpy()}, adapter="b")["logits"]
+    close(got, logits_of(reopened), three.manifest.quantization.bits)
+    assert np.abs(got - full).max() > 0
+
+
+def test_adapters_are_stored_in_half_precision(three: Exported, tmp_path: Path) -> None:
+    """In half the bytes; PEFT opens what was added and what was exported so."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(three.folder, bundle)
+
+    def run(*arguments: object) -> None:
+        result = CliRunner().invoke(cli.main, ["adapter", *map(str, arguments)], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+
+    run("add", bundle, f"half={three.adapters['b']}", "--dtype", "float16")
+    run("export", bundle, "b", "-o", tmp_path / "half", "--dtype", "float16")
+    run("export", bundle, "half", "-o", tmp_path / "again", "--dtype", "float32")
+    run("export", bundle, "b", "-o", tmp_path / "b.onnx_adapter")
+    run("add", bundle, f"converted={tmp_path / 'b.onnx_adapter'}", "--dtype", "float16")
+    file = "adapter_model.safetensors"
+    added, exported, whole = (
+        safetensors.torch.load_file(folder / file)
+        for folder in (bundle / "adapters" / "half", tmp_path / "half", tmp_path / "again")
+    )
+    original = safetensors.torch.load_file(three.adapters["b"] / file)
+    assert added.keys() == exported.keys() == original.keys()
+    for key, tensor in original.items():
+        assert torch.equal(added[key], tensor.half())
+        assert torch.equal(exported[key], tensor.half())
+        assert torch.equal(whole[key], tensor.half().float())
+    reopened = peft.PeftModel.from_pretrained(three.torch_model(), tmp_path / "half").eval()
+    with edgepeft.load(bundle) as device:
+        got = device.forward({"input_ids": IDS.numpy()}, adapter="half")["logits"]
+        same = device.forward({"input_ids": IDS.numpy()}, adapter="converted")["logits"]
+    close(got, logits_of(reopened), three.manifest.quantization.bits)
+    assert np.array_equal(got, same)
 
 
 def test_a_plain_onnxruntime_program_runs_an_exported_adapter(three: Exported, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tokenizers
 import torch
@@ -108,6 +109,69 @@ def test_tokens_are_those_of_transformers(device: Model, penalty: float) -> None
         assert text == byte_level().decode([token for token in ids if token not in ENDS]).rstrip("�")
 
 
+def with_adapters(build: Callable[[], Any], root: Path, targets: dict[str, list[str]]) -> peft.PeftModel:
+    """PEFT over adapters of different ranks, saved as `root`'s folders; and one that mixes them."""
+    for rank, (name, modules) in enumerate(targets.items(), 2):
+        models.save_adapter(build(), root / name, rank, r=rank, lora_alpha=3, target_modules=modules)
+    first, *others = targets
+    model = peft.PeftModel.from_pretrained(build(), root / first, first)
+    for name in others:
+        model.load_adapter(root / name, name)
+    model.add_weighted_adapter(list(targets), MIXED, "mixed", combination_type="cat")
+    return model.eval()
+
+
+def by_row_in_torch(
+    model: peft.PeftModel, prompts: list[list[int]], rows: list[str | None]
+) -> list[list[int]]:
+    """Each prompt alone, with its adapter."""
+    answers = []
+    for prompt, name in zip(prompts, rows, strict=True):
+        if name is None:
+            with model.disable_adapter():
+                answers.append(theirs(model, prompt))
+        else:
+            model.set_adapter(name)
+            answers.append(theirs(model, prompt))
+    return answers
+
+
+MIXED = [0.7, 0.3]
+ROWS = ["one", None, "mixed", "two", "one"]
+
+
+def specs(root: Path) -> list[Any]:
+    """`ROWS` as the device takes them."""
+    folders = {"one": root / "one", "two": root / "two", None: None}
+    mixed = {str(root / name): weight for name, weight in zip(("one", "two"), MIXED, strict=True)}
+    return [mixed if name == "mixed" else folders[name] for name in ROWS]
+
+
+def test_every_prompt_has_an_adapter_of_its_own(device: Model, tmp_path: Path) -> None:
+    """Of different ranks and modules, a mixture and none, two prompts with the same: PEFT's tokens, and those
+    of each prompt alone."""
+    targets = {"one": ["q_proj", "v_proj", "down_proj"], "two": ["k_proj", "o_proj", "up_proj"]}
+    model = with_adapters(decoder, tmp_path, targets)
+    prompts = [*PROMPTS, PROMPTS[0], PROMPTS[1]]
+    expected = by_row_in_torch(model, prompts, ROWS)
+    assert len({tuple(ids) for ids in expected}) == len(ROWS)
+    asked = specs(tmp_path)
+    assert device.generate_ids(prompts, asked, max_new_tokens=COUNT) == expected
+    alone = [
+        device.generate_ids(prompt, spec, max_new_tokens=COUNT)
+        for prompt, spec in zip(prompts, asked, strict=True)
+    ]
+    assert alone == expected
+    device.load_adapter("one", tmp_path / "one")
+    texts = device.generate(TEXTS, ["one", None, asked[2]], max_new_tokens=COUNT)
+    assert texts == [device._task.text.decode([t for t in ids if t not in ENDS]) for ids in expected[:3]]
+    with pytest.raises(UsageError, match="is a list of 2, the batch has 3 prompts: give one for each"):
+        device.generate(TEXTS, ["one", None], max_new_tokens=COUNT)
+    cache = device.read_prompt("XYZ")
+    with pytest.raises(UsageError, match="made with another adapter"):
+        device.generate(TEXTS[:2], [None, "one"], prompt_cache=cache, max_new_tokens=COUNT)
+
+
 def test_stop_texts_are_those_of_transformers(device: Model) -> None:
     """It ends with the same token; their text has the stop text at its end, ours has not."""
     model = decoder()
@@ -149,6 +213,11 @@ def test_an_encoder_decoder_answers_as_in_transformers(bundle: Callable[[str], P
             assert [device.generate_ids(prompt, **options) for prompt in PROMPTS] == expected
             answers = device.generate(TEXTS, **options)
             assert answers == [device.generate(text, **options) for text in TEXTS]
+        targets = {"one": ["q", "v"], "two": ["o", "wi"]}
+        adapted = with_adapters(task_models.t5, tmp_path, targets)
+        prompts = [*PROMPTS, *PROMPTS[:2]]
+        expected = by_row_in_torch(adapted, prompts, ROWS)
+        assert device.generate_ids(prompts, specs(tmp_path), max_new_tokens=COUNT) == expected
         with pytest.raises(UsageError, match="no key/value cache"):
             device.read_prompt("a")
         with pytest.raises(UsageError, match="no key/value cache"):

@@ -238,6 +238,27 @@ def test_the_commands_add_list_export_and_remove(tmp_path: Path, three: dict[str
     assert [path.name for path in (bundle / "adapters").iterdir()] == ["mine"]
 
 
+def test_what_float16_cannot_hold_is_not_stored_in_it(tmp_path: Path, three: dict[str, Path]) -> None:
+    """Values that would become infinite, or zero; and a file that is float32 by its format."""
+    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
+    adapter = load_adapter(three["a"])
+    for name, factor in (("large", 1e6), ("small", 1e-9)):
+        scaled = {key: tensor * np.float32(factor) for key, tensor in adapter.tensors.items()}
+        save_adapter(adapter.with_tensors(scaled, name), tmp_path / name)
+    run("adapter", "add", bundle, f"a={three['a']}")
+    for arguments, code, message in (
+        (("add", f"x={tmp_path / 'large'}"), 1, "float16 holds 65504: keep it in float32"),
+        (("add", f"x={tmp_path / 'small'}"), 1, "has no effect"),
+        (("export", "a", "-o", tmp_path / "a.onnx_adapter"), 2, "leave out --dtype float16"),
+    ):
+        command, *rest = arguments
+        given = ["adapter", command, bundle, *rest, "--dtype", "float16"]
+        result = CliRunner().invoke(cli.main, [str(item) for item in given])
+        assert result.exit_code == code, result.output
+        assert message in result.stderr
+    assert sorted(path.name for path in (bundle / "adapters").iterdir()) == ["a", "mine"]
+
+
 def test_what_cannot_be_added_changes_nothing(tmp_path: Path, three: dict[str, Path]) -> None:
     """One line each, with a remedy."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")

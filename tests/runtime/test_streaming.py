@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import edgepeft
+from edgepeft.adapters import save_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, DataError, UsageError
 from edgepeft.runtime.model import Model
@@ -230,6 +231,28 @@ def test_a_budget_holds_the_rows(bundle: Path) -> None:
         assert model.predicted_peak_bytes == one
     with endless(bundle, 2**20) as model, pytest.raises(BudgetError):
         model.generate(["w1"] * 5, max_new_tokens=14)
+
+
+def test_a_budget_holds_the_adapters_of_all_rows(bundle: Path, tmp_path: Path) -> None:
+    """Each once; loaded ones are counted where they are."""
+    adapter = tiny.adapter(rank=64, task="text-generation", trained=True)
+    own_bytes = sum(tensor.nbytes for tensor in adapter.tensors.values()) + 64 * 4  # and its scaling
+    for name in ("a", "b", "c"):
+        save_adapter(adapter, tmp_path / name)
+    a, b, c = (str(tmp_path / name) for name in ("a", "b", "c"))
+
+    def peak(*adapters: str) -> int:
+        model.generate(["w1"] * 3, list(adapters), max_new_tokens=4)
+        assert model.predicted_peak_bytes is not None
+        return model.predicted_peak_bytes
+
+    with endless(bundle, 2**40) as model:
+        one = peak(a, a, a)
+        assert peak(a, b, a) == one + own_bytes
+        assert peak(c, a, b) == one + 2 * own_bytes
+        model.load_adapter("b", b)
+        assert peak("b", "b", "b") == one
+        assert peak("b", a, a) == one + own_bytes
 
 
 def test_messages_go_through_the_chat_template(bundle: Path) -> None:
