@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, write_adapter
 from edgepeft.bundle.manifest import Strategy
