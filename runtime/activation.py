@@ -223,9 +223,17 @@ def _factors(slot: LoraSlot, adapters: Sequence[PreparedAdapter]) -> dict[str, F
 
 
 def is_decoder(manifest: Manifest, role: str) -> bool:
-    """Whether a graph takes adapters as `group_inputs` gives them."""
+    """Whether a graph is one of the decoder's, with LoRA inputs or without."""
     decoder = manifest.decoder
-    return decoder is not None and role in (decoder.graph, decoder.int8_graph)
+    return decoder is not None and any(role in pair for pair in decoder.pairs)
+
+
+def inputs_taken(manifest: Manifest, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What `graph_inputs` gives, as the graph of this role takes it."""
+    if not is_decoder(manifest, role):
+        return inputs
+    assert manifest.decoder is not None
+    return {} if manifest.decoder.adapted_twin(role) else group_inputs(manifest, inputs)
 
 
 def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:

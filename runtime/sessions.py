@@ -1,5 +1,6 @@
 """The open sessions of a loaded bundle, and the adapter that is bound in each."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import group_inputs, is_decoder
+from edgepeft.runtime.activation import inputs_taken
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
@@ -99,7 +100,7 @@ class Sessions:
         else:
             process_bytes = opened.process_bytes
         borrowed_bytes = sum(borrower.held_bytes for borrower in self._borrowers)
-        plan = choose(process_bytes + loaded_bytes + borrowed_bytes, rank)
+        plan = self._in_open_twin(choose(process_bytes + loaded_bytes + borrowed_bytes, rank))
         self.plan = plan
         entry = self._open.get(plan.role)
         if entry is not None and entry.stamp == stamp:
@@ -109,8 +110,9 @@ class Sessions:
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
             self.close()
+        self._close_plain_twin(plan.role)
         session = self._session(plan.role) if entry is None else entry.session
-        taken = self._as_taken(plan.role, inputs)
+        taken = inputs_taken(self._bundle.manifest, plan.role, inputs)
         session.bind(taken)
         self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, rank, process_bytes)
         return session, plan
@@ -162,7 +164,7 @@ class Sessions:
         for role, entry in self._open.items():
             if name in names_in(entry.adapter):
                 inputs = self.registry.inputs(None)
-                taken = self._as_taken(role, inputs)
+                taken = inputs_taken(self._bundle.manifest, role, inputs)
                 entry.session.bind(taken)
                 self._open[role] = _Open(
                     entry.session, None, inputs, taken, stamped(None), 0, entry.process_bytes
@@ -179,10 +181,20 @@ class Sessions:
             self._open.clear()
             release_freed_memory()
 
-    def _as_taken(self, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        """Adapter inputs as the graph of this role takes them."""
-        manifest = self._bundle.manifest
-        return group_inputs(manifest, inputs) if is_decoder(manifest, role) else inputs
+    def _in_open_twin(self, plan: RunPlan) -> RunPlan:
+        """The plan with the decoder's graph for adapters where that is open and the plain one is asked
+        for: without an adapter it computes the same, and nothing has to be opened."""
+        decoder = self._bundle.manifest.decoder
+        twin = None if decoder is None else decoder.adapted_twin(plan.role)
+        return plan if twin not in self._open else dataclasses.replace(plan, role=twin)
+
+    def _close_plain_twin(self, role: str) -> None:
+        """Free the plain graph where the one for adapters takes its place, if no stream runs on it."""
+        decoder = self._bundle.manifest.decoder
+        twin = None if decoder is None else decoder.plain_twin(role)
+        if twin in self._open and not self._borrowers:
+            self._open.pop(twin).session.close()
+            release_freed_memory()
 
     def _session(self, role: str) -> AnySession:
         if role == STREAMED:

@@ -18,10 +18,10 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
         for spec in manifest.graphs["inference"].inputs
         if spec.name.startswith("past_key_values.")
     }
-    expected = _INPUTS | cache.keys()
+    lora: set[str] = set()
     for index, group in enumerate(decoder.groups):
         where = f"decoder, group {index}"
-        expected |= {group.a_input, group.b_input}
+        lora |= {group.a_input, group.b_input}
         _require(len(group.slots) >= 1, f"{where} has no slot")
         for placed in group.slots:
             slot = slots.get(placed.module)
@@ -34,10 +34,11 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
                 f"{where} is {group.in_features} -> {group.out_features}, its slot {placed.module!r} "
                 f"{slot.in_features} -> {slot.out_features} from column {placed.first} on",
             )
-    _require((decoder.int8_graph is None) == (decoder.int8_memory is None), "decoder: its memory is missing")
-    for role in (decoder.graph, decoder.int8_graph):
-        if role is None:
-            continue
+    int8 = decoder.int8_graph, decoder.int8_plain_graph, decoder.int8_memory
+    _require(None not in int8 or not any(int8), "decoder: a graph of 8-bit activations or its memory is missing")
+    roles = {role for pair in decoder.pairs for role in pair if role is not None}
+    for role in sorted(roles):
+        expected = _INPUTS | cache.keys() | (lora if decoder.plain_twin(role) else set())
         graph = manifest.graphs.get(role)
         _require(graph is not None, f"decoder: there is no graph {role!r}")
         assert graph is not None

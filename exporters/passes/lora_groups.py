@@ -55,6 +55,25 @@ def _insert(graph: ir.Graph, product: ir.Node, slots: Sequence[GroupedSlot], ind
     return group
 
 
+def remove_lora_groups(graph: ir.Graph, groups: Iterable[LoraGroup]) -> None:
+    """Take out of a graph what `insert_lora_groups` put in; the caller tidies."""
+    factors = {name for group in groups for name in (group.a_input, group.b_input)}
+    for value in [value for value in graph.inputs if value.name in factors]:
+        for node, _ in list(value.uses()):
+            for total, position in list(node.outputs[0].uses()):
+                output = total.inputs[1 - position]
+                if total.op_type == "Add" and output is not None:
+                    _replace(total.outputs[0], output)
+        graph.inputs.remove(value)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if new.is_graph_output():
+        old.name, new.name = None, name
+
+
 def _with_bias(product: ir.Node) -> ir.Value:
     """The product, or its sum with a vector where that is all that it is read for."""
     output = product.outputs[0]
