@@ -1,9 +1,9 @@
 """The graph that generates: tokens into a cache of fixed size, logits of the last one out.
 
 Made from the same trace as the inference graph and of the same weights, for speed: attention writes its keys
-and values in place, the output layer sees one token a row, layers that read the same value are one product,
-and a LoRA costs two small nodes a product; a graph without them is for no adapter. Where a model does not allow it, there is none, and the inference
-graph generates.
+and values in place, what only the logits need sees one token a row, layers that read the same value are one
+product, and a LoRA costs two small nodes a result; a second graph without them is for no adapter. Where a
+model does not allow it, there is none, and the inference graph generates.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from .passes.quantize import Freezer
 from .passes.side_by_side import put_side_by_side
 from .writer import WeightWriter
 
-ROLE, PLAIN_ROLE, INT8_ROLE, INT8_PLAIN_ROLE = "decoder", "decoder.plain", "decoder.int8", "decoder.int8.plain"
+ROLE, PLAIN_ROLE = "decoder", "decoder.plain"
+INT8_ROLE, INT8_PLAIN_ROLE = "decoder.int8", "decoder.int8.plain"
 #: Memory is measured when the graphs have been written.
 UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
@@ -77,8 +78,7 @@ def build_decoder(
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
     linears = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
-    products = {node for linear in linears.values() for node in linear.nodes}
-    keep_last_token(graph, graph.outputs[0], products)
+    keep_last_token(graph, graph.outputs[0])
     take_sizes_from_inputs(graph)
     _count_rows_of_tokens(graph)
     tidy(model)
@@ -100,9 +100,7 @@ def build_decoder(
     wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN)
     if any(node.op_type == "MatMulNBits" for node in graph):
         graphs |= {INT8_ROLE: _int8(model), INT8_PLAIN_ROLE: _int8(plain)}
-        wiring = DecoderGraph(
-            ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN
-        )
+        wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN)
     rows = {name: [len(tensors[part]) for part in parts] for name, parts in joined.parts.items()}
     return Decoder(graphs, wiring, rows)
 

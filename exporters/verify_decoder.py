@@ -16,8 +16,9 @@ def verify_decoder(
     expected: np.ndarray,
     tolerance: float,
 ) -> float:
-    """Read each row of a batch but its last token, in two chunks, then the last tokens of all rows at once, in
-    the graph that would be chosen for the adapter.
+    """Read each row of a batch but its last token, in two chunks, then the last tokens of all rows at once.
+
+    The graph is the one that generating would choose for the adapter.
 
     Args:
         bundle: a language model's, with a decoder graph.

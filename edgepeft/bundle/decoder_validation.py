@@ -35,7 +35,9 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
                 f"{slot.in_features} -> {slot.out_features} from column {placed.first} on",
             )
     int8 = decoder.int8_graph, decoder.int8_plain_graph, decoder.int8_memory
-    _require(None not in int8 or not any(int8), "decoder: a graph of 8-bit activations or its memory is missing")
+    _require(
+        None not in int8 or not any(int8), "decoder: a graph or the memory of 8-bit activations is missing"
+    )
     roles = {role for pair in decoder.pairs for role in pair if role is not None}
     for role in sorted(roles):
         expected = _INPUTS | cache.keys() | (lora if decoder.plain_twin(role) else set())
