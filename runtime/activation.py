@@ -240,8 +240,8 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
     """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times
     its scaling.
 
-    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice. Those stand in
-    one piece, in the order in which a token reads them: it is read faster than many.
+    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice. Those stand
+    in one piece, in the order in which a token reads them: it is read faster than many.
     """
     assert manifest.decoder is not None
     slots = {slot.module: slot for slot in manifest.lora_slots}

@@ -13,7 +13,7 @@ from ..graph import FLOAT, MICROSOFT, append
 
 
 def fuse_sums(graph: ir.Graph) -> None:
-    """Rewrite a sorted graph; `Gemm` is made where tokens are `[tokens, width]`. The caller sorts and tidies."""
+    """Rewrite a sorted graph; a `Gemm` needs tokens `[tokens, width]`. The caller sorts and tidies."""
     for node in list(graph):
         if node.op_type == "Add" and not node.domain:
             _fuse_bias(node)
