@@ -5,7 +5,7 @@
 
 Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the
 first token, and the median time of a token after it), `swap` the time to activate the other adapter, `end`
-the process's memory. What comes before the first line is loading.
+the process's memory, beside what the plan predicted. What comes before the first line is loading.
 """
 
 import json
@@ -32,12 +32,20 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def _serve(recorder: MemoryRecorder, commands: dict[str, Callable[[], dict[str, float]]]) -> None:
+def _serve(
+    recorder: MemoryRecorder,
+    commands: dict[str, Callable[[], dict[str, float]]],
+    predicted_bytes: Callable[[], int | None] = lambda: None,
+) -> None:
     for line in sys.stdin:
         if line.strip() == "end":
             break
         _say(**commands[line.strip()]())
-    _say(peak_bytes=recorder.peak_bytes, resident_bytes=recorder.samples[-1].resident_bytes)
+    _say(
+        peak_bytes=recorder.peak_bytes,
+        resident_bytes=recorder.samples[-1].resident_bytes,
+        predicted_bytes=predicted_bytes(),
+    )
 
 
 def _timed(first: Callable[[], object], tokens: Iterator[object]) -> dict[str, float]:
@@ -166,7 +174,10 @@ def edgepeft_side(
         activate()
         return {"swap_s": time.perf_counter() - began_s}
 
-    _serve(recorder, {"round": once, "swap": swap})
+    def predicted_bytes() -> int:
+        return int(activate()[2].peak_bytes)
+
+    _serve(recorder, {"round": once, "swap": swap}, predicted_bytes)
 
 
 if __name__ == "__main__":
