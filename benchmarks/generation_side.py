@@ -1,7 +1,7 @@
 """One side of the comparison of generation, in a process of its own: reads and writes as it is told to.
 
     python -m benchmarks.generation_side genai FOLDER --tokens 64
-    python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter default] [--int8]
+    python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter FOLDER] [--int8]
 
 Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the
 first token, and the median time of a token after it), `swap` the time to activate the other adapter, `end`
@@ -110,7 +110,12 @@ def genai_side(recorder: MemoryRecorder, folder: str, prompt: int, tokens: int, 
 @click.option("--prompt", default=128)
 @click.option("--tokens", default=64)
 @click.option("--threads", default=2)
-@click.option("--adapter", "adapters", multiple=True, help="Adapter; of two, `swap` activates each in turn.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="Folder of an adapter; of two, `swap` activates each in turn.",
+)
 @click.option("--int8", is_flag=True, help="Round activations to 8 bits.")
 @click.pass_obj
 def edgepeft_side(
@@ -130,7 +135,9 @@ def edgepeft_side(
     began_s = time.perf_counter()
     model = edgepeft.load(bundle, threads=threads, int8_activations=int8)
     ids = prompt_of(prompt)
-    names = list(adapters) or [None]
+    for folder in adapters:
+        model.load_adapter(Path(folder).name, folder)
+    names = [Path(folder).name for folder in adapters] or [None]
 
     def plan(process_bytes: int, rank: int) -> RunPlan:
         return plan_generation(
