@@ -186,13 +186,13 @@ class Sessions:
         for: without an adapter it computes the same, and nothing has to be opened."""
         decoder = self._bundle.manifest.decoder
         twin = None if decoder is None else decoder.adapted_twin(plan.role)
-        return plan if twin not in self._open else dataclasses.replace(plan, role=twin)
+        return plan if twin is None or twin not in self._open else dataclasses.replace(plan, role=twin)
 
     def _close_plain_twin(self, role: str) -> None:
         """Free the plain graph where the one for adapters takes its place, if no stream runs on it."""
         decoder = self._bundle.manifest.decoder
         twin = None if decoder is None else decoder.plain_twin(role)
-        if twin in self._open and not self._borrowers:
+        if twin is not None and twin in self._open and not self._borrowers:
             self._open.pop(twin).session.close()
             release_freed_memory()
 
