@@ -36,11 +36,15 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
             )
     int8 = decoder.int8_graph, decoder.int8_plain_graph, decoder.int8_memory
     _require(
-        None not in int8 or not any(int8), "decoder: a graph or the memory of 8-bit activations is missing"
+        None not in int8 or not any(int8), "decoder: of 8-bit activations, a graph or its memory is missing"
     )
-    roles = {role for pair in decoder.pairs for role in pair if role is not None}
-    for role in sorted(roles):
-        expected = _INPUTS | cache.keys() | (lora if decoder.plain_twin(role) else set())
+    takes_lora = [
+        (role, takes) for pair in decoder.pairs for role, takes in zip(pair, (True, False), strict=True)
+    ]
+    for role, takes in takes_lora:
+        if role is None:
+            continue
+        expected = _INPUTS | cache.keys() | (lora if takes else set())
         graph = manifest.graphs.get(role)
         _require(graph is not None, f"decoder: there is no graph {role!r}")
         assert graph is not None
