@@ -139,6 +139,7 @@ def _row(shape: str, side: GenerationSide, sides: list[GenerationSide]) -> dict[
         "decode_speed_to_no_adapter": speed(base, "token_s"),
         "peak_bytes": side.memory["peak_bytes"],
         "peak_ratio": side.memory["peak_bytes"] / peer.memory["peak_bytes"],
+        "predicted_bytes": side.memory["predicted_bytes"],
         "swap_s": statistics.median(side.swap_s) if side.swap_s else None,
     }
 

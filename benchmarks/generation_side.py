@@ -1,11 +1,11 @@
 """One side of the comparison of generation, in a process of its own: reads and writes as it is told to.
 
     python -m benchmarks.generation_side genai FOLDER --tokens 64
-    python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter default] [--int8]
+    python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter FOLDER] [--int8]
 
 Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the
 first token, and the median time of a token after it), `swap` the time to activate the other adapter, `end`
-the process's memory. What comes before the first line is loading.
+the process's memory, beside what the plan predicted. What comes before the first line is loading.
 """
 
 import json
@@ -32,12 +32,20 @@ def _say(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-def _serve(recorder: MemoryRecorder, commands: dict[str, Callable[[], dict[str, float]]]) -> None:
+def _serve(
+    recorder: MemoryRecorder,
+    commands: dict[str, Callable[[], dict[str, float]]],
+    predicted_bytes: Callable[[], int | None] = lambda: None,
+) -> None:
     for line in sys.stdin:
         if line.strip() == "end":
             break
         _say(**commands[line.strip()]())
-    _say(peak_bytes=recorder.peak_bytes, resident_bytes=recorder.samples[-1].resident_bytes)
+    _say(
+        peak_bytes=recorder.peak_bytes,
+        resident_bytes=recorder.samples[-1].resident_bytes,
+        predicted_bytes=predicted_bytes(),
+    )
 
 
 def _timed(first: Callable[[], object], tokens: Iterator[object]) -> dict[str, float]:
@@ -102,7 +110,12 @@ def genai_side(recorder: MemoryRecorder, folder: str, prompt: int, tokens: int, 
 @click.option("--prompt", default=128)
 @click.option("--tokens", default=64)
 @click.option("--threads", default=2)
-@click.option("--adapter", "adapters", multiple=True, help="Adapter; of two, `swap` activates each in turn.")
+@click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    help="Folder of an adapter; of two, `swap` activates each in turn.",
+)
 @click.option("--int8", is_flag=True, help="Round activations to 8 bits.")
 @click.pass_obj
 def edgepeft_side(
@@ -122,7 +135,9 @@ def edgepeft_side(
     began_s = time.perf_counter()
     model = edgepeft.load(bundle, threads=threads, int8_activations=int8)
     ids = prompt_of(prompt)
-    names = list(adapters) or [None]
+    for folder in adapters:
+        model.load_adapter(Path(folder).name, folder)
+    names = [Path(folder).name for folder in adapters] or [None]
 
     def plan(process_bytes: int, rank: int) -> RunPlan:
         return plan_generation(
@@ -166,7 +181,10 @@ def edgepeft_side(
         activate()
         return {"swap_s": time.perf_counter() - began_s}
 
-    _serve(recorder, {"round": once, "swap": swap})
+    def predicted_bytes() -> int:
+        return int(activate()[1].peak_bytes)
+
+    _serve(recorder, {"round": once, "swap": swap}, predicted_bytes)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The graph that generates: tokens into a cache of fixed size, logits of the last one out.
 
 Made from the same trace as the inference graph and of the same weights, for speed: attention writes its keys
-and values in place, the output layer sees one token a row, layers that read the same value are one product,
-and a LoRA costs two small nodes a product. Where a model does not allow it, there is none, and the inference
-graph generates.
+and values in place, what only the logits need sees one token a row, layers that read the same value are one
+product, and a LoRA costs two small nodes a result; a second graph without them is for no adapter. Where a
+model does not allow it, there is none, and the inference graph generates.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from .passes.fuse_sums import fuse_sums
 from .passes.input_shapes import take_sizes_from_inputs
 from .passes.last_token import keep_last_token
 from .passes.linears import Linear, find_linears, find_marked_linears, unpack
-from .passes.lora_groups import insert_lora_groups
+from .passes.lora_groups import insert_lora_groups, remove_lora_groups
 from .passes.quantize import Freezer
 from .passes.side_by_side import put_side_by_side
 from .writer import WeightWriter
 
-ROLE, INT8_ROLE = "decoder", "decoder.int8"
+ROLE, PLAIN_ROLE = "decoder", "decoder.plain"
+INT8_ROLE, INT8_PLAIN_ROLE = "decoder.int8", "decoder.int8.plain"
 #: Memory is measured when the graphs have been written.
 UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
@@ -77,8 +78,7 @@ def build_decoder(
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
     linears = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
-    products = {node for linear in linears.values() for node in linear.nodes}
-    keep_last_token(graph, graph.outputs[0], products)
+    keep_last_token(graph, graph.outputs[0])
     take_sizes_from_inputs(graph)
     _count_rows_of_tokens(graph)
     tidy(model)
@@ -87,22 +87,22 @@ def build_decoder(
     groups = insert_lora_groups(graph, chosen, joined.places)
     freezer.freeze(graph, weights, joined.parts)
     tidy(model)
-    flatten_tokens(graph)
-    tidy(model)
-    fuse_sums(graph)
-    tidy(model)
-    if not _stands_alone(graph):
+    plain = model.clone()
+    remove_lora_groups(plain.graph, groups)
+    flatten_tokens(graph)  # which lets a LoRA be a `Gemm`; without one it would only be more nodes
+    for each in (model, plain):
+        tidy(each)
+        fuse_sums(each.graph)
+        tidy(each)
+    if not (_stands_alone(graph) and _stands_alone(plain.graph)):
         return None
-    int8 = _int8(model)
-    wiring = DecoderGraph(
-        ROLE,
-        tuple(groups),
-        UNKNOWN,
-        None if int8 is None else INT8_ROLE,
-        None if int8 is None else UNKNOWN,
-    )
+    graphs = {ROLE: model, PLAIN_ROLE: plain}
+    wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN)
+    if any(node.op_type == "MatMulNBits" for node in graph):
+        graphs |= {INT8_ROLE: _int8(model), INT8_PLAIN_ROLE: _int8(plain)}
+        wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN)
     rows = {name: [len(tensors[part]) for part in parts] for name, parts in joined.parts.items()}
-    return Decoder({ROLE: model} | ({} if int8 is None else {INT8_ROLE: int8}), wiring, rows)
+    return Decoder(graphs, wiring, rows)
 
 
 def _count_rows_of_tokens(graph: ir.Graph) -> None:
@@ -126,10 +126,10 @@ def _stands_alone(graph: ir.Graph) -> bool:
     return True
 
 
-def _int8(model: ir.Model) -> ir.Model | None:
-    """The same graph, its products rounding activations to 8 bits; None where no weight is quantized."""
+def _int8(model: ir.Model) -> ir.Model:
+    """The same graph, its products rounding activations to 8 bits."""
     copied = model.clone()
-    products = [node for node in copied.graph if node.op_type == "MatMulNBits"]
-    for node in products:
-        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
-    return copied if products else None
+    for node in copied.graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 4)
+    return copied

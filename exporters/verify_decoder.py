@@ -4,7 +4,7 @@ import numpy as np
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import VerificationError
-from edgepeft.runtime.activation import FloatArray, group_inputs
+from edgepeft.runtime.activation import FloatArray, inputs_taken
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
 from edgepeft.runtime.session import GraphSession
 
@@ -17,6 +17,8 @@ def verify_decoder(
     tolerance: float,
 ) -> float:
     """Read each row of a batch but its last token, in two chunks, then the last tokens of all rows at once.
+
+    The graph is the one that generating would choose for the adapter.
 
     Args:
         bundle: a language model's, with a decoder graph.
@@ -31,12 +33,15 @@ def verify_decoder(
     Raises:
         VerificationError: it is above the tolerance.
     """
-    assert bundle.manifest.decoder is not None
     mask = batch.get("attention_mask", np.ones_like(batch["input_ids"]))
     lengths = mask.sum(axis=1).tolist()
     texts = [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
-    session = GraphSession(bundle, bundle.manifest.decoder.graph)
-    session.bind(group_inputs(bundle.manifest, adapter_inputs))
+    decoder_graph = bundle.manifest.decoder
+    assert decoder_graph is not None
+    adapted = any(adapter_inputs[slot.scaling_input].size for slot in bundle.manifest.lora_slots)
+    role = decoder_graph.graph if adapted else decoder_graph.plain_graph
+    session = GraphSession(bundle, role)
+    session.bind(inputs_taken(bundle.manifest, role, adapter_inputs))
     chunk = max(1, max(lengths) // 2)
     decoder = InPlaceDecoder(session, bundle.manifest, len(texts), max(lengths), chunk)
     for row, text in enumerate(texts):

@@ -223,24 +223,42 @@ def _factors(slot: LoraSlot, adapters: Sequence[PreparedAdapter]) -> dict[str, F
 
 
 def is_decoder(manifest: Manifest, role: str) -> bool:
-    """Whether a graph takes adapters as `group_inputs` gives them."""
+    """Whether a graph is one of the decoder's, with LoRA inputs or without."""
     decoder = manifest.decoder
-    return decoder is not None and role in (decoder.graph, decoder.int8_graph)
+    return decoder is not None and any(role in pair for pair in decoder.pairs)
+
+
+def inputs_taken(manifest: Manifest, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
+    """What `graph_inputs` gives, as the graph of this role takes it."""
+    if not is_decoder(manifest, role):
+        return inputs
+    assert manifest.decoder is not None
+    return {} if manifest.decoder.adapted_twin(role) else group_inputs(manifest, inputs)
 
 
 def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
     """What `graph_inputs` gives, as the decoder graph takes it: the slots of a group side by side, `B` times
     its scaling.
 
-    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice.
+    The `A` factors in `inputs` become views of the new arrays, so that they are not held twice. Those stand
+    in one piece, in the order in which a token reads them: it is read faster than many.
     """
     assert manifest.decoder is not None
     slots = {slot.module: slot for slot in manifest.lora_slots}
+    groups = [(group, [slots[placed.module] for placed in group.slots]) for group in manifest.decoder.groups]
+    ranks_of = [sum(inputs[slot.scaling_input].size for slot in members) for _, members in groups]
+    shapes = [
+        shape
+        for (group, _), rank in zip(groups, ranks_of, strict=True)
+        for shape in ((group.in_features, rank), (rank, group.out_features))
+    ]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
+    factors = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
     grouped: dict[str, FloatArray] = {}
-    for group in manifest.decoder.groups:
-        members = [slots[placed.module] for placed in group.slots]
-        lora_a = np.concatenate([inputs[slot.a_input] for slot in members], axis=1)
-        lora_b = np.zeros((lora_a.shape[1], group.out_features), np.float32)
+    for group, members in groups:
+        lora_a, lora_b = next(factors), next(factors)
+        np.concatenate([inputs[slot.a_input] for slot in members], axis=1, out=lora_a)
         first = 0
         for slot, placed in zip(members, group.slots, strict=True):
             scaled = inputs[slot.scaling_input][:, None] * inputs[slot.b_input]

@@ -1,5 +1,6 @@
 """The open sessions of a loaded bundle, and the adapter that is bound in each."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import AdapterSpec, group_bytes, group_inputs, is_decoder
+from edgepeft.runtime.activation import AdapterSpec, group_bytes, inputs_taken, is_decoder
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
@@ -129,6 +130,7 @@ class Sessions:
         plan = choose(held_bytes + read_bytes, rank)
         if is_decoder(self._bundle.manifest, plan.role):
             plan = choose(held_bytes + sum(item.decoder_bytes for item in sizes), rank)
+        plan = self._in_open_twin(plan)
         self.plan = plan
         entry = self._open.get(plan.role)
         if entry is not None and entry.stamp == stamp:
@@ -138,8 +140,9 @@ class Sessions:
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
             self.close()
+        self._close_plain_twin(plan.role)
         session = self._session(plan.role) if entry is None else entry.session
-        taken = self._as_taken(plan.role, inputs)
+        taken = inputs_taken(self._bundle.manifest, plan.role, inputs)
         session.bind(taken)
         self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, size, process_bytes)
         return session, plan
@@ -156,7 +159,7 @@ class Sessions:
         beside = [self.registry.inputs(adapter) for adapter in others]
         session, plan = self.activated(first, choose, beside=beside)
         entry = self._open[plan.role]
-        taken = [entry.bound, *(self._as_taken(plan.role, inputs) for inputs in beside)]
+        taken = [entry.bound, *(inputs_taken(self._bundle.manifest, plan.role, inputs) for inputs in beside)]
         found = []
         for inputs, bound in zip([entry.inputs, *beside], taken, strict=True):
             own = session.with_own_bindings()
@@ -193,7 +196,7 @@ class Sessions:
         for role, entry in self._open.items():
             if name in names_in(entry.adapter):
                 inputs = self.registry.inputs(None)
-                taken = self._as_taken(role, inputs)
+                taken = inputs_taken(self._bundle.manifest, role, inputs)
                 entry.session.bind(taken)
                 self._open[role] = _Open(
                     entry.session,
@@ -226,10 +229,20 @@ class Sessions:
         shared_bytes = sum(own[slot.a_input].nbytes for slot in manifest.lora_slots if slot.a_input in own)
         return _Size(rank, nbytes, nbytes - shared_bytes + group_bytes(manifest, inputs))
 
-    def _as_taken(self, role: str, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        """Adapter inputs as the graph of this role takes them."""
-        manifest = self._bundle.manifest
-        return group_inputs(manifest, inputs) if is_decoder(manifest, role) else inputs
+    def _in_open_twin(self, plan: RunPlan) -> RunPlan:
+        """The plan with the decoder's graph for adapters where that is open and the plain one is asked
+        for: without an adapter it computes the same, and nothing has to be opened."""
+        decoder = self._bundle.manifest.decoder
+        twin = None if decoder is None else decoder.adapted_twin(plan.role)
+        return plan if twin is None or twin not in self._open else dataclasses.replace(plan, role=twin)
+
+    def _close_plain_twin(self, role: str) -> None:
+        """Free the plain graph where the one for adapters takes its place, if no stream runs on it."""
+        decoder = self._bundle.manifest.decoder
+        twin = None if decoder is None else decoder.plain_twin(role)
+        if twin is not None and twin in self._open and not self._borrowers:
+            self._open.pop(twin).session.close()
+            release_freed_memory()
 
     def _session(self, role: str) -> AnySession:
         if role == STREAMED:

@@ -18,10 +18,10 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
         for spec in manifest.graphs["inference"].inputs
         if spec.name.startswith("past_key_values.")
     }
-    expected = _INPUTS | cache.keys()
+    lora: set[str] = set()
     for index, group in enumerate(decoder.groups):
         where = f"decoder, group {index}"
-        expected |= {group.a_input, group.b_input}
+        lora |= {group.a_input, group.b_input}
         _require(len(group.slots) >= 1, f"{where} has no slot")
         for placed in group.slots:
             slot = slots.get(placed.module)
@@ -34,10 +34,17 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
                 f"{where} is {group.in_features} -> {group.out_features}, its slot {placed.module!r} "
                 f"{slot.in_features} -> {slot.out_features} from column {placed.first} on",
             )
-    _require((decoder.int8_graph is None) == (decoder.int8_memory is None), "decoder: its memory is missing")
-    for role in (decoder.graph, decoder.int8_graph):
+    int8 = decoder.int8_graph, decoder.int8_plain_graph, decoder.int8_memory
+    _require(
+        None not in int8 or not any(int8), "decoder: of 8-bit activations, a graph or its memory is missing"
+    )
+    takes_lora = [
+        (role, takes) for pair in decoder.pairs for role, takes in zip(pair, (True, False), strict=True)
+    ]
+    for role, takes in takes_lora:
         if role is None:
             continue
+        expected = _INPUTS | cache.keys() | (lora if takes else set())
         graph = manifest.graphs.get(role)
         _require(graph is not None, f"decoder: there is no graph {role!r}")
         assert graph is not None

@@ -247,15 +247,31 @@ class DecoderGraph:
     one row any number. `logits` float32 `[batch, vocab]` are of the last token of each row. `memory` leaves
     out the cache.
 
-    `int8_graph` is the same, but its products round the activations to 8 bits; null where no weight is
-    quantized.
+    `plain_graph` is the same without LoRA inputs, for no adapter. `int8_graph` and `int8_plain_graph` are
+    these two with products that round the activations to 8 bits; null where no weight is quantized. A formula
+    is of the graph with LoRA inputs, and above what the plain one needs.
     """
 
     graph: str
+    plain_graph: str
     groups: tuple[LoraGroup, ...]
     memory: MemoryFormula
     int8_graph: str | None = None
+    int8_plain_graph: str | None = None
     int8_memory: MemoryFormula | None = None
+
+    @property
+    def pairs(self) -> tuple[tuple[str | None, str | None], ...]:
+        """Graphs with LoRA inputs, each with the plain one of the same arithmetic: exact, 8-bit."""
+        return (self.graph, self.plain_graph), (self.int8_graph, self.int8_plain_graph)
+
+    def adapted_twin(self, role: str) -> str | None:
+        """The graph with LoRA inputs that a plain graph is the same as; None if `role` is no plain graph."""
+        return next((adapted for adapted, plain in self.pairs if plain == role), None)
+
+    def plain_twin(self, role: str) -> str | None:
+        """The plain graph that a graph with LoRA inputs is the same as; None if `role` is none."""
+        return next((plain for adapted, plain in self.pairs if adapted == role), None)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ _OF_ROWS = {
     "SimplifiedLayerNormalization",
     "MatMul",
     "MatMulNBits",
+    "MatMulBnb4",
     "Split",
 }
 
@@ -32,9 +33,9 @@ def flatten_tokens(graph: ir.Graph) -> None:
     made: dict[ir.Value, ir.Value] = {}
     back: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        apart = {value for value in node.inputs if value is not None and _is_hidden(value, lead)}
+        apart = {value for value in node.inputs if value is not None and is_hidden(value, lead)}
         together = {value for value in node.inputs if value is not None and value in flat}
-        if (apart or together) and _treats_tokens_alike(node, apart | together):
+        if (apart or together) and treats_tokens_alike(node, apart | together):
             for value in apart:
                 if value not in made:
                     assert value.shape is not None
@@ -60,12 +61,13 @@ def flatten_tokens(graph: ir.Graph) -> None:
             graph.outputs[index].name, output.name = output.name, None
 
 
-def _is_hidden(value: ir.Value, lead: list[int | ir.SymbolicDim]) -> bool:
+def is_hidden(value: ir.Value, lead: list[int | ir.SymbolicDim]) -> bool:
+    """Whether a value is `[*lead, width]`, with `lead` the axes of the token ids."""
     shape = value.shape
     return shape is not None and len(shape) == 3 and list(shape)[:2] == lead and isinstance(shape[2], int)
 
 
-def _treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
+def treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
     """Whether a node computes every token of `hidden` by itself, with the same weights."""
     others = [value for value in node.inputs if value is not None and value not in hidden]
     if node.op_type in _ELEMENTWISE and not node.domain:
@@ -76,7 +78,7 @@ def _treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
         return _axes(others[0]) == 2 if others else False
     if node.op_type == "Split":
         return node.attributes.get_int("axis", 0) in (-1, 2) and _set_axis(node)
-    return node.op_type == "MatMulNBits" or (
+    return node.op_type in ("MatMulNBits", "MatMulBnb4") or (
         node.attributes.get_int("axis", -1) in (-1, 2) and _set_axis(node)
     )
 

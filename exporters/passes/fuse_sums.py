@@ -13,7 +13,7 @@ from ..graph import FLOAT, MICROSOFT, append
 
 
 def fuse_sums(graph: ir.Graph) -> None:
-    """Rewrite a sorted graph of tokens `[tokens, width]`; the caller sorts and tidies."""
+    """Rewrite a sorted graph; a `Gemm` needs tokens `[tokens, width]`. The caller sorts and tidies."""
     for node in list(graph):
         if node.op_type == "Add" and not node.domain:
             _fuse_bias(node)
@@ -93,9 +93,11 @@ def _fuse_skip(graph: ir.Graph, node: ir.Node) -> None:
     if summed is None or add is None or add.op_type != "Add" or summed.is_graph_output():
         return
     a, b = add.inputs
-    if a is None or b is None or a.shape != b.shape or not _is_matrix(a) or scale is None:
+    if a is None or b is None or a.shape is None or a.shape != b.shape or scale is None:
         return
-    if node.attributes.get_int("stash_type", 1) != 1 or node.attributes.get_int("axis", -1) not in (-1, 1):
+    axes = len(a.shape)
+    last = node.attributes.get_int("axis", -1) in (-1, axes - 1)
+    if node.attributes.get_int("stash_type", 1) != 1 or not last or axes not in (2, 3):
         return
     outputs = [ir.Value(shape=summed.shape, type=ir.TensorType(FLOAT)) for _ in range(4)]
     outputs[1].name = outputs[2].name = ""

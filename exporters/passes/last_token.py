@@ -1,54 +1,61 @@
-"""Compute the output layer for the last token of every row only: generating needs no other logits."""
+"""Compute what only the logits are made of for the last token of every row: generating needs no other logits.
+
+That is the output layer, the last normalization and, behind its attention, the whole last layer: of 30 layers
+it is 3% of a prompt.
+"""
 
 import numpy as np
 import onnx_ir as ir
 
 from ..graph import append, initializer
+from .flat_tokens import is_hidden, treats_tokens_alike
 
 
-def keep_last_token(graph: ir.Graph, logits: ir.Value, products: set[ir.Node]) -> None:
+def keep_last_token(graph: ir.Graph, logits: ir.Value) -> None:
     """Make the output `logits` `[batch, vocab]`; the caller sorts and tidies.
 
     Args:
-        logits: the output `[batch, sequence, vocab]`.
-        products: the graph's linear layers, of which the output layer is one: what follows it is elementwise,
-            so it can be given the last token alone; else the logits are cut themselves.
+        graph: a sorted graph of `input_ids` `[batch, sequence]`.
+        logits: the output `[batch, sequence, vocab]`; cut itself where what makes it mixes tokens.
     """
-    assert logits.shape is not None
+    ids = next(value for value in graph.inputs if value.name == "input_ids")
+    assert ids.shape is not None
+    lead = list(ids.shape)
     last = initializer(graph, "last_token", np.array(-1, np.int64))
-    name = logits.name
-    after: list[ir.Node] = []
-    value: ir.Value | None = logits
-    while value is not None and value.producer() is not None:
-        node = value.producer()
-        assert node is not None
-        if node in products:
-            _cut(graph, node, after, last)
-            return
-        after.append(node)
-        # The operand as large as the result; constants are smaller.
-        value = next(
-            (operand for operand in node.inputs if operand is not None and operand.shape == value.shape), None
-        )
-    cut = append(graph, "Gather", [logits, last], {"axis": 1}, shape=[logits.shape[0], logits.shape[2]])
-    graph.outputs[list(graph.outputs).index(logits)] = cut
-    logits.name, cut.name = None, name
+    single: set[ir.Node] = set()
+    for node in reversed(list(graph)):
+        hidden = {value for value in node.inputs if value is not None and is_hidden(value, lead)}
+        if hidden and _is_read_by(node, single, logits) and treats_tokens_alike(node, hidden):
+            single.add(node)
+    cut: dict[ir.Value, ir.Value] = {}
+    for node in single:
+        for position, value in enumerate(node.inputs):
+            if value is None or not is_hidden(value, lead) or value.producer() in single:
+                continue
+            if value not in cut:
+                cut[value] = _last_of(graph, value, last)
+            node.replace_input_with(position, cut[value])
+    if logits.producer() not in single:
+        name, whole = logits.name, logits
+        logits = _last_of(graph, whole, last)
+        graph.outputs[list(graph.outputs).index(whole)] = logits
+        whole.name, logits.name = None, name
+    for output in [output for node in single for output in node.outputs]:
+        if output.shape is not None:
+            output.shape = ir.Shape([output.shape[0], output.shape[2]])
 
 
-def _cut(graph: ir.Graph, product: ir.Node, after: list[ir.Node], last: ir.Value) -> None:
-    hidden = product.inputs[0]
-    assert hidden is not None
-    assert hidden.shape is not None
-    row = append(
-        graph,
-        "Gather",
-        [hidden, last],
-        {"axis": 1},
-        shape=[hidden.shape[0], hidden.shape[2]],
-        dtype=hidden.dtype,
-    )
-    product.replace_input_with(0, row)
-    for node in (product, *after):
-        shape = node.outputs[0].shape
-        assert shape is not None
-        node.outputs[0].shape = ir.Shape([shape[0], shape[2]])
+def _is_read_by(node: ir.Node, readers: set[ir.Node], logits: ir.Value) -> bool:
+    """Whether a node makes the logits, or what these readers and nothing else reads."""
+    if logits in node.outputs:
+        return not logits.uses()
+    uses = [reader for output in node.outputs for reader, _ in output.uses()]
+    left = any(output.is_graph_output() for output in node.outputs)
+    return bool(uses) and not left and all(reader in readers for reader in uses)
+
+
+def _last_of(graph: ir.Graph, value: ir.Value, last: ir.Value) -> ir.Value:
+    """`[batch, width]` of `[batch, sequence, width]`."""
+    assert value.shape is not None
+    shape = [value.shape[0], value.shape[2]]
+    return append(graph, "Gather", [value, last], {"axis": 1}, shape=shape, dtype=value.dtype)

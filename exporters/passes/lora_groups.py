@@ -1,4 +1,4 @@
-"""Insert LoRA slots by products: slots whose outputs are made by one product share their three inputs.
+"""Insert LoRA slots by results: slots whose results are read as one value share their two inputs.
 
     y = x Wᵀ + (x A) B        A [in, rank], B [rank, out]
 
@@ -15,30 +15,32 @@ from edgepeft.bundle.manifest import GroupedSlot, LoraGroup
 
 from ..graph import add_behind, append, graph_input
 from .linears import Linear
+from .side_by_side import Place
 
 
 def insert_lora_groups(
-    graph: ir.Graph, linears: Iterable[Linear], places: Mapping[ir.Node, tuple[ir.Node, int]]
+    graph: ir.Graph, linears: Iterable[Linear], places: Mapping[ir.Node, Place]
 ) -> list[LoraGroup]:
     """Give the products of `linears` their slots; the caller sorts the graph afterwards.
 
     Args:
         linears: those that have slots.
-        places: the product and column of a linear's node that was put beside others.
+        places: where the results of a linear's node are that was put beside others.
     """
-    slots: dict[ir.Node, list[GroupedSlot]] = {}
+    slots: dict[tuple[ir.Value, ir.Value], list[GroupedSlot]] = {}
     for linear in linears:
-        for node in linear.nodes:
-            product, first = places.get(node, (node, 0))
-            slot = GroupedSlot(linear.module, first + linear.first)
-            slots.setdefault(product, []).append(slot)
-    return [_insert(graph, product, found, index) for index, (product, found) in enumerate(slots.items())]
+        for node, x in linear.uses:
+            place = places.get(node) or Place(x, _with_bias(node), 0)
+            slot = GroupedSlot(linear.module, place.first + linear.first)
+            slots.setdefault((place.x, place.output), []).append(slot)
+    return [
+        _insert(graph, x, output, found, index) for index, ((x, output), found) in enumerate(slots.items())
+    ]
 
 
-def _insert(graph: ir.Graph, product: ir.Node, slots: Sequence[GroupedSlot], index: int) -> LoraGroup:
-    output = _with_bias(product)
-    x = product.inputs[0]
-    assert x is not None
+def _insert(
+    graph: ir.Graph, x: ir.Value, output: ir.Value, slots: Sequence[GroupedSlot], index: int
+) -> LoraGroup:
     assert x.shape is not None
     assert output.shape is not None
     lead = list(output.shape)[:-1]
@@ -53,6 +55,25 @@ def _insert(graph: ir.Graph, product: ir.Node, slots: Sequence[GroupedSlot], ind
     delta = append(graph, "MatMul", [low_rank, lora_b], shape=[*lead, out_features])
     add_behind(graph, output, delta)
     return group
+
+
+def remove_lora_groups(graph: ir.Graph, groups: Iterable[LoraGroup]) -> None:
+    """Take out of a graph what `insert_lora_groups` put in; the caller tidies."""
+    factors = {name for group in groups for name in (group.a_input, group.b_input)}
+    for value in [value for value in graph.inputs if value.name in factors]:
+        for node, _ in list(value.uses()):
+            for total, position in list(node.outputs[0].uses()):
+                output = total.inputs[1 - position]
+                if total.op_type == "Add" and output is not None:
+                    _replace(total.outputs[0], output)
+        graph.inputs.remove(value)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    name = old.name
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if new.is_graph_output():
+        old.name, new.name = None, name
 
 
 def _with_bias(product: ir.Node) -> ir.Value:

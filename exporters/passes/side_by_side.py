@@ -22,12 +22,21 @@ class SideBySide:
     """What was put together.
 
     Attributes:
-        places: the new product of each that is gone, and its first column there.
+        places: where the results of each product that is gone are now.
         parts: names of the weights that each new weight is made of.
     """
 
-    places: dict[ir.Node, tuple[ir.Node, int]] = field(default_factory=dict)
+    places: dict[ir.Node, "Place"] = field(default_factory=dict)
     parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The columns of `output` from `first` on are a layer's results, bias included; `x` is what it reads."""
+
+    x: ir.Value
+    output: ir.Value
+    first: int
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,6 @@ def _join(
     assert weight.shape is not None
     turned = append(graph, "Transpose", [weight], {"perm": [1, 0]}, shape=[weight.shape[1], total])
     output = append(graph, "MatMul", [x, turned], shape=[*lead, total])
-    product = output.producer()
-    assert product is not None
     biases = [member.bias for member in members if member.bias is not None]
     if biases:
         output = append(
@@ -101,12 +108,13 @@ def _join(
     sizes = initializer(graph, "split_" + "_".join(map(str, widths)), np.array(widths, np.int64))
     parts = [ir.Value(shape=ir.Shape([*lead, width]), type=x.type) for width in widths]
     graph.append(ir.node("Split", [output, sizes], {"axis": -1}, outputs=parts))
+    for member, part in zip(members, parts, strict=True):
+        member.output.replace_all_uses_with(part)
+    packed = _pack_attention(output, parts)
     first = 0
     for member, part, width in zip(members, parts, widths, strict=True):
-        member.output.replace_all_uses_with(part)
-        done.places[member.product] = product, first
+        done.places[member.product] = Place(x, output, first) if packed else Place(x, part, 0)
         first += width
-    _pack_attention(output, parts)
 
 
 def _width(value: ir.Value) -> int:
@@ -132,13 +140,15 @@ def _joined(
     return value
 
 
-def _pack_attention(output: ir.Value, parts: Sequence[ir.Value]) -> None:
+def _pack_attention(output: ir.Value, parts: Sequence[ir.Value]) -> bool:
     """Hand queries, keys and values over in one, where attention reads just these."""
     readers = {reader for part in parts for reader, _ in part.uses()}
     if len(readers) != 1 or len(parts) != 3:
-        return
+        return False
     (reader,) = readers
-    if reader.op_type == "GroupQueryAttention" and list(reader.inputs[:3]) == list(parts):
-        reader.replace_input_with(0, output)
-        reader.replace_input_with(1, None)
-        reader.replace_input_with(2, None)
+    if reader.op_type != "GroupQueryAttention" or list(reader.inputs[:3]) != list(parts):
+        return False
+    reader.replace_input_with(0, output)
+    reader.replace_input_with(1, None)
+    reader.replace_input_with(2, None)
+    return True

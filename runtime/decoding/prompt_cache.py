@@ -29,7 +29,7 @@ def origin(manifest: Manifest, role: str, adapter_inputs: Mapping[str, Array]) -
     the graph of this role."""
     graph = manifest.files[manifest.graphs["inference"].file].sha256
     weights = manifest.files[manifest.weights_file].sha256
-    rounds = manifest.decoder is not None and role == manifest.decoder.int8_graph
+    rounds = manifest.decoder is not None and role in manifest.decoder.pairs[1]
     digest = hashlib.sha256()
     for name in sorted(adapter_inputs):
         value = adapter_inputs[name]

@@ -160,10 +160,14 @@ def _in_place(
     int8: bool,
 ) -> RunPlan | None:
     """The decoder graph with as large chunks of the prompt as fit, for these rows, prompt and whole length;
-    None where there is none or the budget cannot hold it."""
+    the
+    plain graph where there is no adapter; None where there is none or the budget cannot hold it."""
     decoder = manifest.decoder
-    role = None if decoder is None else decoder.int8_graph if int8 else decoder.graph
-    memory = None if decoder is None else decoder.int8_memory if int8 else decoder.memory
+    if decoder is None:
+        return None
+    adapted, plain = decoder.pairs[int8]
+    role = adapted if rank else plain
+    memory = decoder.int8_memory if int8 else decoder.memory
     if role is None or memory is None:
         return None
     rows, prompt_tokens, total = sizes

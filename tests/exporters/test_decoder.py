@@ -78,8 +78,9 @@ class Exported:
     ) -> InPlaceDecoder:
         """A decoder with these adapters mixed."""
         chosen = resolve(self.bundle, mixture) if mixture else []
-        session = GraphSession(self.bundle, "decoder")
-        session.bind(group_inputs(self.bundle.manifest, graph_inputs(self.bundle, chosen)))
+        session = GraphSession(self.bundle, "decoder" if mixture else "decoder.plain")
+        if mixture:
+            session.bind(group_inputs(self.bundle.manifest, graph_inputs(self.bundle, chosen)))
         return InPlaceDecoder(session, self.bundle.manifest, rows, CAPACITY, chunk)
 
 
@@ -240,6 +241,47 @@ def test_weights_are_stored_once_and_nodes_are_few(decoders: Make) -> None:
     assert len(kinds) <= 24 * layers + 12
 
 
+def test_no_adapter_runs_a_graph_without_lora_until_one_is_used(decoders: Make) -> None:
+    exported = decoders("qwen2", 4)
+    graph = exported.bundle.path / exported.bundle.manifest.graphs["decoder.plain"].file
+    kinds = [node.op_type for node in onnx.load(graph, load_external_data=False).graph.node]
+    assert not {"MatMul", "Gemm", "Reshape"} & set(kinds)
+    ids = tokens(9)
+    with edgepeft.load(exported.bundle.path) as device:
+
+        def roles() -> list[str]:
+            return list(device._sessions._open)
+
+        plain = device.generate_ids(ids, max_new_tokens=8)
+        assert roles() == ["decoder.plain"]
+        device.generate_ids(ids, adapter="a", max_new_tokens=8)
+        assert roles() == ["decoder"]  # the weights are not held twice
+        assert device.generate_ids(ids, max_new_tokens=8) == plain
+        assert roles() == ["decoder"]
+
+
+class Reader:
+    """Something that goes on using a session, as a stream does."""
+
+    held_bytes = 0
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def test_the_plain_graph_stays_open_while_a_stream_runs_on_it(decoders: Make) -> None:
+    ids = tokens(9)
+    with edgepeft.load(decoders("qwen2", 4).bundle.path) as device:
+        sessions, reader = device._sessions, Reader()
+        device.generate_ids(ids, max_new_tokens=2)
+        sessions.lend(reader)
+        device.generate_ids(ids, adapter="a", max_new_tokens=2)
+        assert list(sessions._open) == ["decoder.plain", "decoder"]
+        sessions.give_back(reader)
+        device.generate_ids(ids, adapter="b", max_new_tokens=2)
+        assert list(sessions._open) == ["decoder"]
+
+
 def test_a_text_longer_than_the_cache_is_refused(decoders: Make) -> None:
     decoder = decoders("llama", 4).decoder({})
     with pytest.raises(edgepeft.UsageError, match=f"{CAPACITY + 1} tokens, the cache holds {CAPACITY}"):
@@ -252,6 +294,7 @@ def test_a_text_longer_than_the_cache_is_refused(decoders: Make) -> None:
         ({"graph": "gone"}, "no graph 'gone'"),
         ({"graph": "inference"}, "differ in the input"),
         ({"int8_memory": None}, "memory is missing"),
+        ({"plain_graph": "decoder"}, "differ in the input"),
         ({"groups": ()}, "differ in the input"),
         ({"first": 10_000}, "from column 10000 on"),
     ],
