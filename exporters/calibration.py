@@ -35,10 +35,10 @@ def calibrate(
 ) -> dict[str, QuantizedWeight]:
     """Quantize the linears that `model` calls, but for one that is an embedding as well.
 
-    It takes twice as many runs of the records as there are groups in a block (four, as a rule) and one, or,
-    in a model without blocks that feed one another, groups in all. Needs memory for a copy of the model, what a
-    block returns for all records from both of them, and some matrices `[in_features, in_features]` of the
-    widest linear.
+    It takes as many runs of the records through both models as there are groups in a block (four, as a rule)
+    and one; or, in a model without blocks that feed one another, groups in all. Needs memory for a copy of
+    the model, what a block returns for all records from both of them, and some matrices `[in_features,
+    in_features]` of the widest linear.
 
     Args:
         model: a transformers model in evaluation mode; its weights are left as they are.
@@ -148,9 +148,7 @@ def _plan(model: Any, feeds: Feeds, linears: Collection[str]) -> _Plan:
             hooks.callback(hook.remove)
         for name in blocks:
             module = model.get_submodule(name)
-            hooks.callback(
-                module.register_forward_hook(lambda _, args, output: returned.append(output)).remove
-            )
+            hooks.callback(module.register_forward_hook(lambda *call: returned.append(call[-1])).remove)
         output = model(**feeds)[0]
     if not _can_replay(model, feeds, blocks, returned, output):
         blocks = []
@@ -229,7 +227,7 @@ class _Passes:
             hooks.callback(linear.register_forward_pre_hook(read).remove)
             if group.after > self.done:
                 last = self.model.get_submodule(self.blocks[group.after - 1])
-                hook = last.register_forward_hook(lambda _, args, output: fresh.append(output))
+                hook = last.register_forward_hook(lambda *call: fresh.append(call[-1]))
                 hooks.callback(hook.remove)
             for number, feeds in enumerate(self.feeds):
                 seen.clear()
