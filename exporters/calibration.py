@@ -8,6 +8,7 @@ work.
 """
 
 import copy
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -63,12 +64,13 @@ def calibrate(
         for group in plan.groups:
             progress(len(found), total)
             weights = [_weight(model.get_submodule(name)) for name in group.modules]
-            inputs = InputStatistics.empty(weights[0].shape[1])
-            for rows, quantized_rows in zip(exact.inputs(group), quantized.inputs(group), strict=True):
-                inputs.add(rows, quantized_rows)
-            if not inputs.hessian.any():  # nothing that would tell one rounding from another
+            halves = InputStatistics.empty(weights[0].shape[1]), InputStatistics.empty(weights[0].shape[1])
+            read = zip(exact.inputs(group), quantized.inputs(group), strict=True)
+            for half, (rows, quantized_rows) in zip(itertools.cycle(halves), read, strict=False):
+                half.add(rows, quantized_rows)
+            if not any(half.hessian.any() for half in halves):  # any rounding is as good
                 continue
-            for name, weight in zip(group.modules, gptq(weights, inputs, bits, block_size), strict=True):
+            for name, weight in zip(group.modules, gptq(weights, halves, bits, block_size), strict=True):
                 found[f"{name}.weight"] = weight
                 _weight(rounded.get_submodule(name)).copy_(torch.from_numpy(weight.dequantize()))
         progress(total, total)
@@ -131,7 +133,7 @@ class _Plan:
 
 def _plan(model: Any, feeds: Feeds, linears: Collection[str]) -> _Plan:
     """Run one record and look what is called."""
-    blocks = _longest_list(model)
+    blocks = _largest_list(model)
     read: dict[str, list[torch.Tensor]] = {}
     firsts: dict[str, int] = {}
     returned: list[Any] = []
@@ -161,13 +163,13 @@ def _plan(model: Any, feeds: Feeds, linears: Collection[str]) -> _Plan:
     )
 
 
-def _longest_list(model: torch.nn.Module) -> list[str]:
-    """Names of the members of the longest list of modules: a model's repeated blocks."""
-    lists = {
-        name: len(module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)
-    }
-    longest = max(lists, key=lambda name: lists[name], default="")
-    return [f"{longest}.{index}" for index in range(lists.get(longest, 0))]
+def _largest_list(model: torch.nn.Module) -> list[str]:
+    """Names of the members of the list of modules with most weights: a model's repeated blocks."""
+    lists = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.ModuleList)}
+    largest = max(
+        lists, key=lambda name: sum(weight.numel() for weight in lists[name].parameters()), default=None
+    )
+    return [] if largest is None else [f"{largest}.{index}" for index in range(len(lists[largest]))]
 
 
 def _can_replay(
@@ -178,7 +180,10 @@ def _can_replay(
     if len(blocks) < 2 or len(returned) != len(blocks):
         return False
     with _replaced(model, blocks[:-1], returned[-2]):
-        return torch.equal(model(**feeds)[0], output)
+        try:
+            return torch.equal(model(**feeds)[0], output)
+        except Exception:  # whatever the model's own code raises when blocks return something else
+            return False
 
 
 @contextmanager

@@ -6,8 +6,8 @@ where X holds what the layer reads in the float model, and X_q what it reads beh
 already. Columns are rounded one after the other, and the columns that are left make up for each one's error:
 Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers", arXiv
 2210.17323. To aim at the float model's output rather than at that of the same weights is the idea of Li et
-al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv 2504.02692; here W
-becomes the weight that is best for X_q before it is rounded.
+al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", arXiv 2504.02692. Here W is
+first moved towards the weight that is best for X_q, by as much as holds on records that it was not fitted to.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,15 @@ class InputStatistics:
         self.hessian.addmm_(quantized_rows.T, quantized_rows)
         self.shift.addmm_((rows - quantized_rows).T, quantized_rows)
 
+    def __add__(self, other: "InputStatistics") -> "InputStatistics":
+        return InputStatistics(self.hessian + other.hessian, self.shift + other.shift)
+
 
 def gptq(
-    weights: Sequence[torch.Tensor], inputs: InputStatistics, bits: int, block_size: int
+    weights: Sequence[torch.Tensor],
+    halves: tuple[InputStatistics, InputStatistics],
+    bits: int,
+    block_size: int,
 ) -> list[QuantizedWeight]:
     """Quantize the weights of linears that read the same values.
 
@@ -53,15 +59,15 @@ def gptq(
 
     Args:
         weights: float32 `[out_features, in_features]` each, of the same `in_features`.
-        inputs: what they read.
+        halves: what they read in one half of the records and in the other; not all zeros.
         bits: 4 or 8.
         block_size: weights that share a scale; divides `in_features`.
     """
-    hessian = inputs.hessian.double()
-    hessian.diagonal().add_(DAMPING * hessian.diagonal().mean())
     weight = torch.cat(list(weights)).float()
-    target = (weight @ inputs.shift).double()
-    weight = weight + torch.cholesky_solve(target.T, torch.linalg.cholesky(hessian)).T.float()
+    inputs = halves[0] + halves[1]
+    hessian = _damped(inputs.hessian)
+    correction = _correction(weight, inputs)
+    weight = weight + _holding(weight, *halves) * correction
     order = _order(hessian.diagonal(), block_size)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
@@ -74,6 +80,32 @@ def gptq(
         QuantizedWeight(part.numpy(), part_scales.numpy(), bits, block_size)
         for part, part_scales in zip(codes.split(heights), scales.split(heights), strict=True)
     ]
+
+
+def _damped(hessian: torch.Tensor) -> torch.Tensor:
+    """In float64, for the factorizations."""
+    damped = hessian.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    return damped
+
+
+def _correction(weight: torch.Tensor, inputs: InputStatistics) -> torch.Tensor:
+    """What is to be added to `weight` `[rows, columns]` so that it makes of X_q what it made of X."""
+    factor = torch.linalg.cholesky(_damped(inputs.hessian))
+    return torch.cholesky_solve((weight @ inputs.shift).double().T, factor).T.float()
+
+
+def _holding(weight: torch.Tensor, fitted: InputStatistics, others: InputStatistics) -> float:
+    """The fraction, 0 to 1, of the correction that `fitted` gives which is best for `others`.
+
+    Few records give a correction that is mostly chance: then it is near 0.
+    """
+    if not (fitted.hessian.any() and others.hessian.any()):
+        return 0.0
+    correction = _correction(weight, fitted)
+    wanted = ((weight @ others.shift) * correction).sum()
+    effect = ((correction @ others.hessian) * correction).sum()
+    return float((wanted / effect).clamp(0, 1)) if effect > 0 else 0.0
 
 
 def _order(diagonal: torch.Tensor, block_size: int) -> torch.Tensor:
