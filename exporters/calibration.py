@@ -21,6 +21,9 @@ from .gptq import InputStatistics, gptq
 from .quantization import QuantizedWeight, can_quantize, quantize
 
 Feeds = dict[str, torch.Tensor]
+#: Of an embedding that is no output layer as well: what it loses, no layer can make up for, and a token reads
+#: one row of it.
+EMBEDDING_BITS = 8
 #: Is told how many weights of how many are done.
 Progress = Callable[[int, int], None]
 
@@ -34,7 +37,8 @@ def calibrate(
     kept: Collection[str] = (),
     progress: Progress = lambda _done, _total: None,
 ) -> dict[str, QuantizedWeight]:
-    """Quantize the linears that `model` calls, but for one that is an embedding as well.
+    """Quantize the linears that `model` calls, but for one that is an embedding as well, and at 4 bits the
+    largest embedding, to `EMBEDDING_BITS`.
 
     It takes as many runs of the records through both models as there are groups in a block (four, as a rule)
     and one; or, in a model without blocks that feed one another, groups in all. Needs memory for a copy of
@@ -57,10 +61,10 @@ def calibrate(
     rounded = copy.deepcopy(model)
     found: dict[str, QuantizedWeight] = {}
     with torch.no_grad():
-        _round_largest_embedding(rounded, bits, block_size)
+        found |= _round_largest_embedding(rounded, bits, block_size)
         plan = _plan(model, feeds[0], _calibrated(model, block_size, kept))
         exact, quantized = (_Passes(side, feeds, plan.blocks) for side in (model, rounded))
-        total = sum(len(group.modules) for group in plan.groups)
+        total = len(found) + sum(len(group.modules) for group in plan.groups)
         for group in plan.groups:
             progress(len(found), total)
             weights = [_weight(model.get_submodule(name)) for name in group.modules]
@@ -100,12 +104,20 @@ def _calibrated(model: torch.nn.Module, block_size: int, kept: Collection[str]) 
     ]
 
 
-def _round_largest_embedding(model: torch.nn.Module, bits: int, block_size: int) -> None:
-    """As `Freezer` does it."""
-    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
-    table = max(tables, key=torch.Tensor.numel, default=None)
-    if table is not None and can_quantize(table.shape[1], block_size):
-        table.copy_(torch.from_numpy(quantize(table, bits, block_size).dequantize()))
+def _round_largest_embedding(
+    model: torch.nn.Module, bits: int, block_size: int
+) -> dict[str, QuantizedWeight]:
+    """Round the embedding that `Freezer` will quantize; return it where its bits are other than `bits`."""
+    tables = {name: part for name, part in model.named_modules() if isinstance(part, torch.nn.Embedding)}
+    largest = max(tables, key=lambda name: tables[name].weight.numel(), default=None)
+    if largest is None or not can_quantize(tables[largest].weight.shape[1], block_size):
+        return {}
+    weight = tables[largest].weight
+    products = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
+    stored = bits if id(weight) in products else EMBEDDING_BITS
+    quantized = quantize(weight, stored, block_size)
+    weight.copy_(torch.from_numpy(quantized.dequantize()))
+    return {} if stored == bits else {f"{largest}.weight": quantized}
 
 
 @dataclass(frozen=True)

@@ -358,8 +358,8 @@ class Calibration:
     Attributes:
         method: `gptq`.
         records: that were run through the model.
-        rounded: quantized weights that were rounded to the nearest all the same: embeddings, and linears that
-            no record reached.
+        rounded: weights of that many bits that were rounded to the nearest all the same: an embedding, a
+            linear that no record reached.
     """
 
     method: str

@@ -58,7 +58,7 @@ class Freezer:
             if not value.uses():
                 graph.inputs.remove(value)
                 continue
-            stored = self._bits_for(value, tensor, is_largest=name == largest)
+            stored = self._bits_for(name, value, tensor, is_largest=name == largest)
             if stored in (4, 8):
                 quantized = self._quantize(name, tensor, stored, parts.get(name, ()))
                 _use_quantized(graph, value, quantized)
@@ -85,13 +85,15 @@ class Freezer:
                 self.rounded.append(name)
         return self.quantized[name]
 
-    def _bits_for(self, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
+    def _bits_for(self, name: str, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
         if tensor.ndim != 2 or self.bits == 32:
             return 32
         small_table = bool(find_embeddings([value])) and not is_largest
         if self.bits == 16 or small_table or not can_quantize(tensor.shape[1], self.block_size):
             return 16
-        return self.bits if _is_quantizable(value) else 16
+        if not _is_quantizable(value):
+            return 16
+        return self.quantized[name].bits if name in self.quantized else self.bits
 
 
 def _largest_embedding(weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> str | None:
