@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,16 +19,36 @@ from edgepeft.bundle.manifest import (
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import BundleError, UsageError
-from edgepeft.runtime.data import Record
+from edgepeft.runtime.data import Record, RecordSource
+from edgepeft.runtime.data import records as as_records
 from edgepeft.runtime.tasks import task_for
 
 from .calibration import Feeds
 from .model_info import model_info
 from .sources.loading import Source
+from .sources.onnx_file import is_onnx_file
 from .sources.samples import sample_inputs
 
 #: Longer records are cut: attention's cost grows with the square, what is learned of the inputs does not.
 MAX_TOKENS = 512
+
+
+def usable_records(calibration: RecordSource, model: Any, bits: int | None) -> list[Record]:
+    """The records, where an export of `model` at `bits` has a use for them.
+
+    Raises:
+        UsageError: nothing will be quantized.
+        DataError: the file cannot be read, or there is no record.
+    """
+    if is_onnx_file(model):
+        raise UsageError(
+            "--calibration needs a transformers model: the weights of an ONNX file are rounded to the nearest"
+        )
+    if bits in (16, 32):
+        raise UsageError(
+            f"--calibration goes with 4 or 8 bits: at {bits} bits nothing is quantized, so leave it out"
+        )
+    return list(as_records(calibration))
 
 
 def read_feeds(source: Source, records: Sequence[Record], folder: Path) -> list[Feeds]:

@@ -29,11 +29,10 @@ from edgepeft.bundle.manifest import (
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_folder, write_manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
-from edgepeft.runtime.data import Record, RecordSource
-from edgepeft.runtime.data import records as read_records
+from edgepeft.runtime.data import RecordSource
 
 from .calibration import Progress, calibrate
-from .calibration_records import read_feeds
+from .calibration_records import read_feeds, usable_records
 from .forward import Forward, build_forward
 from .inference_memory import measure_streamed
 from .losses import Loss, loss_for, with_drift
@@ -122,7 +121,7 @@ def export(
         VerificationError: the bundle disagrees with PyTorch or with the file; nothing is written.
     """
     _check_arguments(bits, block_size, rank, adapters)
-    records = None if calibration is None else _calibration_records(calibration, model, bits)
+    records = None if calibration is None else usable_records(calibration, model, bits)
     output = Path(output)
     check_replaceable(output, MANIFEST_FILE)
     with ExitStack() as stack:
@@ -190,19 +189,6 @@ def export(
             manifest = dataclasses.replace(manifest, verification=figures)
             write_manifest(manifest, folder)
         return manifest
-
-
-def _calibration_records(calibration: RecordSource, model: Any, bits: int | None) -> list[Record]:
-    """The records, where this export has a use for them."""
-    if is_onnx_file(model):
-        raise UsageError(
-            "--calibration needs a transformers model: the weights of an ONNX file are rounded to the nearest"
-        )
-    if bits in (16, 32):
-        raise UsageError(
-            f"--calibration goes with 4 or 8 bits: at {bits} bits nothing is quantized, so leave it out"
-        )
-    return list(read_records(calibration))
 
 
 def _freezer(source: ModelSource, bits: int | None, block_size: int) -> Freezer:
