@@ -102,8 +102,8 @@ def export(
         drift_penalty: let the loss also count how far the logits drift from the base model's.
         calibration: records (a JSONL file by path, or mappings) that are like what the model will read, a few
             hundred: at 4 and 8 bits the linears are quantized so that what they compute of these comes
-            nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8. None:
-            each weight is rounded to the nearest.
+            nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8.
+            None: each weight is rounded to the nearest.
         train: also write the training graphs.
         verify: compare logits, losses and gradients with PyTorch (of an ONNX file: outputs with the file's,
             gradients with finite differences), and refuse a bundle that differs.
