@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from edgepeft.bundle.manifest import (
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_folder, write_manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
-from edgepeft.runtime.data import RecordSource
 
 from .calibration import Progress, calibrate
 from .calibration_records import read_feeds, usable_records
@@ -74,7 +73,7 @@ def export(
     lora_alpha: int | None = None,
     loss: str | None = None,
     drift_penalty: bool = False,
-    calibration: RecordSource | None = None,
+    calibration: str | Path | Iterable[Mapping[str, Any]] | None = None,
     train: bool = True,
     verify: bool = True,
     seed: int = 0,
