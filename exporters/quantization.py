@@ -69,7 +69,7 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeigh
     step = CHUNK_VALUES // block_size
     for start in range(0, len(blocks), step):
         part = slice(start, start + step)
-        codes[part], scales[part] = _quantize_blocks(blocks[part], bits)
+        codes[part], scales[part] = quantize_blocks(blocks[part], bits)
     return QuantizedWeight(
         codes.reshape(rows, columns).numpy(), scales.reshape(rows, -1).numpy(), bits, block_size
     )
@@ -82,18 +82,18 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return QuantizedWeight(codes, scales, weights[0].bits, weights[0].block_size)
 
 
-def _quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of float32 `[blocks, block_size]`."""
+def quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes uint8 `[blocks, block_size]` and scales float32 `[blocks]` of float32 `[blocks, block_size]`."""
     extreme = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
     if bits == 8:
         scale = extreme.abs() / 127
-        return (_levels(blocks, scale, 8) + 128).to(torch.uint8), scale.squeeze(1)
+        return (round_to_levels(blocks, scale, 8) + 128).to(torch.uint8), scale.squeeze(1)
     best = extreme / -8
-    levels = _levels(blocks, best, 4)
+    levels = round_to_levels(blocks, best, 4)
     error = _squared_error(blocks, levels, best)
     for clip in CLIPS_4_BIT[1:]:
         scale = extreme * clip / -8
-        candidate = _levels(blocks, scale, 4)
+        candidate = round_to_levels(blocks, scale, 4)
         candidate_error = _squared_error(blocks, candidate, scale)
         better = candidate_error < error
         levels = torch.where(better, candidate, levels)
@@ -102,7 +102,7 @@ def _quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, tor
     return (levels + 8).to(torch.uint8), best.squeeze(1)
 
 
-def _levels(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def round_to_levels(blocks: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed integers, as floats, that times `scale` come nearest; all 0 where the scale is."""
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     half = 2 ** (bits - 1)

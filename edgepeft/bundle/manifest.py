@@ -370,17 +370,34 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """How weights of 4 or 8 bits were rounded with regard to what the layers read.
+
+    Attributes:
+        method: `gptq`.
+        records: that were run through the model.
+        rounded: weights of that many bits that were rounded to the nearest all the same: an embedding, a
+            linear that no record reached.
+    """
+
+    method: str
+    records: int
+    rounded: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Quantization:
     """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32); what an
     ONNX file held already may have 2 bits too, and zero points.
 
     `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's
-    vector).
+    vector). `calibration` is null where all weights were rounded to the nearest.
     """
 
     bits: int
     block_size: int
     exceptions: dict[str, int] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
 
 @dataclass(frozen=True)

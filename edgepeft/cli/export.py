@@ -1,9 +1,11 @@
 """`edgepeft export`."""
 
+import dataclasses
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -52,6 +54,9 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
                              "[default: the task's own]")  # fmt: skip
 @click.option("--drift-penalty", is_flag=True,
               help="Let training also count how far the logits drift from the base model's.")  # fmt: skip
+@click.option("--calibration", metavar="FILE.jsonl",
+              help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
+                   "rounded to suit them (GPTQ), which takes minutes.")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
@@ -69,6 +74,7 @@ def export(
     labels: list[str] | None,
     loss: str | None,
     drift_penalty: bool,
+    calibration: str | None,
     no_train: bool,
     no_verify: bool,
     seed: int,
@@ -83,6 +89,7 @@ def export(
     \b
     edgepeft export ./all-MiniLM-L6-v2 -o topics.edge --task text-classification \\
         --labels sport,science --rank 8 --targets query,key,value,dense
+    edgepeft export ./all-MiniLM-L6-v2 -o embeddings.edge --calibration texts.jsonl --no-train
     edgepeft export ./llama-int4/model.onnx -o llama.edge --rank 8 --targets o_proj,down_proj
     """
     from edgepeft import export as run_export
@@ -101,18 +108,22 @@ def export(
         lora_alpha=alpha,
         loss=loss,
         drift_penalty=drift_penalty,
+        calibration=calibration,
         train=not no_train,
         verify=not no_verify,
         seed=seed,
         report=stages,
+        progress=stages.progress,
     )
     stages.finish()
     bundle_bytes = sum(entry.nbytes for entry in manifest.files.values())
+    calibrated = manifest.quantization.calibration
     if as_json:
         summary = {
             "bundle": str(output),
             "task": manifest.task,
             "bits": manifest.quantization.bits,
+            "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
             "bundle_bytes": bundle_bytes,
             "adapters": list(manifest.adapters),
             "lora_slots": len(manifest.lora_slots),
@@ -124,6 +135,11 @@ def export(
         f"{output}: {manifest.task}, {manifest.quantization.bits} bits, {format_size(bundle_bytes)}, "
         f"{len(manifest.lora_slots)} LoRA slots, adapters: {', '.join(manifest.adapters) or 'none'}"
     )
+    if calibrated is not None:
+        click.echo(
+            f"calibrated on {calibrated.records} records; rounded to the nearest: "
+            f"{', '.join(calibrated.rounded) or 'none'}"
+        )
     if manifest.verification:
         worst = max(manifest.verification["outputs"].values())
         click.echo(
@@ -133,10 +149,20 @@ def export(
 
 
 class _Stages:
-    """Prints each stage on standard error, with the seconds it took once it is over."""
+    """Prints each stage on standard error, with the seconds it took once it is over, and a bar in the long
+    one."""
 
     def __init__(self) -> None:
         self._started_s: float | None = None
+        self._bar: Any = None
+
+    def progress(self, done: int, total: int) -> None:
+        """Show how many weights are calibrated."""
+        if self._bar is None:
+            self._bar = click.progressbar(length=total, label="calibrating", file=sys.stderr)
+        self._bar.update(done - self._bar.pos)
+        if done == total:
+            self._bar.render_finish()
 
     def __call__(self, stage: str) -> None:
         self.finish()

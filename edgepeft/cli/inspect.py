@@ -1,5 +1,6 @@
 """`edgepeft inspect`: what a bundle holds."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -27,6 +28,7 @@ def inspect(bundle: str, as_json: bool) -> None:
 
 def _summary(bundle: Any) -> dict[str, Any]:
     manifest = bundle.manifest
+    calibration = manifest.quantization.calibration
     adapters = {name: bundle.adapter(name) for name in bundle.adapter_names()}
     return {
         "path": str(bundle.path),
@@ -39,6 +41,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "problem_type": manifest.model.problem_type,
         "labels": list(manifest.model.labels),
         "bits": manifest.quantization.bits,
+        "calibration": None if calibration is None else dataclasses.asdict(calibration),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
         "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
@@ -72,7 +75,7 @@ def _longest(summary: dict[str, Any]) -> str:
 
 
 def _table(summary: dict[str, Any]) -> str:
-    labels = summary["labels"]
+    labels, calibration = summary["labels"], summary["calibration"]
     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
     limits = {
         name: value for name, value in summary["policy"].items() if value is not None and name != "trainable"
@@ -89,7 +92,11 @@ def _table(summary: dict[str, Any]) -> str:
             + (f", {summary['problem_type']}" if summary["problem_type"] else "")
             + (f", {len(labels)} labels: {shown}" if labels else ""),
         ],
-        ["weights", f"{format_size(summary['weights_bytes'])} at {summary['bits']} bits"],
+        [
+            "weights",
+            f"{format_size(summary['weights_bytes'])} at {summary['bits']} bits"
+            + (f", calibrated on {calibration['records']} records" if calibration else ""),
+        ],
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [
             "slots",

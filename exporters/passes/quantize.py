@@ -24,13 +24,17 @@ class Freezer:
     Attributes:
         reference: by state-dict key, the values that the graphs compute with, float32.
         exceptions: matrices that are stored with other than `bits` bits.
+        quantized: by state-dict key, weights that are quantized; those of a calibration are there from the
+            start.
+        rounded: names of those that were not.
     """
 
     bits: int
     block_size: int
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
     exceptions: dict[str, int] = field(default_factory=dict)
-    _quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
 
     def freeze(
         self,
@@ -54,7 +58,7 @@ class Freezer:
             if not value.uses():
                 graph.inputs.remove(value)
                 continue
-            stored = self._bits_for(value, tensor, is_largest=name == largest)
+            stored = self._bits_for(name, value, tensor, is_largest=name == largest)
             if stored in (4, 8):
                 quantized = self._quantize(name, tensor, stored, parts.get(name, ()))
                 _use_quantized(graph, value, quantized)
@@ -73,21 +77,23 @@ class Freezer:
             graph.inputs.remove(value)
 
     def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
-        if name not in self._quantized:
-            self._quantized[name] = (
-                concatenate([self._quantized[part] for part in parts])
-                if parts
-                else quantize(tensor, bits, self.block_size)
-            )
-        return self._quantized[name]
+        if name not in self.quantized:
+            if parts:
+                self.quantized[name] = concatenate([self.quantized[part] for part in parts])
+            else:
+                self.quantized[name] = quantize(tensor, bits, self.block_size)
+                self.rounded.append(name)
+        return self.quantized[name]
 
-    def _bits_for(self, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
+    def _bits_for(self, name: str, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
         if tensor.ndim != 2 or self.bits == 32:
             return 32
         small_table = bool(find_embeddings([value])) and not is_largest
         if self.bits == 16 or small_table or not can_quantize(tensor.shape[1], self.block_size):
             return 16
-        return self.bits if _is_quantizable(value) else 16
+        if not _is_quantizable(value):
+            return 16
+        return self.quantized[name].bits if name in self.quantized else self.bits
 
 
 def _largest_embedding(weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> str | None:
