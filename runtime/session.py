@@ -114,13 +114,16 @@ class GraphSession:
                 )
         self._session = session
         self._binding = session.io_binding()
+        # What is bound by its address, for as long as it is bound: a binding of onnxruntime that is cleared
+        # still refers to every array that `bind_cpu_input` gave it.
+        self._inputs_kept: dict[str, Array] = {}
         self._outputs_kept: dict[str, Array] = {}
 
     def with_own_bindings(self) -> Self:
         """The same session, with inputs and outputs that are bound apart from this one's."""
         other = copy.copy(self)
         other._binding = self._session.io_binding()
-        other._outputs_kept = {}
+        other._inputs_kept, other._outputs_kept = {}, {}
         return other
 
     def bind(self, values: Mapping[str, Array]) -> None:
@@ -133,22 +136,21 @@ class GraphSession:
             for name, value in values.items():
                 if not value.flags.c_contiguous:
                     raise EdgePeftError(f"{self._where}: input {name!r} is not contiguous")
-                self._binding.bind_cpu_input(name, value)
+                self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+                self._inputs_kept[name] = value
 
     def bind_values(self, values: Mapping[str, ort.OrtValue]) -> None:
         """Use another run's outputs as inputs, without a copy."""
         with self._translated():
             for name, value in values.items():
                 self._binding.bind_ortvalue_input(name, value)
-
-    def unbind_inputs(self) -> None:
-        """Let go of every input."""
-        self._binding.clear_binding_inputs()
+                self._inputs_kept.pop(name, None)
 
     def unbind(self) -> None:
         """Let go of every input and output."""
-        self.unbind_inputs()
+        self._binding.clear_binding_inputs()
         self._binding.clear_binding_outputs()
+        self._inputs_kept.clear()
         self._outputs_kept.clear()
 
     def bind_outputs(self, values: Mapping[str, Array]) -> None:
@@ -201,6 +203,7 @@ class GraphSession:
 
     def close(self) -> None:
         """Free the session's memory; it cannot run afterwards."""
+        self._inputs_kept.clear()
         self._outputs_kept.clear()
         del self._binding
         del self._session

@@ -88,7 +88,7 @@ def _beginning(graph: ir.Graph, layer: OutputLayer, labels: ir.Value) -> dict[st
     dims: list[int | str] = ["batch", "sequence"]
     nothing = filled(0.0, width, [*dims, _columns(layer)])
     return {
-        "log_z": filled(np.finfo(np.float32).min, positions, [*dims, 1]),
+        "log_z": filled(float(np.finfo(np.float32).min), positions, [*dims, 1]),
         "picked": filled(0.0, positions, [*dims, 1]),
         "spread": nothing,
         "label_rows": nothing,

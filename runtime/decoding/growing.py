@@ -72,7 +72,7 @@ class GrowingDecoder(RowByRow):
 
     def close(self) -> None:
         """See `Decoder.close`."""
-        self._session.unbind_inputs()
+        self._session.unbind()
         self._caches.clear()
 
     def _keep(self, row: int, values: dict[str, ort.OrtValue], length: int) -> None:

@@ -198,7 +198,7 @@ class Chain:
 
     def _done(self, session: GraphSession) -> None:
         """Let go of what a run was given."""
-        session.unbind_inputs()
+        session.unbind()
         self._weights.release()
 
     def _context(self, batch: Mapping[str, Array]) -> dict[str, Value]:

@@ -59,7 +59,7 @@ class SlicedHead:
         graph = self._sessions.session(self._head.cotangent)
         graph.bind_values({"share": share, **{name: found[name] for name in nothing}})
         cotangent = graph.run_for(["cotangent"])["cotangent"]
-        graph.unbind_inputs()
+        graph.unbind()
         return loss, cotangent
 
     def _gathered(
@@ -79,7 +79,7 @@ class SlicedHead:
             found = {name: outputs[f"{name}.out"] for name in names}
             graph.bind_values(found)
             self._weights.release()
-        graph.unbind_inputs()
+        graph.unbind()
         return found
 
     def _loss(self, labels: Array, found: Mapping[str, ort.OrtValue]) -> tuple[float, ort.OrtValue]:
@@ -88,7 +88,7 @@ class SlicedHead:
         graph.bind({"labels": labels})
         graph.bind_values({name: found[name] for name in ("log_z", "picked")})
         outputs = graph.run_for(["loss", "share"])
-        graph.unbind_inputs()
+        graph.unbind()
         return float(outputs["loss"].numpy()), outputs["share"]
 
     def _slices(self, hidden: ort.OrtValue) -> list[tuple[int, int]]:

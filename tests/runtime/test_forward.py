@@ -1,5 +1,6 @@
 """Forward passes, adapters and mixtures against numpy."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 import edgepeft
 from edgepeft.adapters import Adapter, save_adapter
+from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError, BudgetError, UsageError
+from edgepeft.runtime.session import GraphSession
 
 from . import tiny
 
@@ -190,3 +193,16 @@ def test_a_closed_model_opens_again(classifier: Path) -> None:
     model.close()
     assert np.array_equal(model.forward({"input_ids": IDS})["logits"], first)
     model.close()
+
+
+def test_a_session_lets_go_of_what_it_was_given(classifier: Path) -> None:
+    """Weights that are read into buffers are handed over for one run; the buffers must not outlive it."""
+    session = GraphSession(open_bundle(classifier), "inference", threads=1)
+    array = np.ones((1, 4), np.int64)
+    seen = weakref.ref(array)
+    session.bind({"input_ids": array})
+    del array
+    assert seen() is not None
+    session.unbind()
+    assert seen() is None
+    session.close()
