@@ -126,15 +126,20 @@ def _staged(
     )
     # Half of what is left is the system's, for pages of weights that it need not read again.
     half = None if budget_bytes is None else (budget_bytes + bare.peak_bytes) // 2
-    return [cost.filled(bare, half), in_file, *(_strided(in_file, cost, stride) for stride in _STRIDES)]
+    return [
+        cost.filled(bare, half),
+        in_file,
+        *(_strided(in_file, cost, stride, strategy.memory) for stride in _STRIDES),
+    ]
 
 
-def _strided(plan: Plan, cost: ChainCost, stride: int) -> Plan:
+def _strided(plan: Plan, cost: ChainCost, stride: int, memory: MemoryFormula) -> Plan:
     held = dataclasses.replace(plan.held, stride=stride)
+    spared_bytes = int((1 + memory.arena_gaps) * cost.spared_bytes(stride))
     return dataclasses.replace(
         plan,
         held=held,
-        activation_bytes=plan.activation_bytes - cost.spared_bytes(stride),
+        activation_bytes=plan.activation_bytes - spared_bytes,
         relative_step=cost.relative_step(held),
     )
 

@@ -83,6 +83,14 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
 
 
 @pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of `models.llama(tied=True)` at 4 bits with a fresh adapter of rank 4; read only."""
+    bundle = tmp_path_factory.mktemp("tied-llama") / "bundle"
+    edgepeft.export(models.llama(tied=True), bundle, rank=4, verify=False)
+    return bundle
+
+
+@pytest.fixture(scope="session")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """`files(name)`: one of the files below, written once."""
     folder = tmp_path_factory.mktemp("foreign")

@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import edgepeft
 from edgepeft.errors import BudgetError, CgroupError, UpdateRejectedError
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
-
-from . import models
 
 MIB = 2**20
 #: Python itself, without any package, needs about 13 MiB.
@@ -20,9 +17,8 @@ SIZES_MIB = [*range(160, 60, -5), *range(60, 15, -5), 16]
 
 
 @pytest.mark.slow
-def test_no_budget_kills(tmp_path: Path) -> None:
+def test_no_budget_kills(tied_llama: Path, tmp_path: Path) -> None:
     """Thirty sizes of budget and cgroup; what is refused is refused before the first step."""
-    edgepeft.export(models.llama(tied=True), tmp_path / "model.edge", rank=4, verify=False)
     rng = np.random.default_rng(0)
     rows = rng.integers(3, 300, (12, 24)).tolist()
     data = tmp_path / "records.jsonl"
@@ -30,7 +26,7 @@ def test_no_budget_kills(tmp_path: Path) -> None:
     endings = []
     for size in SIZES_MIB:
         output = tmp_path / f"adapter-{size}"
-        command = [sys.executable, "-m", "edgepeft.cli", "adapt", str(tmp_path / "model.edge")]
+        command = [sys.executable, "-m", "edgepeft.cli", "adapt", str(tied_llama)]
         command += ["--data", str(data), "--budget", f"{size}MiB", "--steps", "3", "--batch-size", "2"]
         try:
             group = MemoryCgroup(size * MIB)

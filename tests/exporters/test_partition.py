@@ -175,9 +175,10 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
 RECORDS = [{"input_ids": row.tolist()} for row in np.random.default_rng(0).integers(3, 300, (12, 12))]
 
 
-def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_to_train_learns_the_same(
+    tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Resident, in stages that hold all, some or nothing, and with the state in a file: the same losses."""
-    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
     reports = {}
 
     def forced(label: str, held: Held, candidates: list[Plan], budget_bytes: int | None) -> Plan:
@@ -196,7 +197,7 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(
             "edgepeft.runtime.training.preparation.choose", functools.partial(forced, label, held)
         )
-        with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
+        with edgepeft.load(tied_llama, memory_budget="2GiB") as device:
             folder = tmp_path / label.replace(" ", "-")
             reports[label] = device.adapt(RECORDS, folder, steps=12, batch_size=4, learning_rate=5e-3)
         assert reports[label].strategy.startswith(label.rstrip(","))
@@ -210,11 +211,10 @@ def test_every_way_to_train_learns_the_same(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_near_its_budget_an_update_steps_down_and_learns_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tied_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The process seems to hold 99 % of the budget after every step until nothing cheaper is left."""
-    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
-    with edgepeft.load(tmp_path / "bundle", memory_budget="2GiB") as device:
+    with edgepeft.load(tied_llama, memory_budget="2GiB") as device:
         expected = device.adapt(RECORDS, tmp_path / "a", steps=12, batch_size=4, learning_rate=5e-3)
         assert expected.stepped_down == []
         monkeypatch.setattr(MemoryRecorder, "recent_peak_bytes", int(0.99 * 2**31))
@@ -251,12 +251,11 @@ print(before_bytes - read_memory().resident_bytes)
 """
 
 
-def test_what_steps_down_gives_its_memory_back(tmp_path: Path) -> None:
+def test_what_steps_down_gives_its_memory_back(tied_llama: Path) -> None:
     """The arena that a chain's sessions share keeps what it once had, until it is told to let go.
 
     In a process of its own: what other tests leave in this one's heap would hide it.
     """
-    edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=4, verify=False)
-    command = [sys.executable, "-c", LETS_GO, str(tmp_path / "bundle")]
+    command = [sys.executable, "-c", LETS_GO, str(tied_llama)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10 * 2**20
