@@ -1,17 +1,16 @@
 """Measure what running a graph costs: in a process of its own, by `with_session`.
 
-    python -m edgepeft.exporters.training.probe BUNDLE ROLE SIZES
+    python -m edgepeft.exporters.training.probe BUNDLE ROLE BATCH LENGTH
 
 opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages, with `forward`
-its forward part, with `streamed` streamed inference) once at each of SIZES, a JSON list of batch and
-length, and prints how much resident memory the process had more after each, in bytes.
+its forward part, with `streamed` streamed inference) once, and prints how much resident memory that added, in
+bytes.
 """
 
 import dataclasses
-import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import ExportError
 from edgepeft.runtime.cache import cache_bytes
 from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.memory.process import read_memory, reset_peak
 from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
@@ -53,19 +53,20 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
     def tensor_bytes(size: tuple[int, int]) -> int:
         return tensors.activation_bytes(size[0], size[1] * length_unit, RANK)
 
-    sizes = [SIZE, *(size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES)][:2]
-    lengths = [(batch, sequence * length_unit) for batch, sequence in sizes]
-    arguments = [str(bundle), role, json.dumps(lengths)]
-    command = [sys.executable, "-m", "edgepeft.exporters.training.probe", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
-    resident = [int(item) for item in json.loads(done.stdout)]
-    gaps = ARENA_GAPS
-    if len(sizes) > 1:
-        gaps = (resident[1] - resident[0]) / (tensor_bytes(sizes[1]) - tensor_bytes(SIZE)) - 1
+    def resident_bytes(size: tuple[int, int]) -> int:
+        arguments = [str(bundle), role, str(size[0]), str(size[1] * length_unit)]
+        command = [sys.executable, "-m", "edgepeft.exporters.training.probe", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
+        return int(done.stdout)
+
+    first_bytes, gaps = resident_bytes(SIZE), ARENA_GAPS
+    larger = next((size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES), None)
+    if larger is not None:
+        gaps = (resident_bytes(larger) - first_bytes) / (tensor_bytes(larger) - tensor_bytes(SIZE)) - 1
         gaps = round(min(max(gaps, 0.0), MOST_GAPS), 3)
-    session_bytes = max(resident[0] - int((1 + gaps) * tensor_bytes(SIZE)), 0)
+    session_bytes = max(first_bytes - int((1 + gaps) * tensor_bytes(SIZE)), 0)
     return dataclasses.replace(tensors, session_bytes=session_bytes, arena_gaps=gaps)
 
 
@@ -88,72 +89,65 @@ def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.
 
 
 def main() -> None:
-    """Print a JSON list of bytes."""
-    from edgepeft.runtime.memory.process import read_memory
-
-    bundle = open_bundle(sys.argv[1])
-    role, sizes = sys.argv[2], [axis_sizes(*size) for size in json.loads(sys.argv[3])]
+    """Print a number of bytes."""
+    bundle, role = open_bundle(sys.argv[1]), sys.argv[2]
+    sizes = axis_sizes(int(sys.argv[3]), int(sys.argv[4]))
     if role in (STAGES, FORWARD):
-        runs = _chain_runs(bundle, role, sizes)
+        print(_chain_bytes(bundle, role, sizes))
     elif role == STREAMED:
-        runs = _streamed_runs(bundle, sizes)
+        print(_streamed_bytes(bundle, sizes))
     else:
-        runs = _graph_runs(bundle, role, sizes)
-    before_bytes = next(runs)
-    print(json.dumps([read_memory().resident_bytes + beside_bytes - before_bytes for beside_bytes in runs]))
+        print(_graph_bytes(bundle, role, sizes))
 
 
-def _chain_runs(bundle: Bundle, role: str, sizes: Sequence[dict[str, int]]) -> Iterator[int]:
-    """Yields what the process has before, and then, after each run, what to add to what it has."""
-    from edgepeft.runtime.memory.chain_cost import largest_stage_bytes
-    from edgepeft.runtime.memory.process import read_memory
+def _chain_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     from edgepeft.runtime.training.buffers import TrainingState
     from edgepeft.runtime.training.chain import Chain
 
     inputs = sample_adapter(bundle.manifest, RANK)
     state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
-    batches = [sample_batch(bundle.manifest, size) for size in sizes]
-    assert bundle.manifest.partition is not None
-    mapped_bytes = largest_stage_bytes(bundle.manifest, bundle.manifest.partition)
-    yield read_memory().resident_bytes
+    batch = sample_batch(bundle.manifest, sizes)
+    before_bytes = _begin()
     chain = Chain(bundle, {**inputs, **state.parameters})
-    for batch in batches:
-        if role == STAGES:
-            chain.gradients(batch, state)
-        else:
-            chain.evaluate(batch)
-        yield mapped_bytes
+    if role == STAGES:
+        chain.gradients(batch, state)
+    else:
+        chain.evaluate(batch)
+    return _peak_bytes() - before_bytes
 
 
-def _streamed_runs(bundle: Bundle, sizes: Sequence[dict[str, int]]) -> Iterator[int]:
-    from edgepeft.runtime.memory.process import read_memory, reset_peak
-
-    feeds = [sample_feeds(bundle.manifest.graphs["inference"], size, rank=RANK) for size in sizes]
+def _streamed_bytes(bundle: Bundle, sizes: dict[str, int]) -> int:
+    feeds = sample_feeds(bundle.manifest.graphs["inference"], sizes, rank=RANK)
     streamed = bundle.manifest.streamed_inference
     assert streamed is not None
     model = StreamedModel(bundle)
-    # The kernel's own peak has the weights that are mapped at once.
-    resettable = reset_peak()
-    yield read_memory().resident_bytes
-    for size, given in zip(sizes, feeds, strict=True):
-        model.bind(given)
-        sample_run(model, bundle.manifest, given, past=0)
-        memory = read_memory()
-        mapped_bytes = memory.peak_bytes - memory.resident_bytes if resettable else 0
-        yield mapped_bytes - cache_bytes(bundle.manifest, streamed, size["batch"], size["sequence"])
+    model.bind(feeds)
+    before_bytes = _begin()
+    sample_run(model, bundle.manifest, feeds, past=0)
+    own_bytes = cache_bytes(bundle.manifest, streamed, sizes["batch"], sizes["sequence"])
+    return _peak_bytes() - before_bytes - own_bytes
 
 
-def _graph_runs(bundle: Bundle, role: str, sizes: Sequence[dict[str, int]]) -> Iterator[int]:
-    from edgepeft.runtime.memory.process import read_memory
+def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     from edgepeft.runtime.session import GraphSession
 
-    feeds = [sample_feeds(bundle.manifest.graphs[role], size, rank=RANK) for size in sizes]
-    yield read_memory().resident_bytes
+    feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
+    before_bytes = read_memory().resident_bytes
     session = GraphSession(bundle, role)
-    for given in feeds:
-        session.bind(given)
-        session.run_for(list(session.outputs))
-        yield 0
+    session.bind(feeds)
+    session.run_for(list(session.outputs))
+    return read_memory().resident_bytes - before_bytes
+
+
+def _begin() -> int:
+    """What the process has, whose peak counts from now on."""
+    reset_peak()
+    return read_memory().resident_bytes
+
+
+def _peak_bytes() -> int:
+    """The kernel's peak: it has the weights that were mapped at once."""
+    return read_memory().peak_bytes
 
 
 if __name__ == "__main__":
