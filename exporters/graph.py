@@ -65,6 +65,17 @@ def graph_input(graph: ir.Graph, name: str, shape: Shape, dtype: ir.DataType = F
     return value
 
 
+def zero_after(graph: ir.Graph, *values: ir.Value) -> ir.Value:
+    """The int64 scalar 0, there when `values` are and not before: what it is added to has to wait."""
+    zero = initializer(graph, "zero_int64", np.array(0, np.int64))
+    total = zero
+    for value in values:
+        size = append(graph, "Size", [value], shape=[], dtype=INT64)
+        nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
+        total = nothing if total is zero else append(graph, "Add", [total, nothing], shape=[], dtype=INT64)
+    return total
+
+
 def constant_value(value: ir.Value | None) -> np.ndarray | None:
     """The value of an initializer or `Constant` output as numpy, or None where it is computed."""
     if value is None:

@@ -244,19 +244,14 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
     in one piece, in the order in which a token reads them: it is read faster than many.
     """
     assert manifest.decoder is not None
+    shapes = _group_shapes(manifest, inputs)
     slots = {slot.module: slot for slot in manifest.lora_slots}
-    groups = [(group, [slots[placed.module] for placed in group.slots]) for group in manifest.decoder.groups]
-    ranks_of = [sum(inputs[slot.scaling_input].size for slot in members) for _, members in groups]
-    shapes = [
-        shape
-        for (group, _), rank in zip(groups, ranks_of, strict=True)
-        for shape in ((group.in_features, rank), (rank, group.out_features))
-    ]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = np.split(np.zeros(ends[-1], np.float32), ends[:-1])
     factors = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
     grouped: dict[str, FloatArray] = {}
-    for group, members in groups:
+    for group in manifest.decoder.groups:
+        members = [slots[placed.module] for placed in group.slots]
         lora_a, lora_b = next(factors), next(factors)
         np.concatenate([inputs[slot.a_input] for slot in members], axis=1, out=lora_a)
         first = 0
@@ -272,14 +267,19 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
 
 def group_bytes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> int:
     """Bytes of what `group_inputs` gives for these inputs."""
+    return 4 * sum(math.prod(shape) for shape in _group_shapes(manifest, inputs))
+
+
+def _group_shapes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> list[tuple[int, int]]:
+    """The shapes of `A` and `B` of every group, one after the other."""
     assert manifest.decoder is not None
     slots = {slot.module: slot for slot in manifest.lora_slots}
-    total = 0
+    shapes = []
     for group in manifest.decoder.groups:
-        members = [slots[placed.module] for placed in group.slots]
-        rank = sum(inputs[slot.scaling_input].shape[-1] for slot in members)
-        total += 4 * rank * (members[0].in_features + group.out_features)
-    return total
+        # The last axis: scalings of rows with adapters of their own have an axis for the rows, too.
+        rank = sum(inputs[slots[placed.module].scaling_input].shape[-1] for placed in group.slots)
+        shapes += [(group.in_features, rank), (rank, group.out_features)]
+    return shapes
 
 
 def _joined(parts: Sequence[FloatArray], axis: int, empty: tuple[int, ...]) -> FloatArray:

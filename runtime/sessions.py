@@ -198,14 +198,13 @@ class Sessions:
                 inputs = self.registry.inputs(None)
                 taken = inputs_taken(self._bundle.manifest, role, inputs)
                 entry.session.bind(taken)
-                self._open[role] = _Open(
-                    entry.session,
-                    None,
-                    inputs,
-                    taken,
-                    stamped(None),
-                    self._size(inputs),
-                    entry.process_bytes,
+                self._open[role] = dataclasses.replace(
+                    entry,
+                    adapter=None,
+                    inputs=inputs,
+                    bound=taken,
+                    stamp=stamped(None),
+                    size=self._size(inputs),
                 )
         release_freed_memory()
 

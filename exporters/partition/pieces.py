@@ -12,8 +12,8 @@ from ..graph import tidy
 from ..passes.input_shapes import take_sizes_from_inputs
 from ..writer import is_weight
 from .cuts import Segment, ancestors, cut, dependences
+from .output_slice import OutputLayer, find_output_layer
 from .signature import Signature, describe, find_period
-from .vocabulary_head import OutputLayer, find_output_layer
 
 
 @dataclass(frozen=True)

@@ -16,61 +16,18 @@ label_rows the row f'·W of the label. Source: online softmax, arXiv 1805.02867.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from ..autodiff import differentiate
-from ..graph import FLOAT, INT64, MICROSOFT, append, graph_input, initializer, new_model, tidy
+from ..graph import FLOAT, INT64, append, graph_input, initializer, new_model, tidy
 from ..losses.causal_lm import shifted_labels
 from ..losses.cross_entropy import IGNORE_INDEX
-from .copying import Copier
-from .cuts import Segment
+from .output_slice import OutputLayer, OutputSlice
 
-ROWS = "vocabulary"
 POSITIONS: list[int | str] = ["batch", "sequence", 1]
-
-
-@dataclass(frozen=True)
-class OutputLayer:
-    """`logits = f(x Wᵀ)` with f elementwise: its product, what follows it, and its weights by rows."""
-
-    x: ir.Value
-    product: ir.Node
-    after: tuple[ir.Node, ...]
-    logits: ir.Value
-    weights: tuple[ir.Value, ...]
-    rows: int
-
-
-def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> OutputLayer | None:
-    """The output layer at the end of a piece, or None where it is no plain product by a quantized matrix."""
-    logits = piece[-1].output
-    nodes = {node for segment in piece for node in segment.nodes}
-    after: list[ir.Node] = []
-    value = logits
-    while True:
-        node = value.producer()
-        if node is None or node not in nodes:
-            return None
-        if node.op_type == "MatMulNBits":
-            break
-        operand = _elementwise_operand(node)
-        if operand is None:
-            return None
-        after.append(node)
-        value = operand
-    x, packed, scales = node.inputs[:3]
-    plain = x is not None and packed is not None and scales is not None and len(node.inputs) == 3
-    if not plain or {packed.name, scales.name} - weight_names:  # type: ignore[union-attr]
-        return None
-    assert x is not None
-    assert packed is not None
-    assert scales is not None
-    rows = node.attributes["N"].as_int()
-    return OutputLayer(x, node, tuple(reversed(after)), logits, (packed, scales), rows)
 
 
 def build_vocabulary_head(layer: OutputLayer) -> dict[str, ir.Model]:
@@ -83,67 +40,26 @@ def build_vocabulary_head(layer: OutputLayer) -> dict[str, ir.Model]:
     }
 
 
-def _elementwise_operand(node: ir.Node) -> ir.Value | None:
-    """The operand of an elementwise node whose others are constant scalars, or None."""
-    if node.domain or node.op_type not in ("Mul", "Div", "Add", "Sub", "Tanh", "Cast", "Identity"):
-        return None
-    computed = [value for value in node.inputs if value is not None and not value.is_initializer()]
-    constants = [value for value in node.inputs if value is not None and value.is_initializer()]
-    scalars = all(value.shape is not None and value.shape.rank() == 0 for value in constants)
-    return computed[0] if len(computed) == 1 and scalars else None
+class _Slice(OutputSlice):
+    """The logits of a slice, and where each label lies in it.
 
-
-class _Slice:
-    """A graph with the logits of a slice, and where each label lies in it.
-
-    `product` is what the layer's matrix makes and `logits` what becomes of it; `label_product` and
-    `label_logit` are the label's, or another row's where the slice has it not.
+    `logits` is what becomes of `product`; `label_product` and `label_logit` are the label's, or another row's
+    where the slice has it not.
     """
 
     def __init__(self, layer: OutputLayer) -> None:
-        copier = Copier("head")
-        self.graph = graph = copier.graph
-        self.model = new_model(graph)
-        attributes = {name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")}
-        columns = layer.product.attributes["K"].as_int()
-        self.packed = graph_input(
-            graph, "weight.0", [ROWS, columns * attributes["bits"] // 8], ir.DataType.UINT8
-        )
-        self.scales = graph_input(graph, "weight.1", [ROWS, columns // attributes["block_size"]])
+        super().__init__(layer, "head")
+        graph = self.graph
         self.labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
         self.first = graph_input(graph, "first", [], INT64)
-        self.zero = initializer(graph, "zero_int64", np.array(0, np.int64))
-        self.one = initializer(graph, "one_int64", np.array(1, np.int64))
+        self.zero = initializer(graph, "int64_0", np.array(0, np.int64))
         self.last_axis = initializer(graph, "axis_last", np.array([-1], np.int64))
-        size = append(graph, "Shape", [self.packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
-        self.size = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
-        indices = append(graph, "Range", [self.zero, self.size, self.one], shape=[ROWS], dtype=INT64)
-        self.weight = append(
-            graph,
-            "GatherBlockQuantized",
-            [self.packed, indices, self.scales],
-            {"gather_axis": 0, "quantize_axis": 1, **attributes},
-            shape=[ROWS, columns],
-            domain=MICROSOFT,
-        )
-        hidden = copier.add_input(layer.x, "hidden")
-        shape: list[int | str] = ["batch", "sequence", ROWS]
-        self.product = append(
-            graph, "FusedMatMul", [hidden, self.weight], {"transB": 1}, shape=shape, domain=MICROSOFT
-        )
         self._find_labels()
         self.label_product = append(
             graph, "GatherElements", [self.product, self.index], {"axis": -1}, shape=POSITIONS
         )
-        self.logits = self._after(layer, copier, self.product)
-        self.label_logit = self._after(layer, copier, self.label_product)
-
-    def _after(self, layer: OutputLayer, copier: Copier, product: ir.Value) -> ir.Value:
-        copier.values[layer.product.outputs[0]] = product
-        for node in layer.after:
-            copier.copy(node)
-            copier.values[node.outputs[0]].shape = product.shape
-        return copier.values[layer.logits]
+        self.logits = self.after(self.product)
+        self.label_logit = self.after(self.label_product)
 
     def _find_labels(self) -> None:
         graph = self.graph
@@ -154,7 +70,7 @@ class _Slice:
         def condition(op_type: str, a: ir.Value, b: ir.Value) -> ir.Value:
             return append(graph, op_type, [a, b], shape=POSITIONS, dtype=ir.DataType.BOOL)
 
-        high = condition("Less", inside, self.size)
+        high = condition("Less", inside, self.count)
         low = condition("GreaterOrEqual", inside, self.zero)
         self.found = condition("And", low, high)
         self.index = append(graph, "Where", [self.found, inside, self.zero], shape=POSITIONS, dtype=INT64)

@@ -5,10 +5,9 @@ onnxruntime may run it as early as it likes, and has several decoded weights in 
 numbers depend on what the weight is multiplied with.
 """
 
-import numpy as np
 import onnx_ir as ir
 
-from ..graph import INT64, append, initializer
+from ..graph import append, zero_after
 
 
 def decode_late(graph: ir.Graph) -> int:
@@ -27,12 +26,9 @@ def decode_late(graph: ir.Graph) -> int:
         x = product.inputs[0]
         if product.op_type not in ("FusedMatMul", "MatMul") or place != 1 or x is None:
             continue
-        size = append(graph, "Size", [x], shape=[], dtype=INT64)
-        zero = initializer(graph, "zero_int64", np.array(0, np.int64))
-        nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
         dtype = rows.dtype
         assert dtype is not None
-        nothing = append(graph, "Cast", [nothing], {"to": dtype}, shape=[], dtype=dtype)
+        nothing = append(graph, "Cast", [zero_after(graph, x)], {"to": dtype}, shape=[], dtype=dtype)
         node.replace_input_with(1, append(graph, "Add", [rows, nothing], shape=rows.shape, dtype=dtype))
         tied += 1
     return tied

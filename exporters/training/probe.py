@@ -66,8 +66,9 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
     if larger is not None:
         gaps = (resident_bytes(larger) - first_bytes) / (tensor_bytes(larger) - tensor_bytes(SIZE)) - 1
         gaps = round(min(max(gaps, 0.0), MOST_GAPS), 3)
-    session_bytes = max(first_bytes - int((1 + gaps) * tensor_bytes(SIZE)), 0)
-    return dataclasses.replace(tensors, session_bytes=session_bytes, arena_gaps=gaps)
+    formula = dataclasses.replace(tensors, arena_gaps=gaps)
+    arena_bytes = formula.arena_bytes(SIZE[0], SIZE[1] * length_unit, RANK)
+    return dataclasses.replace(formula, session_bytes=max(first_bytes - arena_bytes, 0))
 
 
 def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.ndarray], past: int) -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from ..autodiff.emitter import Emitter
-from ..graph import INT64, append, graph_input, initializer
+from ..graph import INT64, append, graph_input, initializer, zero_after
 from ..losses import Loss
 from ..losses.causal_lm import causal_lm_loss
 from ..partition.copying import copied_node
 from ..partition.cuts import Segment
-from ..partition.vocabulary_head import ROWS, OutputLayer, build_vocabulary_head, find_output_layer
+from ..partition.output_slice import ROWS, OutputLayer, find_output_layer
+from ..partition.vocabulary_head import build_vocabulary_head
 from ..writer import is_weight
 
 #: Weights that are decoded at a time (16 MiB of float32).
@@ -49,12 +50,12 @@ def build_sliced_loss(graph: ir.Graph, loss: Loss, logits: ir.Value) -> SlicedLo
         if value.const_value is not None and is_weight(name, value.const_value)
     }
     layer = find_output_layer([Segment(tuple(graph), None, logits)], weights)
-    if layer is None or layer.rows * _columns(layer) <= SLICE_VALUES:
+    if layer is None or layer.rows * layer.columns <= SLICE_VALUES:
         return None
     labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
     head = build_vocabulary_head(layer)
     gathered = _beginning(graph, layer, labels)
-    step = SLICE_VALUES // _columns(layer)
+    step = SLICE_VALUES // layer.columns
     for first in range(0, layer.rows, step):
         rows = min(step, layer.rows - first)
         given = {
@@ -78,7 +79,7 @@ def _beginning(graph: ir.Graph, layer: OutputLayer, labels: ir.Value) -> dict[st
     one = initializer(graph, "int64_axis_1", np.array([1], np.int64))
     size = append(graph, "Shape", [labels], shape=[2], dtype=INT64)
     positions = append(graph, "Concat", [size, one], {"axis": 0}, shape=[3], dtype=INT64)
-    columns = initializer(graph, "columns", np.array([_columns(layer)], np.int64))
+    columns = initializer(graph, "columns", np.array([layer.columns], np.int64))
     width = append(graph, "Concat", [size, columns], {"axis": 0}, shape=[3], dtype=INT64)
 
     def filled(value: float, shape: ir.Value, dims: list[int | str]) -> ir.Value:
@@ -86,7 +87,7 @@ def _beginning(graph: ir.Graph, layer: OutputLayer, labels: ir.Value) -> dict[st
         return append(graph, "ConstantOfShape", [shape], {"value": tensor}, shape=dims)
 
     dims: list[int | str] = ["batch", "sequence"]
-    nothing = filled(0.0, width, [*dims, _columns(layer)])
+    nothing = filled(0.0, width, [*dims, layer.columns])
     return {
         "log_z": filled(float(np.finfo(np.float32).min), positions, [*dims, 1]),
         "picked": filled(0.0, positions, [*dims, 1]),
@@ -101,18 +102,14 @@ def _weights(
     """Rows of the layer, packed, and their scales; taken when what the last slice was needed for, `after`, is
     there: otherwise onnxruntime has all slices in memory before it uses the first one up."""
     emit = Emitter(graph)
-    attributes = {name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")}
     packed, scales = layer.weights
     assert scales.dtype is not None
-    row_bytes = _columns(layer) * attributes["bits"] // 8
+    row_bytes, row_scales = layer.row_sizes
     matrices = (
         emit.reinterpreted(packed, ir.DataType.UINT8, [layer.rows, row_bytes]),
-        emit.reinterpreted(scales, scales.dtype, [layer.rows, _columns(layer) // attributes["block_size"]]),
+        emit.reinterpreted(scales, scales.dtype, [layer.rows, row_scales]),
     )
-    zero = initializer(graph, "zero_int64", np.array(0, np.int64))
-    sizes = [append(graph, "Size", [value], shape=[], dtype=INT64) for value in after]
-    size = append(graph, "Add", sizes, shape=[], dtype=INT64)
-    nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
+    nothing = zero_after(graph, *after)
     bounds = [
         append(
             graph,
@@ -151,7 +148,3 @@ def _copied(
                 value.shape = ir.Shape([rows if dim == ROWS else dim for dim in value.shape])
         graph.append(copied)
     return {value.name or "": copies[value] for value in model.graph.outputs}
-
-
-def _columns(layer: OutputLayer) -> int:
-    return layer.product.attributes["K"].as_int()

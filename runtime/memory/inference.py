@@ -160,8 +160,7 @@ def _in_place(
     int8: bool,
 ) -> RunPlan | None:
     """The decoder graph with as large chunks of the prompt as fit, for these rows, prompt and whole length;
-    the
-    plain graph where there is no adapter; None where there is none or the budget cannot hold it."""
+    the plain one where there is no adapter; None where there is neither or the budget cannot hold it."""
     decoder = manifest.decoder
     if decoder is None:
         return None
