@@ -41,9 +41,6 @@ if TYPE_CHECKING:
 @click.option("--schedule", default="linear", show_default=True, help="linear, cosine or constant.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's weight decay.")
 @click.option(
-    "--max-grad-norm", type=float, default=1.0, show_default=True, help="Clip to this norm; 0: never."
-)
-@click.option(
     "--drift-weight", type=float, help="Of the drift penalty, where the bundle has one. [default: 0.1]"
 )
 @click.option(

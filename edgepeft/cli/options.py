@@ -101,6 +101,13 @@ def memory_options() -> Decorator:
             show_default=True,
             help="32bit or 8bit: how AdamW's moments are kept.",
         ),
+        click.option(
+            "--max-grad-norm",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Clip gradients to this norm; 0: never, so that in stages they need not all be kept.",
+        ),
     )
     return all_of(options)
 

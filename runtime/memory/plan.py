@@ -19,6 +19,7 @@ class Workload:
         trained_values: those of them that train.
         gradient_bytes: of a trained value's gradient; twice as many where gradients are added up.
         moment_bytes: of what the optimizer keeps of a trained value.
+        updates_in_backward: a chain of stages need not keep gradients until all are there.
     """
 
     rows: int
@@ -28,6 +29,7 @@ class Workload:
     trained_values: int
     gradient_bytes: int = 4
     moment_bytes: float = 8.0
+    updates_in_backward: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Plan:
     """The predicted peak of one strategy, in bytes, by what it is made of.
 
     `relative_step` is the predicted time of a step, that of the resident graph being 1; None where a step is
-    not the same thing.
+    not the same thing. One that `updates_in_backward` never has the gradients of more than a stage.
     """
 
     strategy: str
@@ -68,6 +70,7 @@ class Plan:
     held: Held = NOTHING_HELD
     stages: int = 0
     state_in_file: bool = False
+    updates_in_backward: bool = False
     relative_step: float | None = 1.0
 
     @property
@@ -80,6 +83,8 @@ class Plan:
             parts.append(f"{self.held.stages} of {self.stages} stages held")
         if self.state_in_file:
             parts.append("state in a file")
+        if self.updates_in_backward:
+            parts.append("updated stage by stage")
         if self.held.stride > 1:
             parts.append(f"1 input in {self.held.stride} kept")
         return ", ".join(parts)

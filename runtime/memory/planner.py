@@ -92,6 +92,11 @@ def _staged(
     partition = manifest.partition
     assert partition is not None
     cost = ChainCost(manifest, partition, workload)
+    # A stage's gradients, as they come and where they are kept.
+    passing_bytes = 2 * 4 * workload.trained_values // len(partition.stages)
+    state_bytes = _state_bytes(workload)
+    if workload.updates_in_backward:
+        state_bytes += passing_bytes - workload.gradient_bytes * workload.trained_values
     bare = Plan(
         strategy=strategy.name,
         exact=strategy.exact,
@@ -100,9 +105,10 @@ def _staged(
         activation_bytes=run_bytes(
             strategy.memory.arena_bytes(workload.rows, workload.seq_len, workload.rank)
         ),
-        state_bytes=_state_bytes(workload) + _batch_bytes(manifest, "train", workload),
+        state_bytes=state_bytes + _batch_bytes(manifest, "train", workload),
         evaluation_bytes=0,  # in stages, judging is a part of what training does
         stages=len(partition.stages),
+        updates_in_backward=workload.updates_in_backward,
         relative_step=cost.relative_step(NOTHING_HELD),
     )
     if strategy.name == CHECKPOINTED:
@@ -120,7 +126,7 @@ def _staged(
         state_bytes=_READ_BYTES
         + _adapter_bytes(workload)
         - 2 * _BYTES_PER_VALUE * workload.trained_values
-        + 2 * 4 * workload.trained_values // len(partition.stages)
+        + passing_bytes
         + _OPTIMIZER_BYTES
         + _batch_bytes(manifest, "train", workload),
     )

@@ -241,6 +241,8 @@ class Update:
         before, self._plan = self._present, plan
         peak_bytes = self._recorder.recent_peak_bytes
         self._steps_down.append(StepDown(prepared.progress.step, peak_bytes, before.label, plan.label))
+        if plan.updates_in_backward:
+            prepared.state.pass_gradients()
         if plan.state_in_file and not before.state_in_file:
             prepared.state.move_to_file(self._output.parent)
         shrink_shared_arena(self._bundle)

@@ -2,7 +2,7 @@
 them."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -51,6 +51,34 @@ class _MemoryBuffer:
         self.array[start : start + len(values)] = values
 
 
+class _PassingBuffer:
+    """A buffer of zeros that has in memory what was written and not dropped yet, and no more."""
+
+    def __init__(self, count: int) -> None:
+        self.dtype = np.dtype(np.float32)
+        self._count = count
+        self._written: dict[int, Array] = {}
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, start: int, stop: int) -> Array:
+        values = np.zeros(min(stop, self._count) - start, self.dtype)
+        for first, written in self._written.items():
+            low, high = max(start, first), min(start + len(values), first + len(written))
+            if low < high:
+                values[low - start : high - start] = written[low - first : high - first]
+        return values
+
+    def write(self, start: int, values: Array) -> None:
+        """Replace entries that were not written yet, or exactly those that were at once."""
+        self._written[start] = values.copy()
+
+    def drop(self, start: int) -> None:
+        """Have zeros again where something was written from `start` on."""
+        del self._written[start]
+
+
 class TrainingState:
     """The trained tensors and what the optimizer keeps of them.
 
@@ -63,6 +91,7 @@ class TrainingState:
         optimizer: what the optimizer keeps of each value; None for a way to train that has neither gradients
             nor moments.
         adds_up: there is room to add up the gradients of several batches.
+        passing: gradients are not kept; see `pass_gradients`.
 
     Attributes:
         buffers: `param`, `start` (the values that the update began with), float32; `grad` and, with
@@ -85,18 +114,20 @@ class TrainingState:
         optimizer: OptimizerState | None = OPTIMIZER_STATES["32bit"],
         *,
         adds_up: bool = False,
+        passing: bool = False,
     ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self.size, alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
+        self.size, self._alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
         for name, tensor in tensors.items():
             self._places[name] = (self.size, tensor.shape)
-            self.size += -(-tensor.size // alignment) * alignment
+            self.size = self._end(name)
         self.count = sum(tensor.size for tensor in tensors.values())
         of_gradients = 0 if optimizer is None else self.size
         of_optimizer = {} if optimizer is None else optimizer.buffers
         self.moments = tuple(of_optimizer)
         self._layout = {"param": (self.size, "float32"), "start": (self.size, "float32")}
-        self._layout["grad"] = (of_gradients, "float32")
+        if not passing:
+            self._layout["grad"] = (of_gradients, "float32")
         if adds_up:
             self._layout["total"] = (of_gradients, "float32")
         self._layout |= {name: (self.size // item.values, item.dtype) for name, item in of_optimizer.items()}
@@ -107,6 +138,8 @@ class TrainingState:
             }
         else:
             self.buffers = dict(StateFile(file_in, self._layout).buffers)
+        if passing:
+            self.buffers["grad"] = _PassingBuffer(of_gradients)
         self._name_tensors()
         for name, tensor in tensors.items():
             for kind in ("param", "start"):
@@ -126,21 +159,50 @@ class TrainingState:
         flat = values.reshape(-1)
         buffer.write(start, buffer.read(start, start + len(flat)) + flat if add else flat)
 
-    def pieces(self) -> Iterator[tuple[int, int]]:
-        """Where pieces of the flat buffers begin and end that fit the processor's cache."""
-        for start in range(0, self.size, CHUNK_VALUES):
-            yield start, min(start + CHUNK_VALUES, self.size)
+    def pieces(self, names: Iterable[str] | None = None) -> Iterator[tuple[int, int]]:
+        """Where pieces of the flat buffers begin and end that fit the processor's cache: of all of them, or
+        of some tensors."""
+        spans = [(0, self.size)]
+        if names is not None:
+            spans = []
+            for start, name in sorted((self._places[name][0], name) for name in names):
+                if spans and spans[-1][1] == start:
+                    start = spans.pop()[0]
+                spans.append((start, self._end(name)))
+        for first, end in spans:
+            for start in range(first, end, CHUNK_VALUES):
+                yield start, min(start + CHUNK_VALUES, end)
+
+    def _end(self, name: str) -> int:
+        """Where the tensor's entries and the gap behind them end."""
+        start, shape = self._places[name]
+        return start + -(-math.prod(shape) // self._alignment) * self._alignment
+
+    def pass_gradients(self) -> None:
+        """Keep, from now on, only gradients that were put and not dropped yet."""
+        if "grad" in self._layout:
+            count, _ = self._layout.pop("grad")
+            self.buffers["grad"] = _PassingBuffer(count)
+            self._name_tensors()
+
+    def drop_gradients(self, names: Iterable[str]) -> None:
+        """These were taken; where gradients do not pass, they stay."""
+        if isinstance(buffer := self.buffers["grad"], _PassingBuffer):
+            for name in names:
+                buffer.drop(self._places[name][0])
 
     def move_to_file(self, folder: Path) -> None:
-        """Have everything in a nameless file from now on; views handed out before are stale.
+        """Have everything in a nameless file from now on, but gradients that pass; views handed out before
+        are stale.
 
         Raises:
             EdgePeftError: the file cannot be made.
         """
-        before, self.buffers = self.buffers, dict(StateFile(folder, self._layout).buffers)
-        for name, buffer in before.items():
+        moved = StateFile(folder, self._layout).buffers
+        for name, buffer in moved.items():
             for start in range(0, len(buffer), CHUNK_VALUES):
-                self.buffers[name].write(start, buffer.read(start, start + CHUNK_VALUES))
+                buffer.write(start, self.buffers[name].read(start, start + CHUNK_VALUES))
+        self.buffers |= moved
         self._name_tensors()
 
     def relative_change(self) -> float:

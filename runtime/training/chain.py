@@ -1,6 +1,6 @@
 """The training graph as a chain of stages that run one at a time, their weights mapped from the bundle."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,6 +24,7 @@ FloatArray = npt.NDArray[np.float32]
 # onnxruntime has no types: an array, or an OrtValue of another run.
 Value: TypeAlias = Any
 Values: TypeAlias = dict[str, Any]
+Take: TypeAlias = Callable[[Collection[str]], None]
 
 
 class Chain:
@@ -86,10 +87,16 @@ class Chain:
         self._done(session)
         return {name: value.numpy() for name, value in outputs.items()}
 
-    def gradients(self, batch: Mapping[str, Array], state: TrainingState) -> float:
+    def gradients(self, batch: Mapping[str, Array], state: TrainingState, take: Take | None = None) -> float:
         """The batch's loss; the gradients of the state's tensors land in the state.
 
         The backward pass ends at the first stage that has a trained tensor; below it nothing is held.
+
+        Args:
+            batch: every model input, and labels.
+            state: receives the gradients.
+            take: called after a stage with the names of tensors whose gradients are complete then and which
+                no stage has still to read.
         """
         context = self._context(batch)
         trained = [
@@ -97,6 +104,7 @@ class Chain:
             for stage in self._stages
         ]
         lowest = next(index for index, names in enumerate(trained) if names)
+        complete = _first_uses(trained)
         count = len(self._partition.stages)
         entering: dict[int, ort.OrtValue | None] = {}
         stride = self._held.stride
@@ -133,6 +141,8 @@ class Chain:
             for name, key in trained[index].items():
                 state.put_gradient(key, results[f"grad.{name}"].numpy(), add=key in found)
                 found.add(key)
+            if take is not None and complete[index]:
+                take(complete[index])
             if "loss" in results:
                 loss = float(results["loss"].numpy())
             cotangent = results.get("hidden.cotangent")
@@ -237,3 +247,13 @@ class Chain:
             else:
                 session.bind({name: value})
         return session
+
+
+def _first_uses(trained: Sequence[Mapping[str, str]]) -> list[list[str]]:
+    """Of each stage, the tensors that it is the first to read, and so the last to have a gradient for."""
+    seen: set[str] = set()
+    first = []
+    for names in trained:
+        first.append([key for key in dict.fromkeys(names.values()) if key not in seen])
+        seen.update(names.values())
+    return first

@@ -11,7 +11,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.chain import Chain, Take
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
@@ -34,6 +34,7 @@ def open_gradients(
     state: TrainingState,
     threads: int = 0,
     held: Held = NOTHING_HELD,
+    take: Take | None = None,
 ) -> Gradients:
     """What computes gradients in the way of `strategy`.
 
@@ -44,9 +45,10 @@ def open_gradients(
         state: the trained tensors.
         threads: threads of a session.
         held: what a chain holds to save time.
+        take: takes gradients out of the state as a chain completes them (see `Chain.gradients`).
     """
     if strategy.graph is None:
-        return ChainGradients(bundle, constants, state, threads, held)
+        return ChainGradients(bundle, constants, state, threads, held, take)
     return GradientSession(bundle, strategy.graph, constants, state, threads)
 
 
@@ -97,13 +99,14 @@ class ChainGradients:
         state: TrainingState,
         threads: int,
         held: Held,
+        take: Take | None,
     ) -> None:
-        self._state = state
+        self._state, self._take = state, take
         self._chain = Chain(bundle, state.inputs(constants), threads, held=held)
 
     def run(self, batch: Mapping[str, Array]) -> float:
         """Compute the batch's loss and its gradients, which land in the state."""
-        return self._chain.gradients(batch, self._state)
+        return self._chain.gradients(batch, self._state, self._take)
 
     def close(self) -> None:
         """Free the sessions."""

@@ -1,6 +1,7 @@
 """AdamW and gradient clipping, driven chunk by chunk through the bundle's own graphs."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class AdamW:
         for name in ("beta1", "beta2", "eps", "weight_decay"):
             self._scalars[name][...] = getattr(options, name)
         self._adamw.bind(self._scalars)
+        self._taken = 0.0
 
     def step(self, number: int, learning_rate: float) -> float:
         """Update the parameters from the gradients.
@@ -71,13 +73,40 @@ class AdamW:
         Returns:
             The gradients' global L2 norm before clipping.
         """
-        norm = self._norm()
+        self.begin(number, learning_rate)
+        norm = math.sqrt(self._squares(None))
+        if limit := self._options.max_grad_norm:
+            self._scalars["clip_coef"][...] = min(1.0, limit / (norm + 1e-6))
+        self._update(None)
+        return norm
+
+    def begin(self, number: int, learning_rate: float) -> None:
+        """Set the rate of a step whose gradients are not all there yet, and will not be clipped: `take` them.
+
+        Args:
+            number: of the step, from 1.
+            learning_rate: of the step.
+        """
         self._scalars["lr"][...] = learning_rate
         self._scalars["step"][...] = number
-        limit = self._options.max_grad_norm
-        self._scalars["clip_coef"][...] = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        self._scalars["clip_coef"][...] = 1.0
+        self._taken = 0.0
+
+    def take(self, names: Collection[str]) -> None:
+        """Update some parameters from their gradients and drop these."""
+        self._taken += self._squares(names)
+        self._update(names)
+        self._state.drop_gradients(names)
+
+    @property
+    def taken_norm(self) -> float:
+        """The global L2 norm of the gradients that were taken since `begin`."""
+        return math.sqrt(self._taken)
+
+    def _update(self, names: Collection[str] | None) -> None:
+        """Update some parameters, or all."""
         buffers = self._state.buffers
-        for start, stop in self._state.pieces():
+        for start, stop in self._state.pieces(names):
             pieces = {
                 name: buffers[name].read(start // values, stop // values)
                 for name, values in self._shares.items()
@@ -88,16 +117,16 @@ class AdamW:
             self._adamw.run()
             for name, values in self._shares.items():
                 buffers[name].write(start // values, scratch[name])
-        return norm
 
     def close(self) -> None:
         """Free the sessions."""
         self._adamw.close()
         self._grad_norm.close()
 
-    def _norm(self) -> float:
+    def _squares(self, names: Collection[str] | None) -> float:
+        """The sum of squares of some tensors' gradients, or of all."""
         total = 0.0
-        for start, stop in self._state.pieces():
+        for start, stop in self._state.pieces(names):
             self._grad_norm.bind({"grad": self._state.buffers["grad"].read(start, stop)})
             total += float(self._grad_norm.run_for(["sum_of_squares"])["sum_of_squares"].numpy())
-        return math.sqrt(total)
+        return total

@@ -37,7 +37,8 @@ class TrainingOptions:
         strategy: how to train, by its name in the manifest; None takes the first with exact gradients that
             fits the budget.
         optimizer_state: `32bit` moments of AdamW, or `8bit` ones, which need a quarter of the memory.
-        max_grad_norm: global gradient norm to clip to; 0 switches clipping off.
+        max_grad_norm: global gradient norm to clip to; 0 switches clipping off, and a chain of stages then
+            updates what a stage trains before it goes on to the next one's gradients.
         drift_weight: of the drift penalty, in a bundle that was exported with one.
         eval_fraction: share of the records that is held out to judge the update.
         seed: of the split, the batches and a fresh adapter.
@@ -141,6 +142,11 @@ class TrainingOptions:
             raise UsageError(
                 f"optimizer_state is {self.optimizer_state!r}, but {self.strategy} keeps none: leave it out"
             )
+
+    @property
+    def updates_in_backward(self) -> bool:
+        """Whether nothing has to wait for all gradients of a step: neither their norm nor another batch."""
+        return not self.max_grad_norm and self.accumulation_steps == 1
 
     @property
     def records_per_step(self) -> int:

@@ -77,7 +77,13 @@ def prepare(
     file_in = output.parent if plan.state_in_file else None
     optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None
     start = {name: inputs.pop(name) for name in names}
-    state = TrainingState(start, file_in, optimizer, adds_up=options.accumulation_steps > 1)
+    state = TrainingState(
+        start,
+        file_in,
+        optimizer,
+        adds_up=options.accumulation_steps > 1,
+        passing=plan.updates_in_backward,
+    )
     del start
     known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
     progress = load_checkpoint(checkpoint_path(output), known_by, state) if options.resume else None

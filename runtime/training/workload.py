@@ -18,4 +18,5 @@ def workload(
         trained_values=sum(adapter.tensors[name].size for name in names),
         gradient_bytes=4 if options.accumulation_steps == 1 else 8,
         moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value,
+        updates_in_backward=options.updates_in_backward,
     )
