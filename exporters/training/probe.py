@@ -28,6 +28,8 @@ from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 #: Batch and sequence, in units, of the run that tells what a session takes, and of runs that tell what gaps
 #: an arena has: the first of those whose tensors are so much larger.
 SIZE, LARGER, LARGER_BYTES = (6, 4), ((6, 64), (18, 64)), 16 * 2**20
+#: The length of a third run is that part of the larger one's.
+BETWEEN = 4
 RANK = 1
 #: Gaps where no run is large enough to tell: on MiniLM, six sizes of batches from 2 x 32 to 32 x 16 had 0.07
 #: to 0.12.
@@ -61,14 +63,19 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
             raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         return int(done.stdout)
 
-    first_bytes, gaps = resident_bytes(SIZE), ARENA_GAPS
+    first_bytes, gaps, bend_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
     larger = next((size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES), None)
     if larger is not None:
-        gaps = (resident_bytes(larger) - first_bytes) / (tensor_bytes(larger) - tensor_bytes(SIZE)) - 1
-        gaps = round(min(max(gaps, 0.0), MOST_GAPS), 3)
+        slope = (resident_bytes(larger) - first_bytes) / (tensor_bytes(larger) - tensor_bytes(SIZE))
+        gaps = round(min(max(slope - 1, 0.0), MOST_GAPS), 3)
+        # What an arena asks for grows in leaps. A line through both ends would be far too low behind one of
+        # them, so it runs half as far above the ends.
+        between = larger[0], larger[1] // BETWEEN
+        on_line_bytes = first_bytes + slope * (tensor_bytes(between) - tensor_bytes(SIZE))
+        bend_bytes = max(resident_bytes(between) - on_line_bytes, 0.0) / 2
     formula = dataclasses.replace(tensors, arena_gaps=gaps)
     arena_bytes = formula.arena_bytes(SIZE[0], SIZE[1] * length_unit, RANK)
-    return dataclasses.replace(formula, session_bytes=max(first_bytes - arena_bytes, 0))
+    return dataclasses.replace(formula, session_bytes=max(int(first_bytes + bend_bytes) - arena_bytes, 0))
 
 
 def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.ndarray], past: int) -> None:
