@@ -67,13 +67,11 @@ def graph_input(graph: ir.Graph, name: str, shape: Shape, dtype: ir.DataType = F
 
 def zero_after(graph: ir.Graph, *values: ir.Value) -> ir.Value:
     """The int64 scalar 0, there when `values` are and not before: what it is added to has to wait."""
+    total, *others = [append(graph, "Size", [value], shape=[], dtype=INT64) for value in values]
+    for size in others:
+        total = append(graph, "Add", [total, size], shape=[], dtype=INT64)
     zero = initializer(graph, "zero_int64", np.array(0, np.int64))
-    total = zero
-    for value in values:
-        size = append(graph, "Size", [value], shape=[], dtype=INT64)
-        nothing = append(graph, "Mul", [size, zero], shape=[], dtype=INT64)
-        total = nothing if total is zero else append(graph, "Add", [total, nothing], shape=[], dtype=INT64)
-    return total
+    return append(graph, "Mul", [total, zero], shape=[], dtype=INT64)
 
 
 def constant_value(value: ir.Value | None) -> np.ndarray | None:

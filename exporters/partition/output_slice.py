@@ -86,6 +86,7 @@ class OutputSlice:
 
     Attributes:
         count: how many rows there are, int64 scalar.
+        zero: the int64 scalar 0.
         weight: the rows, decoded.
         product: what they make of `hidden`, float32 `[…, vocabulary]`.
     """
@@ -98,10 +99,10 @@ class OutputSlice:
         row_bytes, row_scales = layer.row_sizes
         packed = graph_input(graph, "weight.0", [ROWS, row_bytes], ir.DataType.UINT8)
         scales = graph_input(graph, "weight.1", [ROWS, row_scales])
-        zero, one = (initializer(graph, f"int64_{value}", np.array(value, np.int64)) for value in (0, 1))
+        self.zero, one = (initializer(graph, f"int64_{value}", np.array(value, np.int64)) for value in (0, 1))
         size = append(graph, "Shape", [packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
         self.count = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
-        indices = append(graph, "Range", [zero, self.count, one], shape=[ROWS], dtype=INT64)
+        indices = append(graph, "Range", [self.zero, self.count, one], shape=[ROWS], dtype=INT64)
         self.weight = append(
             graph,
             "GatherBlockQuantized",

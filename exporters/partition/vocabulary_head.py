@@ -52,7 +52,6 @@ class _Slice(OutputSlice):
         graph = self.graph
         self.labels = graph_input(graph, "labels", ["batch", "sequence"], INT64)
         self.first = graph_input(graph, "first", [], INT64)
-        self.zero = initializer(graph, "int64_0", np.array(0, np.int64))
         self.last_axis = initializer(graph, "axis_last", np.array([-1], np.int64))
         self._find_labels()
         self.label_product = append(

@@ -178,6 +178,11 @@ class TrainingState:
         start, shape = self._places[name]
         return start + -(-math.prod(shape) // self._alignment) * self._alignment
 
+    @property
+    def passes_gradients(self) -> bool:
+        """Whether gradients have to be taken as they come; see `pass_gradients`."""
+        return isinstance(self.buffers["grad"], _PassingBuffer)
+
     def pass_gradients(self) -> None:
         """Keep, from now on, only gradients that were put and not dropped yet."""
         if "grad" in self._layout:
@@ -186,10 +191,11 @@ class TrainingState:
             self._name_tensors()
 
     def drop_gradients(self, names: Iterable[str]) -> None:
-        """These were taken; where gradients do not pass, they stay."""
-        if isinstance(buffer := self.buffers["grad"], _PassingBuffer):
-            for name in names:
-                buffer.drop(self._places[name][0])
+        """These were taken, of gradients that pass."""
+        buffer = self.buffers["grad"]
+        assert isinstance(buffer, _PassingBuffer)
+        for name in names:
+            buffer.drop(self._places[name][0])
 
     def move_to_file(self, folder: Path) -> None:
         """Have everything in a nameless file from now on, but gradients that pass; views handed out before

@@ -67,19 +67,18 @@ class GradientDescent:
                 weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
                 self._drift = Drift(bundle, weight, threads)
                 opened.callback(self._drift.close)
-            self._in_backward = strategy.graph is None and options.updates_in_backward
-            take = self._optimizer.take if self._in_backward else None
+            take = self._optimizer.take if state.passes_gradients else None
             self._gradients = open_gradients(bundle, strategy, constants, state, threads, held, take)
             opened.callback(self._gradients.close)
             self._opened = opened.pop_all()
 
     def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
         """See `Stepper.step`."""
-        if self._in_backward:
+        if self._state.passes_gradients:
             self._optimizer.begin(number, learning_rate)
-        loss = accumulate(self._gradients, batches, self._state, self._drift)
-        if self._in_backward:
+            loss = accumulate(self._gradients, batches, self._state, self._drift)
             return loss, self._optimizer.taken_norm
+        loss = accumulate(self._gradients, batches, self._state, self._drift)
         return loss, self._optimizer.step(number, learning_rate)
 
     def close(self) -> None:

@@ -125,17 +125,7 @@ def test_a_stage_at_a_time_is_there(switched: Switched) -> None:
 
 def test_what_layers_share_waits_for_the_lowest(tmp_path: Path) -> None:
     """ALBERT's layers are one layer: its LoRA has a gradient from each of them."""
-    config = transformers.AlbertConfig(
-        vocab_size=320,
-        embedding_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_labels=3,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    config = transformers.AlbertConfig(**models.SIZES, max_position_embeddings=64, num_labels=3)
     model = transformers.AlbertForSequenceClassification(config).eval()
     edgepeft.export(model, tmp_path / "bundle", bits=32, rank=2, targets=["query", "value"], verify=False)
     order, got, kept, _ = taken_from(tmp_path / "bundle", models.batch(labels=3))
