@@ -8,7 +8,7 @@ model does not allow it, there is none, and the inference graph generates.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -27,6 +27,7 @@ from .passes.linears import Linear, find_linears, find_marked_linears, unpack
 from .passes.lora_groups import insert_lora_groups, remove_lora_groups
 from .passes.quantize import Freezer
 from .passes.side_by_side import put_side_by_side
+from .passes.slice_output_layer import slice_output_layer
 from .writer import WeightWriter
 
 ROLE, PLAIN_ROLE = "decoder", "decoder.plain"
@@ -37,18 +38,17 @@ UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
 @dataclass
 class Decoder:
-    """The graphs by role, what the manifest says of them, and the rows of the parts of joined weights."""
+    """The graphs by role, what the manifest says of them, and by name each weight that one graph reads whole
+    and another in parts, with the rows of its parts."""
 
     graphs: dict[str, ir.Model]
     wiring: DecoderGraph
-    rows: dict[str, list[int]]
+    parts: dict[str, tuple[ir.TensorProtocol, list[int]]]
 
     def write_weights(self, weights: WeightWriter) -> None:
-        """Store the joined weights, so that the graphs which read their parts share the bytes."""
-        for name, value in self.graphs[self.wiring.graph].graph.initializers.items():
-            stem = next((stem for stem in self.rows if name == stem or name.startswith(f"{stem}.")), None)
-            if stem is not None and value.const_value is not None:
-                weights.add_parts(name, value.const_value, self.rows[stem])
+        """Store the weights that have parts, so that the graphs which read those share the bytes."""
+        for name, (tensor, rows) in self.parts.items():
+            weights.add_parts(name, tensor, rows)
 
 
 def build_decoder(
@@ -96,13 +96,31 @@ def build_decoder(
         tidy(each)
     if not (_stands_alone(graph) and _stands_alone(plain.graph)):
         return None
+    parts = _joined_weights(
+        graph, {name: [len(tensors[part]) for part in of] for name, of in joined.parts.items()}
+    )
+    parts |= slice_output_layer(graph)
+    slice_output_layer(plain.graph)
+    for each in (model, plain):
+        tidy(each)
     graphs = {ROLE: model, PLAIN_ROLE: plain}
     wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN)
     if any(node.op_type == "MatMulNBits" for node in graph):
         graphs |= {INT8_ROLE: _int8(model), INT8_PLAIN_ROLE: _int8(plain)}
         wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN)
-    rows = {name: [len(tensors[part]) for part in parts] for name, parts in joined.parts.items()}
-    return Decoder(graphs, wiring, rows)
+    return Decoder(graphs, wiring, parts)
+
+
+def _joined_weights(
+    graph: ir.Graph, rows: Mapping[str, list[int]]
+) -> dict[str, tuple[ir.TensorProtocol, list[int]]]:
+    """What is stored of each joined weight, its codes and scales for one, and the rows of its parts."""
+    found = {}
+    for name, value in graph.initializers.items():
+        stem = next((stem for stem in rows if name == stem or name.startswith(f"{stem}.")), None)
+        if stem is not None and value.const_value is not None:
+            found[name] = value.const_value, rows[stem]
+    return found
 
 
 def _count_rows_of_tokens(graph: ir.Graph) -> None:

@@ -15,6 +15,8 @@ from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError, EdgePeftError
 from edgepeft.runtime.memory.arena import register_shared_arena
+from edgepeft.runtime.memory.huge_pages import gather_into_huge_pages
+from edgepeft.runtime.memory.mapped_pages import drop_mapped_pages
 
 Array = npt.NDArray[np.generic]
 
@@ -164,8 +166,10 @@ class GraphSession:
 
     def run(self) -> None:
         """Run with everything bound; results are in the arrays given to `bind_outputs`."""
-        with self._translated():
+        try:  # a context manager costs more, and a token calls this once
             self._session.run_with_iobinding(self._binding)
+        except ORT_ERRORS as error:
+            raise self._translation(error) from error
 
     def run_for(self, names: Sequence[str], *, shrink: bool = False) -> dict[str, ort.OrtValue]:
         """Run and return these outputs, whose shapes need not be known beforehand; with `shrink`, the arena
@@ -213,13 +217,29 @@ class GraphSession:
         try:
             yield
         except ORT_ERRORS as error:
-            text = one_line(error)
-            if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
-                raise EdgePeftError(
-                    f"{self._where}: the device has no memory left for it ({text}): use smaller batches or "
-                    "sequences"
-                ) from error
-            raise EdgePeftError(f"{self._where}: failed: {text}") from error
+            raise self._translation(error) from error
+
+    def _translation(self, error: Exception) -> EdgePeftError:
+        text = one_line(error)
+        if isinstance(error, MemoryError) or "allocate" in text or "bad_alloc" in text:
+            return EdgePeftError(
+                f"{self._where}: the device has no memory left for it ({text}): use smaller batches or "
+                "sequences"
+            )
+        return EdgePeftError(f"{self._where}: failed: {text}")
+
+
+def open_whole(bundle: Bundle, role: str, threads: int = 0) -> GraphSession:
+    """A session for inference that stays open: its packed weights in huge pages where the system has any, and
+    without the pages of the file that they were packed from.
+
+    Raises:
+        BundleError: see `GraphSession`.
+    """
+    session = GraphSession(bundle, role, threads)
+    drop_mapped_pages(bundle.file(bundle.manifest.weights_file).resolve())
+    gather_into_huge_pages()
+    return session
 
 
 def shrink_shared_arena(bundle: Bundle) -> None:

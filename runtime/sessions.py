@@ -15,7 +15,7 @@ from edgepeft.runtime.activation import AdapterSpec, group_bytes, inputs_taken, 
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
-from edgepeft.runtime.session import GraphSession
+from edgepeft.runtime.session import GraphSession, open_whole
 from edgepeft.runtime.streamed import StreamedModel
 
 FloatArray = npt.NDArray[np.float32]
@@ -246,4 +246,4 @@ class Sessions:
     def _session(self, role: str) -> AnySession:
         if role == STREAMED:
             return StreamedModel(self._bundle, self._threads)
-        return GraphSession(self._bundle, role, self._threads)
+        return open_whole(self._bundle, role, self._threads)

@@ -18,6 +18,7 @@ import numpy as np
 from edgepeft.bundle.manifest import Manifest, MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import ExportError
+from edgepeft.runtime.activation import is_decoder
 from edgepeft.runtime.cache import cache_bytes
 from edgepeft.runtime.inputs import model_inputs
 from edgepeft.runtime.memory.process import read_memory, reset_peak
@@ -137,11 +138,12 @@ def _streamed_bytes(bundle: Bundle, sizes: dict[str, int]) -> int:
 
 
 def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
-    from edgepeft.runtime.session import GraphSession
+    from edgepeft.runtime.session import GraphSession, open_whole
 
     feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
     before_bytes = read_memory().resident_bytes
-    session = GraphSession(bundle, role)
+    # The inference graph's formula is also that of training, which opens it as it comes.
+    session = (open_whole if is_decoder(bundle.manifest, role) else GraphSession)(bundle, role)
     session.bind(feeds)
     session.run_for(list(session.outputs))
     return read_memory().resident_bytes - before_bytes

@@ -94,10 +94,11 @@ class InPlaceDecoder:
 
     def _run(self, rows: slice, ids: Array) -> None:
         """One run over some rows, their lengths already those after it."""
-        self._last[rows] = [max(length, 1) - 1 for length in self.lengths[rows]]
-        total = int(self._last[rows].max()) + 1
+        last = [max(length, 1) - 1 for length in self.lengths[rows]]
+        total = max(last) + 1
         if total > self._capacity:  # the graph would write behind the cache
             raise UsageError(f"a text has {total} tokens, the cache holds {self._capacity}")
+        self._last[rows] = last
         self._total[0] = total
         if rows != self._rows_bound:
             self._bind_rows(rows)

@@ -17,6 +17,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.validation import validate_manifest
+from edgepeft.exporters.passes import slice_output_layer
 from edgepeft.runtime.activation import graph_inputs, group_inputs, resolve
 from edgepeft.runtime.decoding.by_adapter import ByAdapter
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
@@ -239,6 +240,37 @@ def test_weights_are_stored_once_and_nodes_are_few(decoders: Make) -> None:
     assert kinds.count("MatMulNBits") == 4 * layers + 1
     assert kinds.count("GroupQueryAttention") == layers
     assert len(kinds) <= 24 * layers + 12
+
+
+def test_a_large_output_layer_in_slices_gives_the_same_logits_from_the_same_bytes(
+    decoders: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices are read from the bytes of the whole; with one adapter and without."""
+    whole = decoders("llama", 4)
+    monkeypatch.setattr(slice_output_layer, "SLICE_WEIGHTS", 320 * 64 // 3 + 1)
+    edgepeft.export(
+        build("llama"),
+        tmp_path / "sliced.edge",
+        bits=4,
+        block_size=zoo.BLOCK_SIZE,
+        adapters=whole.adapters,
+        train=False,
+        verify=False,
+    )
+    sliced = Exported(open_bundle(tmp_path / "sliced.edge"), whole.adapters, "llama")
+    for role in ("decoder", "decoder.plain", "decoder.int8", "decoder.int8.plain"):
+        graph = sliced.bundle.path / sliced.bundle.manifest.graphs[role].file
+        nodes = onnx.load(graph, load_external_data=False).graph.node
+        heads = [node.output[0] for node in nodes if ".slice" in "".join(node.input)]
+        assert len(heads) == 3
+    stored = [(each.bundle.path / "weights.bin").stat().st_size for each in (whole, sliced)]
+    assert stored[0] == stored[1]
+    ids = tokens(30)
+    expected = torch_logits(sliced.torch_model(), ids)[19:]
+    got = read_and_step(sliced.decoder({}), ids, prompt=20)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=TOLERANCE[4])
+    adapted = read_and_step(sliced.decoder({"a": 1.0}), ids, prompt=20)
+    np.testing.assert_array_equal(adapted, read_and_step(whole.decoder({"a": 1.0}), ids, prompt=20))
 
 
 def test_no_adapter_runs_a_graph_without_lora_until_one_is_used(decoders: Make) -> None:
