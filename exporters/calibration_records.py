@@ -7,15 +7,8 @@ from typing import Any
 import torch
 
 import edgepeft
-from edgepeft.bundle.manifest import (
-    FORMAT_VERSION,
-    GraphSpec,
-    Manifest,
-    MemoryFormula,
-    Policy,
-    Quantization,
-    TensorSpec,
-)
+from edgepeft.bundle.manifest import FORMAT_VERSION, GraphSpec, Manifest, Policy, Quantization, TensorSpec
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import BundleError, UsageError

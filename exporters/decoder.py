@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import DecoderGraph, MemoryFormula
+from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.wiring import DecoderGraph
 
 from .graph import tidy
 from .passes.cache_in_place import keep_cache_in_place

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula, Stage, StreamedInference
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.streamed import StreamedModel
 

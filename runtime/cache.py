@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import Manifest, StreamedInference, TensorSpec
+from edgepeft.bundle.manifest import Manifest, TensorSpec
+from edgepeft.bundle.wiring import StreamedInference
 
 Array = npt.NDArray[np.generic]
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgepeft.bundle.manifest import Stage, StreamedInference
 from edgepeft.bundle.reader import Bundle
+from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.errors import BundleError
 from edgepeft.runtime.cache import KeyValueCache, cache_specs
 from edgepeft.runtime.memory.weights import MappedWeights, bound_weights

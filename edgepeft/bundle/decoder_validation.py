@@ -1,6 +1,7 @@
 """What a manifest must say of the decoder graph before it is opened."""
 
-from edgepeft.bundle.manifest import DecoderGraph, Manifest
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.wiring import DecoderGraph
 from edgepeft.errors import BundleError
 
 _INPUTS = {"input_ids", "seqlens_k", "total_sequence_length"}

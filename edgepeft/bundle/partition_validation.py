@@ -2,16 +2,9 @@
 
 from collections.abc import Mapping
 
-from edgepeft.bundle.manifest import (
-    GraphSpec,
-    Manifest,
-    Partition,
-    Stage,
-    StreamedInference,
-    TensorSpec,
-    VocabularyHead,
-)
+from edgepeft.bundle.manifest import GraphSpec, Manifest, TensorSpec
 from edgepeft.bundle.sizes_on_disk import tensor_bytes
+from edgepeft.bundle.wiring import Partition, Stage, StreamedInference, VocabularyHead
 from edgepeft.errors import BundleError
 
 

@@ -5,14 +5,8 @@ import re
 from pathlib import PurePosixPath
 
 from edgepeft.bundle.decoder_validation import check_decoder
-from edgepeft.bundle.manifest import (
-    GraphSpec,
-    ImagePreprocessing,
-    Manifest,
-    MemoryFormula,
-    TensorSpec,
-    WeightTensor,
-)
+from edgepeft.bundle.manifest import GraphSpec, ImagePreprocessing, Manifest, TensorSpec, WeightTensor
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
 from edgepeft.errors import BundleError

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgepeft.bundle.manifest import Partition, Stage, VocabularyHead
+from edgepeft.bundle.wiring import Partition, Stage, VocabularyHead
 
 from ..forward import Forward
 from ..losses import Loss

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgepeft.bundle.manifest import MemoryFormula, OutputLayer, Stage, StreamedInference
+from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.wiring import OutputLayer, Stage, StreamedInference
 
 from ..forward import Forward
 from ..passes.drop_cache import PRESENT

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-from edgepeft.bundle.manifest import GroupedSlot, LoraGroup
+from edgepeft.bundle.wiring import GroupedSlot, LoraGroup
 
 from ..graph import add_behind, append, graph_input
 from .linears import Linear

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepeft.bundle.manifest import GraphSpec, MemoryTerm, Partition, Stage
+from edgepeft.bundle.manifest import GraphSpec
+from edgepeft.bundle.memory_formula import MemoryTerm
 from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.bundle.wiring import Partition, Stage
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
 from edgepeft.runtime.training.heads import slice_rows

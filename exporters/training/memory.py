@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from edgepeft.bundle.manifest import GraphSpec, MemoryTerm
+from edgepeft.bundle.manifest import GraphSpec
+from edgepeft.bundle.memory_formula import MemoryTerm
 
 from .feeds import axis_sizes, sample_feeds
 

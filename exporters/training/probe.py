@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import ExportError
 from edgepeft.runtime.activation import is_decoder

@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from edgepeft.bundle.manifest import Manifest, Partition, Stage, TensorSpec
+from edgepeft.bundle.manifest import Manifest, TensorSpec
+from edgepeft.bundle.wiring import Partition, Stage
 from edgepeft.runtime.memory.plan import Held, Plan, Workload
 
 # Measured on 2 x86 cores with SmolLM2-135M's shape at 128 tokens: seconds of a multiplication by one weight

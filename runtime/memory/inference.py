@@ -5,7 +5,9 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula, StreamedInference
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.errors import BudgetError
 from edgepeft.runtime.cache import cache_bytes, cache_specs, growing_cache_bytes
 from edgepeft.runtime.memory.plan import suggested_budget

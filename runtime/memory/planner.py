@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, MemoryFormula, Strategy
+from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, Strategy
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
 from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes, row_bytes

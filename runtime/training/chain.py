@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgepeft.bundle.manifest import Partition, Stage
 from edgepeft.bundle.reader import Bundle
+from edgepeft.bundle.wiring import Partition, Stage
 from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.chain_cost import largest_stage_bytes
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from edgepeft.bundle.manifest import VocabularyHead
+from edgepeft.bundle.wiring import VocabularyHead
 from edgepeft.runtime.memory.weights import Weights
 from edgepeft.runtime.session import GraphSession
 

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 import edgepeft
-from edgepeft.bundle.manifest import Manifest, MemoryFormula
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.exporters import forward
 from edgepeft.exporters.sources import loading
 from edgepeft.exporters.sources.base import Traced
@@ -215,10 +216,10 @@ def traced_once() -> Iterator[None]:
     with (
         patch.object(loading, "trace", trace_once),
         patch.object(forward, "optimize_forward", lambda _: None),
-        patch("edgepeft.exporters.pipeline.measure_peaks", lambda *_: ()),
-        patch("edgepeft.exporters.pipeline.measure_chain_peaks", lambda *_, **__: ()),
-        patch("edgepeft.exporters.pipeline.with_session", lambda _, __, tensors, *___: tensors),
-        patch("edgepeft.exporters.pipeline.measure_streamed", lambda *_: MemoryFormula(0, ())),
+        patch("edgepeft.exporters.memory.measure_peaks", lambda *_: ()),
+        patch("edgepeft.exporters.memory.measure_chain_peaks", lambda *_, **__: ()),
+        patch("edgepeft.exporters.memory.with_session", lambda _, __, tensors, *___: tensors),
+        patch("edgepeft.exporters.memory.measure_streamed", lambda *_: MemoryFormula(0, ())),
     ):
         yield
 

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula, Stage, StreamedInference
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import open_bundle
+from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.runtime.cache import KeyValueCache, cache_bytes
 
 STREAMED = StreamedInference(

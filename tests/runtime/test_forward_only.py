@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgepeft.bundle.manifest import MemoryFormula, Strategy
+from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.runtime.activation import graph_inputs, to_peft_layout
 from edgepeft.runtime.data import records

@@ -9,7 +9,8 @@ import numpy as np
 import psutil
 import pytest
 
-from edgepeft.bundle.manifest import Manifest, MemoryFormula, MemoryTerm, Strategy
+from edgepeft.bundle.manifest import Manifest, Strategy
+from edgepeft.bundle.memory_formula import MemoryFormula, MemoryTerm
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.memory import process

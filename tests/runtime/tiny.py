@@ -19,8 +19,6 @@ from edgepeft.bundle.manifest import (
     GraphSpec,
     LoraSlot,
     Manifest,
-    MemoryFormula,
-    MemoryTerm,
     ModelInfo,
     Policy,
     Quantization,
@@ -29,6 +27,7 @@ from edgepeft.bundle.manifest import (
     TensorSpec,
     WeightTensor,
 )
+from edgepeft.bundle.memory_formula import MemoryFormula, MemoryTerm
 from edgepeft.bundle.writer import hash_folder, write_manifest
 
 VOCAB, WIDTH, MAX_LENGTH = 24, 8, 16

@@ -1,0 +1,155 @@
+"""What a bundle holds: its graphs, their weights, adapters and tokenizer, and the manifest that says so."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+import edgepeft
+from edgepeft.adapters import Adapter, write_adapter
+from edgepeft.bundle.manifest import (
+    CHECKPOINTED,
+    FORMAT_VERSION,
+    FORWARD_ONLY,
+    RESIDENT,
+    STREAMED,
+    Manifest,
+    Policy,
+    Quantization,
+    Strategy,
+)
+from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.wiring import StreamedInference
+from edgepeft.bundle.writer import hash_folder
+
+from .forward import Forward
+from .losses import Loss, loss_for, with_drift
+from .model_info import model_info
+from .partition import build_partition, build_streamed_inference
+from .passes.quantize import Freezer
+from .sources.base import ModelSource
+from .training.joint import build_joint, build_loss
+from .training.optimizer import build_adamw, build_grad_norm
+from .training.optimizer8 import build_adamw8
+from .writer import WeightWriter, graph_spec, write_graph
+
+WEIGHTS_FILE = "weights.bin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """What an adapter is judged by on the device, and what it is trained with."""
+
+    source: ModelSource
+    name: str | None
+    drift_penalty: bool
+
+    @property
+    def judged(self) -> Loss:
+        """The task's loss, or the one that was named."""
+        return loss_for(self.source.task, self.source.problem_type, self.name)
+
+    def trained(self, output: ir.Value) -> Loss:
+        """The same, with the drift penalty if there is to be one."""
+        judged = self.judged
+        if not self.drift_penalty:
+            return judged
+        assert output.shape is not None
+        return with_drift(judged, tuple(str(dim) for dim in list(output.shape)[:-1]))
+
+
+def write_contents(
+    folder: Path,
+    source: ModelSource,
+    freezer: Freezer,
+    inference: Forward,
+    training: Forward | None,
+    adapters: Mapping[str, Adapter],
+    losses: Losses,
+) -> Manifest:
+    """Write everything but the manifest, whose memory figures are still empty."""
+    loss = losses.judged
+    models = {"inference": inference.model}
+    if inference.decoder is not None:
+        models |= inference.decoder.graphs
+    streamed = None
+    if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
+        streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
+        models |= {} if streamed is None else streamed.graphs
+    trainable: tuple[str, ...] = ()
+    partition = None
+    if training is not None:
+        output = next(value for value in training.model.graph.outputs if value.name == loss.output)
+        trained = losses.trained(output)
+        joint = build_joint(training, trained)
+        trainable = joint.trainable
+        models |= {"train": joint.model, "loss": build_loss(loss, output)}
+        models |= {"adamw": build_adamw(), "adamw8": build_adamw8(), "grad_norm": build_grad_norm()}
+        # In stages there is no room for the base model's logits.
+        partition = build_partition(training, loss) if trained is loss else None
+        models |= {} if partition is None else partition.graphs
+    row_scalings = _row_scalings(inference, None if streamed is None else streamed.wiring)
+    (folder / "graphs").mkdir()
+    graphs = {}
+    with (folder / WEIGHTS_FILE).open("wb") as file:
+        weights = WeightWriter(file)
+        if inference.decoder is not None:  # first, so that the other graphs find their weights in its own
+            inference.decoder.write_weights(weights)
+        for role, graph in models.items():
+            path = f"graphs/{role}.onnx"
+            write_graph(graph, folder / path, weights, WEIGHTS_FILE, row_scalings.get(role, ()))
+            graphs[role] = graph_spec(graph, path)
+        for name, value in inference.saved_values.items():
+            weights.add_array(name, value.float().numpy())
+    for name, adapter in adapters.items():
+        (folder / "adapters" / name).mkdir(parents=True)
+        write_adapter(adapter, folder / "adapters" / name)
+    for name, data in source.tokenizer_files.items():
+        (folder / name).write_bytes(data)
+    unknown = MemoryFormula(session_bytes=0, peaks=())
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        edgepeft_version=edgepeft.__version__,
+        task=source.task,
+        model=model_info(source, losses.name),
+        quantization=source.quantization
+        or Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
+        graphs=graphs,
+        inference_memory=unknown,
+        weights_file=WEIGHTS_FILE,
+        weights=weights.tensors,
+        lora_slots=inference.slots,
+        saved_modules=inference.saved_modules,
+        adapters=tuple(adapters),
+        strategies=_strategies(partition is not None, losses.drift_penalty) if training else (),
+        policy=Policy(trainable=trainable),
+        verification={},
+        files=hash_folder(folder),
+        partition=None if partition is None else partition.wiring,
+        streamed_inference=None if streamed is None else streamed.wiring,
+        image_preprocessing=source.image_preprocessing,
+        audio_preprocessing=source.audio_preprocessing,
+        decoder=None if inference.decoder is None else inference.decoder.wiring,
+    )
+
+
+def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dict[str, set[str]]:
+    """By role of an inference graph, its inputs that are scalings, which may have an axis for the batch."""
+    keys = {slot.scaling_input for slot in inference.slots}
+    found = {"inference": keys}
+    for stage in () if streamed is None else streamed.stages:
+        scalings = {name for name, key in stage.adapter.items() if key in keys}
+        found[stage.forward] = found.get(stage.forward, set()) | scalings
+    return found
+
+
+def _strategies(staged: bool, drift_penalty: bool) -> tuple[Strategy, ...]:
+    """Ways to train, the fastest first; their memory is still to be measured."""
+    unknown = MemoryFormula(session_bytes=0, peaks=())
+    strategies = [Strategy(RESIDENT, "train", exact=True, memory=unknown)]
+    if staged:
+        strategies += [Strategy(name, None, exact=True, memory=unknown) for name in (CHECKPOINTED, STREAMED)]
+    if not drift_penalty:  # only the training graph's loss has it
+        strategies.append(Strategy(FORWARD_ONLY, None, exact=False, memory=unknown))
+    return tuple(strategies)
