@@ -81,6 +81,7 @@ class GraphSession:
         exact_products: bool = False,
     ) -> None:
         self.role = role
+        self._weights_file = bundle.file(bundle.manifest.weights_file).resolve()
         self._where = f"{bundle.path}: graph {role!r}"
         data = bundle.graph_bytes(role)
         spec = bundle.manifest.graphs[role]
@@ -201,6 +202,11 @@ class GraphSession:
             self._outputs_kept.clear()
             return {name: values[name] for name in names}
 
+    def drop_mapped_pages(self) -> None:
+        """Let go of pages of the weight file that were read: looked up rows of an embedding, in time all of
+        them. What is read again comes from the system's cache."""
+        drop_mapped_pages(self._weights_file)
+
     def end_profile(self) -> Path:
         """The file of the profile so far."""
         return Path(self._session.end_profiling())
@@ -237,7 +243,7 @@ def open_whole(bundle: Bundle, role: str, threads: int = 0) -> GraphSession:
         BundleError: see `GraphSession`.
     """
     session = GraphSession(bundle, role, threads)
-    drop_mapped_pages(bundle.file(bundle.manifest.weights_file).resolve())
+    session.drop_mapped_pages()
     gather_into_huge_pages()
     return session
 

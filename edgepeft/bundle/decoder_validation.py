@@ -1,10 +1,10 @@
 """What a manifest must say of the decoder graph before it is opened."""
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.bundle.wiring import DecoderGraph
+from edgepeft.bundle.wiring import SEQLENS, TOTAL, DecoderGraph
 from edgepeft.errors import BundleError
 
-_INPUTS = {"input_ids", "seqlens_k", "total_sequence_length"}
+_INPUTS = {"input_ids", SEQLENS, TOTAL}
 
 
 def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:

@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from edgepeft.bundle.wiring import SEQLENS, TOTAL
+
 from ..graph import FLOAT, MICROSOFT, append, graph_input, initializer, tidy
 from .capped_attention import gather_capped_attention
 from .drop_cache import PAST
 from .evaluate import evaluate
 
-SEQLENS, TOTAL, CAPACITY = "seqlens_k", "total_sequence_length", "capacity"
+CAPACITY = "capacity"
 INT32 = ir.DataType.INT32
 #: Tokens of a run and of the cache before it, at which masks and angles are compared.
 _SEQUENCE, _PAST = 3, 5

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from edgepeft.bundle.manifest import GraphSpec, Manifest
-
-from ..passes.cache_in_place import SEQLENS, TOTAL
+from edgepeft.bundle.wiring import SEQLENS, TOTAL
 
 
 def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.wiring import SEQLENS, TOTAL
 from edgepeft.errors import UsageError
 from edgepeft.runtime.cache import PAST, PRESENT, cache_specs
 from edgepeft.runtime.decoding.base import Array, FloatArray
@@ -46,7 +47,7 @@ class InPlaceDecoder:
         self._ids = np.empty((rows, 1), np.int64)
         self._last = np.empty(rows, np.int32)
         self._total = np.empty(1, np.int32)
-        session.bind({"total_sequence_length": self._total})
+        session.bind({TOTAL: self._total})
         self._rows_bound: slice | None = None
         self._ids_bound: Array | None = None
 
@@ -90,6 +91,7 @@ class InPlaceDecoder:
     def close(self) -> None:
         """See `Decoder.close`."""
         self._session.unbind()
+        self._session.drop_mapped_pages()
         self._cache.clear()
 
     def _run(self, rows: slice, ids: Array) -> None:
@@ -111,7 +113,7 @@ class InPlaceDecoder:
     def _bind_rows(self, rows: slice) -> None:
         self._session.bind(
             {
-                "seqlens_k": self._last[rows],
+                SEQLENS: self._last[rows],
                 **{PAST + name: part[rows] for name, part in self._cache.items()},
             }
         )
