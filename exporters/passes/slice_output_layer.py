@@ -1,8 +1,8 @@
 """Multiply by a large output layer slice by slice, so that opening a session takes less memory at once.
 
 onnxruntime packs a weight anew while all of its stored bytes are mapped and lets go of them afterwards. The
-output layer is the largest and comes last, beside everything that is packed already: at Qwen2.5-0.5B's 136
-million weights it adds 81 MiB to a peak of 563. A slice of them adds its own share.
+output layer is the largest and comes last, beside everything that is packed already: Qwen2.5-0.5B's, of 136
+million weights, was 66 MiB of a peak of 563. A slice adds its own share only.
 """
 
 import onnx_ir as ir
@@ -25,13 +25,13 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
     if product is None:
         return {}
     rows, columns = (product.attributes[name].as_int() for name in ("N", "K"))
+    x, *weights = product.inputs
     count = -(-rows * columns // SLICE_WEIGHTS)
-    if count == 1:
+    if count == 1 or not all(_is_by_rows(value, rows) for value in weights):
         return {}
     step = -(-rows // (count * _ROWS_TOGETHER)) * _ROWS_TOGETHER
     firsts = range(0, rows, step)
     sizes = [min(step, rows - first) for first in firsts]
-    x, *weights = product.inputs
     whole = product.outputs[0]
     assert whole.shape is not None
     slices = []
@@ -56,6 +56,12 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
         for value in weights
         if value is not None and value.name is not None and value.const_value is not None
     }
+
+
+def _is_by_rows(weight: ir.Value | None, rows: int) -> bool:
+    """Whether a weight is constant with an axis of rows: scales and zero points of a file may have none."""
+    tensor = None if weight is None else weight.const_value
+    return weight is None or (tensor is not None and tensor.shape[0] == rows)
 
 
 def _rows_of(graph: ir.Graph, weight: ir.Value | None, index: int, first: int, end: int) -> ir.Value | None:
