@@ -90,9 +90,10 @@ class InPlaceDecoder:
 
     def close(self) -> None:
         """See `Decoder.close`."""
-        self._session.unbind()
-        self._session.drop_mapped_pages()
-        self._cache.clear()
+        if self._cache:
+            self._session.unbind()
+            self._session.drop_mapped_pages()
+            self._cache.clear()
 
     def _run(self, rows: slice, ids: Array) -> None:
         """One run over some rows, their lengths already those after it."""

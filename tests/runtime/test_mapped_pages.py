@@ -9,7 +9,7 @@ import pytest
 from edgepeft.runtime.memory.mapped_pages import drop_mapped_pages
 from edgepeft.runtime.memory.process import read_memory
 
-pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/smaps")
+pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="reads /proc/self/maps")
 
 _SIZE_BYTES = 16 * 2**20
 
