@@ -19,7 +19,7 @@ from edgepeft.bundle.manifest import (
     Quantization,
     Strategy,
 )
-from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.bundle.writer import hash_folder
 
@@ -107,7 +107,6 @@ def write_contents(
         write_adapter(adapter, folder / "adapters" / name)
     for name, data in source.tokenizer_files.items():
         (folder / name).write_bytes(data)
-    unknown = MemoryFormula(session_bytes=0, peaks=())
     return Manifest(
         format_version=FORMAT_VERSION,
         edgepeft_version=edgepeft.__version__,
@@ -116,7 +115,7 @@ def write_contents(
         quantization=source.quantization
         or Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
         graphs=graphs,
-        inference_memory=unknown,
+        inference_memory=UNKNOWN_MEMORY,
         weights_file=WEIGHTS_FILE,
         weights=weights.tensors,
         lora_slots=inference.slots,
@@ -146,10 +145,11 @@ def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dic
 
 def _strategies(staged: bool, drift_penalty: bool) -> tuple[Strategy, ...]:
     """Ways to train, the fastest first; their memory is still to be measured."""
-    unknown = MemoryFormula(session_bytes=0, peaks=())
-    strategies = [Strategy(RESIDENT, "train", exact=True, memory=unknown)]
+    strategies = [Strategy(RESIDENT, "train", exact=True, memory=UNKNOWN_MEMORY)]
     if staged:
-        strategies += [Strategy(name, None, exact=True, memory=unknown) for name in (CHECKPOINTED, STREAMED)]
+        strategies += [
+            Strategy(name, None, exact=True, memory=UNKNOWN_MEMORY) for name in (CHECKPOINTED, STREAMED)
+        ]
     if not drift_penalty:  # only the training graph's loss has it
-        strategies.append(Strategy(FORWARD_ONLY, None, exact=False, memory=unknown))
+        strategies.append(Strategy(FORWARD_ONLY, None, exact=False, memory=UNKNOWN_MEMORY))
     return tuple(strategies)

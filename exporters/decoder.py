@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import DecoderGraph
 
 from .graph import tidy
@@ -33,8 +33,6 @@ from .writer import WeightWriter
 
 ROLE, PLAIN_ROLE = "decoder", "decoder.plain"
 INT8_ROLE, INT8_PLAIN_ROLE = "decoder.int8", "decoder.int8.plain"
-#: Memory is measured when the graphs have been written.
-UNKNOWN = MemoryFormula(session_bytes=0, peaks=())
 
 
 @dataclass
@@ -91,24 +89,24 @@ def build_decoder(
     plain = model.clone()
     remove_lora_groups(plain.graph, groups)
     flatten_tokens(graph)  # which lets a LoRA be a `Gemm`; without one it would only be more nodes
+    parts = _joined_weights(
+        graph, {name: [len(tensors[part]) for part in of] for name, of in joined.parts.items()}
+    )
     for each in (model, plain):
         tidy(each)
         fuse_sums(each.graph)
         tidy(each)
+        parts |= slice_output_layer(each.graph)  # the same weights in both
+        tidy(each)
     if not (_stands_alone(graph) and _stands_alone(plain.graph)):
         return None
-    parts = _joined_weights(
-        graph, {name: [len(tensors[part]) for part in of] for name, of in joined.parts.items()}
-    )
-    parts |= slice_output_layer(graph)
-    slice_output_layer(plain.graph)
-    for each in (model, plain):
-        tidy(each)
     graphs = {ROLE: model, PLAIN_ROLE: plain}
-    wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN)
+    wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN_MEMORY)
     if any(node.op_type == "MatMulNBits" for node in graph):
         graphs |= {INT8_ROLE: _int8(model), INT8_PLAIN_ROLE: _int8(plain)}
-        wiring = DecoderGraph(ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN)
+        wiring = DecoderGraph(
+            ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN_MEMORY, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN_MEMORY
+        )
     return Decoder(graphs, wiring, parts)
 
 

@@ -81,7 +81,7 @@ class GraphSession:
         exact_products: bool = False,
     ) -> None:
         self.role = role
-        self._weights_file = bundle.file(bundle.manifest.weights_file).resolve()
+        self._weights_file = bundle.path.absolute() / bundle.manifest.weights_file
         self._where = f"{bundle.path}: graph {role!r}"
         data = bundle.graph_bytes(role)
         spec = bundle.manifest.graphs[role]
@@ -205,7 +205,7 @@ class GraphSession:
     def drop_mapped_pages(self) -> None:
         """Let go of pages of the weight file that were read: looked up rows of an embedding, in time all of
         them. What is read again comes from the system's cache."""
-        drop_mapped_pages(self._weights_file)
+        drop_mapped_pages(self._weights_file.resolve())
 
     def end_profile(self) -> Path:
         """The file of the profile so far."""

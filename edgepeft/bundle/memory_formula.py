@@ -45,3 +45,7 @@ class MemoryFormula:
     def arena_bytes(self, batch: int, seq_len: int, rank: int, past: int = 0) -> int:
         """What the arena takes for the tensors alive at the worst moment of one run, with its gaps."""
         return int((1 + self.arena_gaps) * self.activation_bytes(batch, seq_len, rank, past))
+
+
+#: Of graphs that have not been measured yet.
+UNKNOWN_MEMORY = MemoryFormula(session_bytes=0, peaks=())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from edgepeft.bundle.memory_formula import MemoryFormula
+from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import OutputLayer, Stage, StreamedInference
 
 from ..forward import Forward
@@ -84,7 +84,7 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
         context_weights=context_weights,
         stages=tuple(stages),
         output_layer=output,
-        memory=MemoryFormula(session_bytes=0, peaks=()),
+        memory=UNKNOWN_MEMORY,
     )
     return StreamedGraphs(wiring, graphs)
 

@@ -7,13 +7,13 @@ Source: madvise(2), MADV_COLLAPSE (Linux 6.1); mincore(2); `Documentation/admin-
 
 import ctypes
 import mmap
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings
+
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-_MAPPINGS = Path("/proc/self/maps")
 _MADV_COLLAPSE = 25
 
 
@@ -30,16 +30,15 @@ def gather_into_huge_pages() -> int:
         if "[never]" in (_SETTINGS / "enabled").read_text():
             return 0
         huge_bytes = int((_SETTINGS / "hpage_pmd_size").read_text())
-        mappings = _MAPPINGS.read_text().splitlines()
-        libc = ctypes.CDLL(None)
-        madvise, mincore = libc.madvise, libc.mincore
-    except (OSError, AttributeError):
+        mappings = [item for item in private_mappings(_is_anonymous) if item.writable]
+    except OSError:
         return 0
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    mincore = ctypes.CDLL(None).mincore
     mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
     gathered_bytes = 0
-    for begin, end in _anonymous(mappings):
-        begin, end = -(-begin // huge_bytes) * huge_bytes, end // huge_bytes * huge_bytes
+    for mapping in mappings:
+        begin = -(-mapping.begin // huge_bytes) * huge_bytes
+        end = mapping.end // huge_bytes * huge_bytes
         if begin >= end:
             continue
         resident = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
@@ -49,15 +48,11 @@ def gather_into_huge_pages() -> int:
         # A call a stretch: each waits for all processors once.
         edges = np.flatnonzero(np.diff(whole, prepend=False, append=False)) * huge_bytes
         for first, last in edges.reshape(-1, 2).tolist():
-            if madvise(begin + first, last - first, _MADV_COLLAPSE) == 0:
+            if advise_addresses(begin + first, begin + last, _MADV_COLLAPSE):
                 gathered_bytes += last - first
     return gathered_bytes
 
 
-def _anonymous(mappings: list[str]) -> Iterator[tuple[int, int]]:
-    """First and last address of malloc's heap and of private memory without a file."""
-    for line in mappings:
-        addresses, permissions, _, _, inode, *name = line.split(maxsplit=5)
-        if permissions == "rw-p" and inode == "0" and (not name or name[0].startswith(("[heap]", "[anon:"))):
-            begin, end = (int(address, 16) for address in addresses.split("-"))
-            yield begin, end
+def _is_anonymous(path: str) -> bool:
+    """Whether a mapping is malloc's heap, or memory without a file, which Android gives a name."""
+    return not path or path.startswith(("[heap]", "[anon:"))

@@ -5,14 +5,15 @@ but keeps those of the scales that go with them: 45 MiB of Qwen2.5-0.5B with rou
 Source: madvise(2); `Documentation/admin-guide/mm/pagemap.rst`.
 """
 
-import ctypes
 import mmap
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-_MAPPINGS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
+from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings
+
+_PAGES = Path("/proc/self/pagemap")
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
@@ -20,18 +21,11 @@ def drop_mapped_pages(file: Path) -> None:
     """Take a file's pages out of this process where they are as the file has them: one that is read later
     comes from the system's cache, or from the disk. Nothing happens but on Linux."""
     try:
-        mappings = _MAPPINGS.read_text().splitlines()
-        madvise = ctypes.CDLL(None).madvise
         with _PAGES.open("rb", buffering=0) as pages:
-            madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-            for line in mappings:
-                if not line.endswith(str(file)):
-                    continue
-                addresses, permissions, _, _, _, path = line.split(maxsplit=5)
-                begin, end = (int(address, 16) for address in addresses.split("-"))
-                if path == str(file) and permissions[3] == "p" and _is_the_file(pages, begin, end):
-                    madvise(begin, end - begin, mmap.MADV_DONTNEED)
-    except (OSError, AttributeError):
+            for mapping in private_mappings(str(file).__eq__):
+                if _is_the_file(pages, mapping.begin, mapping.end):
+                    advise_addresses(mapping.begin, mapping.end, mmap.MADV_DONTNEED)
+    except OSError:
         return
 
 
