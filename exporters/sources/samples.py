@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
-from transformers import DynamicCache
+from torch.utils import _pytree as pytree
+from transformers import Cache, DynamicCache
 
 from edgepeft.errors import ExportError
+
+from ..passes.drop_cache import PAST
 
 if TYPE_CHECKING:
     from .loading import Source
@@ -18,6 +22,16 @@ if TYPE_CHECKING:
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST, SAMPLE_TARGET = 2, 7, 5, 6
 #: Samples of a recording, in strides of the feature encoder.
 SAMPLE_STRIDES = 40
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor that a model is traced with: the graph input it becomes, and what its axes are called there."""
+
+    name: str
+    tensor: torch.Tensor
+    axes: tuple[str | None, ...]
+    cached: bool = False
 
 
 @dataclass
@@ -33,6 +47,26 @@ class Samples:
     inputs: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, Any] = field(default_factory=dict)
     axes: dict[str, tuple[str | None, ...]] = field(default_factory=dict)
+
+    def named_leaves(self) -> list[Leaf]:
+        """All tensors in the order in which torch.export lays them out, a cache's `[batch, kv_heads,
+        past_sequence, head_dim]` named as optimum does: `past_key_values.{i}.key` and `.value`.
+
+        The cache's pytree says in which order its tensors come; transformers registers it when it first exports.
+        """
+        leaves = []
+        for name, value in self.inputs.items():
+            if isinstance(value, torch.Tensor):
+                leaves.append(Leaf(name, value, self.axes[name]))
+                continue
+            names = {}
+            for index, layer in enumerate(value.layers):
+                names |= {id(layer.keys): f"{PAST}{index}.key", id(layer.values): f"{PAST}{index}.value"}
+            leaves += [
+                Leaf(names[id(tensor)], tensor, ("batch", None, "past_sequence", None), cached=True)
+                for tensor in pytree.tree_leaves(value)
+            ]
+        return leaves
 
 
 def sample_inputs(source: Source, with_past: bool) -> Samples:
@@ -88,9 +122,10 @@ def _add_cache(source: Source, samples: Samples) -> None:
     length = SAMPLE_PAST + SAMPLE_SEQUENCE
     batch, past = samples.shapes["input_ids"][0], torch.export.Dim("past_sequence")
     samples.inputs["attention_mask"] = torch.ones(SAMPLE_BATCH, length, dtype=torch.long)
-    samples.inputs["past_key_values"] = cache
+    argument = _cache_argument(source.model)
+    samples.inputs[argument] = cache
     samples.shapes["attention_mask"] = {0: batch, 1: torch.export.Dim.AUTO}
-    samples.shapes["past_key_values"] = [{0: batch, 2: past} for _ in range(2 * len(cache.layers))]
+    samples.shapes[argument] = [{0: batch, 2: past} for _ in range(2 * len(cache.layers))]
     samples.axes["attention_mask"] = ("batch", "total_sequence")
 
 
@@ -132,6 +167,12 @@ def _normalized(config: Any) -> Any:
         return NormalizedTextConfig(config)
 
 
+def _cache_argument(model: Any) -> str:
+    """What the model calls the cache that it takes: `past_key_values`, and since transformers 5.24 `cache`."""
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
 
@@ -139,7 +180,8 @@ def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     """
     source.model.config.use_cache = True
     with torch.no_grad():
-        filled = source.model(**inputs).past_key_values
+        output = source.model(**inputs)
+    filled = next(value for value in output.values() if isinstance(value, Cache))
     cache = DynamicCache()
     for index, layer in enumerate(filled.layers):
         keys, values = (

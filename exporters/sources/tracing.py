@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 import torch
+import transformers
 from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.pytorch_utils import Conv1D
 
 from edgepeft.errors import ExportError
 
 from ..graph import rename_axes, transposed_input
+from ..passes.drop_cache import PAST, PRESENT
+from ..versions import range_run
 from .base import Traced
 from .samples import Samples, sample_inputs
 
@@ -40,38 +44,91 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
     config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
         with _quiet(), torch.no_grad():
-            program = OnnxExporter().export(module, samples.inputs, config=config).program
+            exported = OnnxExporter().export(module, samples.inputs, config=config)
     except Exception as error:  # torch.export raises whatever the model's own code raised
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
-    layers = len(samples.inputs["past_key_values"].layers) if with_past else 0
-    _name_inputs_and_outputs(program.graph, samples, layers)
+    # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
+    program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
+    caches = _name_inputs(program.graph, samples, source.name)
+    _name_presents(program.graph, caches, source.name)
     if source.task == "text2text-generation":  # the encoder's states are for a cache
         program.graph.outputs[:] = program.graph.outputs[:1]
     return Traced(program, _lift_weights(program.graph, module))
 
 
-def _name_inputs_and_outputs(graph: ir.Graph, samples: Samples, layers: int) -> None:
-    """Name caches as optimum does, and the symbolic axes by what they are."""
+def _name_inputs(graph: ir.Graph, samples: Samples, model: str) -> list[ir.Value]:
+    """Name the graph's inputs and their symbolic axes by what they are; return those of the cache.
+
+    torch.export lays inputs out in the order of the arguments, the tensors within one in that of its pytree.
+    What they are called differs from version to version of transformers and is not asked.
+
+    Raises:
+        ExportError: the graph's inputs are not those that the model was traced with.
+    """
+    named = samples.named_leaves()
+    inputs = list(graph.inputs)
+    shapes = [[dim if isinstance(dim, int) else None for dim in value.shape or ()] for value in inputs]
+    if len(named) != len(inputs) or not all(
+        len(shape) == leaf.tensor.ndim
+        and all(dim in (None, size) for dim, size in zip(shape, leaf.tensor.shape, strict=True))
+        for shape, leaf in zip(shapes, named, strict=True)
+    ):
+        got = ", ".join(f"{value.name} {value.shape}" for value in inputs)
+        expected = ", ".join(f"{leaf.name} {list(leaf.tensor.shape)}" for leaf in named)
+        raise ExportError(
+            f"{model}: the traced graph takes other inputs than the model was given: got {got}; expected "
+            f"{expected}. transformers {transformers.__version__} traces in a way that edgepeft does not know: "
+            f"install one of the versions that were run ({range_run('transformers')})"
+        )
     renamed: dict[str, str] = {}
-    for value in graph.inputs:
-        assert value.name is not None
-        assert value.shape is not None
-        past = value.name.startswith("input.past_key_values")
-        axes = ("batch", None, "past_sequence", None) if past else samples.axes[value.name]
-        for dim, axis in zip(value.shape, axes, strict=True):
+    for value, leaf in zip(inputs, named, strict=True):
+        value.name = leaf.name
+        for dim, axis in zip(value.shape or (), leaf.axes, strict=True):
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and axis is not None:
                 renamed[dim.value] = axis
     rename_axes(graph, renamed)
-    for value in graph.inputs:
+    for value in inputs:
         if value.name == "attention_mask":  # its length with a cache may have come out as a sum
             value.shape = ir.Shape(samples.axes["attention_mask"])
-    if layers:
-        caches = [value for value in graph.inputs if (value.name or "").startswith("input.past_key_values")]
-        presents = list(graph.outputs)[1:]
-        for index, (cache, present) in enumerate(zip(caches, presents, strict=True)):
-            kind = ("key", "value")[index % 2]
-            cache.name = f"past_key_values.{index // 2}.{kind}"
-            present.name = f"present.{index // 2}.{kind}"
+    return [value for value, leaf in zip(inputs, named, strict=True) if leaf.cached]
+
+
+def _name_presents(graph: ir.Graph, caches: Sequence[ir.Value], model: str) -> None:
+    """Put the outputs of the grown cache into the order of `caches` and name them after these.
+
+    Each is the first thing that is computed of its own past, by concatenation.
+
+    Raises:
+        ExportError: the outputs behind the first are not one for each of `caches`.
+    """
+    if not caches:
+        return
+    first, *rest = graph.outputs
+    grown = {_nearest(output, caches): output for output in rest}
+    if len(rest) != len(caches) or set(grown) != set(caches):
+        raise ExportError(
+            f"{model}: the traced graph returns {len(rest)} values behind its logits, expected the keys and values "
+            f"of {len(caches) // 2} layers, each grown from its own past"
+        )
+    graph.outputs[:] = [first, *(grown[cache] for cache in caches)]
+    for cache in caches:
+        assert cache.name is not None
+        grown[cache].name = cache.name.replace(PAST, PRESENT)
+
+
+def _nearest(output: ir.Value, inputs: Sequence[ir.Value]) -> ir.Value | None:
+    """The one of `inputs` from which the fewest operators lead to `output`."""
+    wanted, seen, queue = set(inputs), set[ir.Value](), deque([output])
+    while queue:
+        value = queue.popleft()
+        if value in wanted:
+            return value
+        node = value.producer()
+        for taken in () if node is None else node.inputs:
+            if taken is not None and taken not in seen:
+                seen.add(taken)
+                queue.append(taken)
+    return None
 
 
 def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
