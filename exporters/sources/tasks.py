@@ -10,6 +10,8 @@ from transformers.models.auto import modeling_auto
 from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import ExportError, UsageError
 
+from .gguf import is_gguf_file
+
 #: Tasks whose head is a classifier, with names for its classes.
 CLASSIFICATION = (
     "text-classification",
@@ -41,6 +43,8 @@ def infer_task(model: str | transformers.PreTrainedModel) -> str:
     """
     if isinstance(model, transformers.PreTrainedModel):
         found = _task_of_class(type(model))
+    elif is_gguf_file(model):
+        found = "text-generation"
     elif Path(model).is_dir():
         found = _task_of_folder(Path(model))
     else:
