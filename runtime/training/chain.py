@@ -219,6 +219,7 @@ class Chain:
             session.bind({name: batch[name] for name in session.inputs if name in batch})
             session.bind(bound_weights(self._weights, session.inputs, self._partition.context_weights))
             context |= session.run_for(list(session.outputs))
+            self._done(session)
         return context
 
     def _bound(
