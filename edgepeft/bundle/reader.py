@@ -16,7 +16,7 @@ from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
 from edgepeft.errors import AdapterError, BundleError
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
-# IO_REPARSE_TAG_MOUNT_POINT: Windows's links to folders that anybody may make, and to Python no symbolic ones.
+# IO_REPARSE_TAG_MOUNT_POINT: Windows's links to folders that anybody may make; to Python no symbolic ones.
 _JUNCTION = 0xA0000003
 
 

@@ -59,15 +59,10 @@ def memory_from_psutil() -> tuple[int, int | None] | None:
     except ImportError:
         return None
     try:
-        memory = _own_process(psutil).memory_info()
+        memory = psutil.Process().memory_info()
     except (psutil.Error, OSError):  # a Linux without /proc
         return None
     return memory.rss, getattr(memory, "peak_wset", None)
-
-
-@functools.cache
-def _own_process(psutil: Any) -> Any:
-    return psutil.Process()
 
 
 def peak_from_getrusage() -> int | None:

@@ -267,7 +267,9 @@ def test_what_cannot_be_added_changes_nothing(tmp_path: Path, three: dict[str, P
     before = (bundle / "manifest.json").read_bytes()
     for item, code, message in (
         (f"mine={three['a']}", 2, "has an adapter 'mine' already: remove it first"),
+        (f"Mine={three['a']}", 2, "has an adapter 'mine' already"),  # one folder on Windows and macOS
         (f"../x={three['a']}", 2, "is not usable"),
+        (f"nul={three['a']}", 2, "nothing that Windows reserves"),
         (str(three["a"]), 2, "write NAME=PATH"),
         (f"x={tmp_path / 'untrained'}", 1, "has no effect"),
         (f"x={tmp_path / 'head'}", 1, "does not let an adapter replace it"),
