@@ -68,7 +68,7 @@ def _task_of_folder(folder: Path) -> str:
     if (folder / "modules.json").exists():  # sentence-transformers
         return "feature-extraction"
     try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or []
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} is not a transformers model: config.json: {error}") from error
     for name in architectures:
