@@ -53,7 +53,7 @@ class Update:
         options: training options.
         budget_bytes: limit on the whole process's resident memory; None for no limit.
         threads: threads of the sessions; 0 lets onnxruntime choose.
-        on_step: called after every step.
+        on_step: called after every step; what it raises ends the update, with the work in the checkpoint.
 
     Raises:
         UsageError: an option or the output cannot be used.
@@ -204,7 +204,11 @@ class Update:
             self._enforce(prepared)
             if self._on_step is not None:
                 resident_bytes = read_memory().resident_bytes
-                self._on_step(Step(progress.step, prepared.total_steps, loss, resident_bytes))
+                try:
+                    self._on_step(Step(progress.step, prepared.total_steps, loss, resident_bytes))
+                except BaseException:
+                    self._save(prepared)
+                    raise
             last_s = time.perf_counter()
 
         self._output.parent.mkdir(parents=True, exist_ok=True)

@@ -130,8 +130,10 @@ def test_a_rejected_update_exits_4_with_its_report(classifier: Path, data: Path,
     arguments = ("adapt", classifier, "--data", data, "--budget", "4GiB", "--adapter", tmp_path / "good")
     rejected = run(*arguments, "-o", tmp_path / "bad", "--json", *FAST)
     assert rejected.exit_code == 4
-    assert "error: the update is rejected: held-out loss went from" in rejected.stderr
-    assert json.loads(rejected.stdout)["decision"] == "rejected"
+    told = json.loads(rejected.stdout)
+    assert told["decision"] == "rejected"
+    assert told["error"]["exit_code"] == 4
+    assert told["error"]["message"].startswith("the update is rejected: held-out loss went from")
     assert not (tmp_path / "bad").exists()
 
 
