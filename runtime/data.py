@@ -98,7 +98,8 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({error}): write one object a line") from error
+        advice = ", as jq -c '.[]' makes them of an array" if line.lstrip().startswith(b"[") else ""
+        raise DataError(f"{where}: is not JSON ({error}): write one object a line{advice}") from error
     if not isinstance(fields, dict):
         raise DataError(
             f'{where}: is a JSON {type(fields).__name__}, expected an object such as {{"text": …}}'

@@ -6,6 +6,7 @@ gate, 130 and 143 ended by Ctrl-C and by SIGTERM.
 """
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import click
 import edgepeft
 from edgepeft.cli.console import Console
 from edgepeft.cli.group import Group
-from edgepeft.errors import EdgePeftError
+from edgepeft.errors import EdgePeftError, UsageError
 
 COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "adapter", "bench")
 
@@ -67,12 +68,34 @@ class _Commands(Group):
         try:
             super().invoke(ctx)
             console.finish()
+        except UsageError as error:
+            error.args = (_with_option(str(error), self._asked_for(ctx)),)
+            raise
+        except click.UsageError as error:
+            error.ctx = error.ctx or self._asked_for(ctx)
+            raise
         except KeyboardInterrupt as interrupted:
             ctx.exit(console.fail(interrupted))
         except Exception:
             if console.interrupts.raised is None:
                 raise
             ctx.exit(console.fail(console.interrupts.raised))
+
+    def _asked_for(self, ctx: click.Context) -> click.Context:
+        """A context of the innermost command that the command line names."""
+        command: click.Command = self
+        for word in ctx.obj.arguments:
+            found = command.get_command(ctx, word) if isinstance(command, click.Group) else None
+            if found is None:
+                break
+            command, ctx = found, click.Context(found, info_name=word, parent=ctx)
+        return ctx
+
+
+def _with_option(message: str, ctx: click.Context) -> str:
+    """A message that begins with a parameter, such as `seq_len is 0`, with its option's name instead."""
+    options = {param.name: max(param.opts, key=len) for param in ctx.command.params if param.opts}
+    return re.sub(r"^(\w+(?= is )|\w+_\w+)", lambda found: options.get(found[0], found[0]), message)
 
 
 @click.group("edgepeft", cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

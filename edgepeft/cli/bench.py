@@ -7,6 +7,7 @@ import click
 
 from edgepeft.cli.console import Console
 from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.errors import UsageError
 from edgepeft.sizes import format_size
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def bench(
 
     if plot is not None:
         require_matplotlib()
+        if not plot.parent.is_dir():
+            raise UsageError(f"--plot {plot}: there is no folder {plot.parent}: make it first")
     options = BenchOptions(seq_len, batch_size, steps, max_new_tokens)
 
     def began(phase: str) -> None:

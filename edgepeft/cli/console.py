@@ -23,6 +23,7 @@ class Console:
         arguments: of the command line.
 
     Attributes:
+        arguments: as given.
         as_json: whether results and failures are JSON. Until the command line is parsed it is a guess, for
             the failures of parsing it.
         interrupts: Ctrl-C and SIGTERM.
@@ -33,7 +34,7 @@ class Console:
         self.as_json = "--json" in arguments
         self.interrupts = Interrupts()
         self.progress = Progress()
-        self._arguments = list(arguments)
+        self.arguments = list(arguments)
         self._result: Any = None
         self._indent: int | None = 1
 
@@ -82,7 +83,7 @@ class Console:
 
     def command_line(self, *more: str) -> str:
         """The command line of this run, for a shell, with options put in that it lacks."""
-        words = list(self._arguments)
+        words = list(self.arguments)
         end = words.index("--") if "--" in words else len(words)
         words[end:end] = [option for option in more if option not in words]
         return shlex.join([*_program(), *words])

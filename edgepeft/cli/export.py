@@ -6,10 +6,13 @@ from typing import Any
 
 import click
 
+from edgepeft.adapters import CONFIG_FILE
 from edgepeft.bundle.validation import TASKS
+from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.cli.console import Console
 from edgepeft.cli.options import json_option
 from edgepeft.errors import UsageError
+from edgepeft.files import check_replaceable
 from edgepeft.sizes import format_size
 
 
@@ -93,6 +96,7 @@ def export(
     edgepeft export ./all-MiniLM-L6-v2 -o embeddings.edge --calibration texts.jsonl --no-train
     edgepeft export ./llama-int4/model.onnx -o llama.edge --rank 8 --targets o_proj,down_proj
     """
+    _check_early(model, output)
     progress = console.progress
     progress.stage("importing torch and transformers")
     from edgepeft import export as run_export
@@ -129,6 +133,24 @@ def export(
         "verification": manifest.verification,
     }
     console.show(summary, _text)
+
+
+def _check_early(model: str, output: Path) -> None:
+    """Refuse what can be told to be wrong before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: the output is taken, or there is no model at that path.
+    """
+    check_replaceable(output, MANIFEST_FILE)
+    path = Path(model)
+    if path.is_dir():
+        for name, kind in ((MANIFEST_FILE, "a bundle already"), (CONFIG_FILE, "a PEFT adapter")):
+            if (path / name).exists() and not (path / "config.json").exists():
+                raise UsageError(f"{model}: is {kind}, expected a model's folder, hub id or ONNX file")
+    elif path.exists() and path.suffix != ".onnx":
+        raise UsageError(f"{model}: is a file, expected a model's folder, hub id or ONNX file (.onnx)")
+    elif not path.exists() and (path.suffix == ".onnx" or model.startswith((".", "/", "~"))):
+        raise UsageError(f"{model}: no such model's folder or ONNX file")
 
 
 def _text(summary: dict[str, Any]) -> str:

@@ -20,10 +20,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     del ctx
+    if value is None:
+        return None
     try:
-        return None if value is None else parse_size(value)
+        size_bytes = parse_size(value)
     except UsageError as error:
         raise UsageError(f"--{param.name}: {error}") from error
+    if value.isdecimal() and size_bytes < 2**20:
+        raise UsageError(f"--{param.name}: {value!r} is {size_bytes} bytes: write a unit, such as {value}MiB")
+    return size_bytes
 
 
 def bundle_argument() -> Decorator:

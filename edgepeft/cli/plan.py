@@ -65,7 +65,7 @@ def plan(
             raise UsageError("--budget and --device are both given: give one of them")
         budget = device.budget_bytes
     if budget is None:
-        raise UsageError("neither --budget nor --device is given: give one of them")
+        raise UsageError("neither --budget nor --device is given: give one of them, such as --budget 256MiB")
     console.progress.stage("opening the bundle")
     opened = open_bundle(bundle)
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)

@@ -131,9 +131,9 @@ def test_a_budget_for_nothing_exits_3(classifier: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", 0), "steps is 0"),
-        (("--seq-len", 99), "seq_len is 99"),
-        (("--max-new-tokens", 16), "max_new_tokens is 16, expected 1 to 15"),
+        (("--steps", 0), "--steps is 0"),
+        (("--seq-len", 99), "--seq-len is 99"),
+        (("--max-new-tokens", 16), "--max-new-tokens is 16, expected 1 to 15"),
     ],
 )
 def test_sizes_that_cannot_be(language_model: Path, arguments: tuple[object, ...], message: str) -> None:

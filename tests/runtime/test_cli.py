@@ -186,7 +186,7 @@ def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:
         (1, ("inspect", "DATA"), "expected a bundle's folder"),
         (1, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "yours"), "has no adapter 'yours'"),
         (2, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "mine=much"), "'much' is not a weight"),
-        (2, ("predict", "BUNDLE", "--data", "DATA", "--seq-len", "99"), "seq_len is 99"),
+        (2, ("predict", "BUNDLE", "--data", "DATA", "--seq-len", "99"), "--seq-len is 99"),
         (3, ("predict", "BUNDLE", "--data", "DATA", "--budget", "1MiB"), "the budget is 1.0 MiB"),
         (2, ("generate", "BUNDLE", "--prompt", "w1"), "use predict"),
     ],
