@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Continue an interrupted update to the same output.")
 @json_option()
 @click.pass_obj
-def adapt(console: Console, bundle: str, data: str, budget: int, output: str, **options: Any) -> None:
+def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str, **options: Any) -> None:
     """Train an adapter of BUNDLE on the records of a file, and keep it if it is better on held-out ones.
 
     The result is a PEFT adapter folder. Exit 3: the budget cannot be met. Exit 4: the new adapter is worse,
@@ -122,15 +122,16 @@ class _Steps:
             Interrupted: and the update ends here.
         """
         progress, interrupts = self._console.progress, self._console.interrupts
-        if self._last is None:
-            progress.stage("adapting")
-        self._last = step
-        note = f"loss {step.loss:.4f}, {format_size(step.resident_bytes)}"
-        progress.update(step.number, step.total, "steps", note, at_once=True)
+        first, self._last = self._last is None, step
         if step.number < step.total:
             interrupts.hold(f"finishing step {step.number + 1} and saving")
         else:
             interrupts.release()
+        if first:
+            progress.stage("adapting")
+        note = f"loss {step.loss:.4f}, {format_size(step.resident_bytes)}"
+        progress.update(step.number, step.total, "steps", note, at_once=True)
+        if step.number == step.total:
             progress.stage("judging the new adapter")
 
     def _tell(self, interrupted: Interrupted) -> None:

@@ -48,7 +48,7 @@ def adapter() -> None:
 @bundle_argument()
 @json_option()
 @click.pass_obj
-def list_adapters(console: Console, bundle: str) -> None:
+def list_adapters(console: Console, /, bundle: str) -> None:
     """Show the adapters of BUNDLE: those that its manifest lists, and folders that were dropped into it.
 
     \b
@@ -67,7 +67,7 @@ def list_adapters(console: Console, bundle: str) -> None:
 @dtype_option()
 @json_option()
 @click.pass_obj
-def add(console: Console, bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
+def add(console: Console, /, bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
     """Add PEFT folders, or .onnx_adapter files that were made for this bundle, to BUNDLE.
 
     Each is checked for its fit and its effect first. A bundle whose add is interrupted stays as it was.
@@ -96,7 +96,7 @@ def add(console: Console, bundle: str, adapters: tuple[str, ...], dtype: "Stored
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
 @json_option()
 @click.pass_obj
-def remove(console: Console, bundle: str, names: tuple[str, ...]) -> None:
+def remove(console: Console, /, bundle: str, names: tuple[str, ...]) -> None:
     """Remove adapters from BUNDLE, folders and all.
 
     \b
@@ -130,7 +130,7 @@ def remove(console: Console, bundle: str, names: tuple[str, ...]) -> None:
 @json_option()
 @click.pass_obj
 def export_adapter(
-    console: Console, bundle: str, name: str, output: Path, dtype: "StoredDtype | None"
+    console: Console, /, bundle: str, name: str, output: Path, dtype: "StoredDtype | None"
 ) -> None:
     """Copy the adapter NAME of BUNDLE out of it: as the PEFT folder that it is, or as one file for
     onnxruntime's LoraAdapter.

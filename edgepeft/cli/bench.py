@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 @click.pass_obj
 def bench(
     console: Console,
+    /,
     bundle: str,
     budget: int | None,
     seq_len: int | None,

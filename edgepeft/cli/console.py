@@ -91,7 +91,8 @@ class Console:
 
 def _told(error: BaseException) -> dict[str, Any]:
     """What is said of a failure, as JSON values."""
-    kind, message, exit_code, more = type(error).__name__, str(error), 1, {}
+    kind, message, exit_code = type(error).__name__, str(error), 1
+    more: dict[str, Any] = {}
     if isinstance(error, EdgePeftError):
         exit_code = error.exit_code
         if isinstance(error, BudgetError):

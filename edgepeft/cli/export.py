@@ -67,6 +67,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.pass_obj
 def export(
     console: Console,
+    /,
     model: str,
     output: Path,
     task: str | None,

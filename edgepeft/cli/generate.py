@@ -60,6 +60,7 @@ from edgepeft.errors import UsageError
 @click.pass_obj
 def generate(
     console: Console,
+    /,
     bundle: str,
     prompt: str | None,
     chat: bool,

@@ -14,7 +14,7 @@ from edgepeft.sizes import format_size
 @bundle_argument()
 @json_option()
 @click.pass_obj
-def inspect(console: Console, bundle: str) -> None:
+def inspect(console: Console, /, bundle: str) -> None:
     """Show what BUNDLE holds, after checking every file against its hash.
 
     \b

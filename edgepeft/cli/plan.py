@@ -35,6 +35,7 @@ from edgepeft.sizes import format_size
 @click.pass_obj
 def plan(
     console: Console,
+    /,
     bundle: str,
     budget: int | None,
     device: Device | None,

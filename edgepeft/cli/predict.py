@@ -33,6 +33,7 @@ from edgepeft.cli.options import (
 @click.pass_obj
 def predict(
     console: Console,
+    /,
     bundle: str,
     data: str,
     adapters: tuple[str, ...],

@@ -56,7 +56,7 @@ class Progress:
         """So much of the stage is done.
 
         Args:
-            done: how many, from 1.
+            done: how many.
             total: of how many.
             unit: of what, such as `steps`.
             note: what else is to be said.
