@@ -273,7 +273,7 @@ def test_records_from_standard_input(
     classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same as from the file, for predictions and an update; a resumed one needs them once more."""
-    lines = data.read_text()
+    lines = data.read_text(encoding="utf-8")
     for command in (
         ("predict", classifier, "--json"),
         ("adapt", classifier, "--budget", "4GiB", "-o", tmp_path / "out", *FAST, "--json"),

@@ -84,7 +84,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     """As `-`; a file of that name is `./-`, or a `Path`."""
 
     def typed(content: bytes) -> None:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
 
     typed(b'{"text": "a"}\n\n{"text": "b"}')
     assert [(record.where, record.folder) for record in records("-")] == [
@@ -102,7 +102,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     with pytest.raises(DataError, match="standard input: is closed"):
         list(records("-"))
     monkeypatch.chdir(tmp_path)
-    Path("-").write_text('{"text": "c"}')
+    Path("-").write_text('{"text": "c"}', encoding="utf-8")
     for source in ("./-", Path("-")):
         assert [record.fields["text"] for record in records(source)] == ["c"]
 
@@ -154,7 +154,9 @@ def test_files_are_found_from_the_data_files_folder(
     assert values(data) == values(str(data)) == values("../there/data.jsonl") == [2, 1, 1]
     assert values([{field: "x.npy", "label": 0}]) == [1]
     monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BytesIO(json.dumps({field: "x.npy", "label": 0}).encode()))
+        sys,
+        "stdin",
+        io.TextIOWrapper(io.BytesIO(json.dumps({field: "x.npy", "label": 0}).encode()), encoding="utf-8"),
     )
     assert values("-") == [1]
     data.write_text(json.dumps({field: "x.npy", "label": 0}))
