@@ -31,8 +31,8 @@ from . import models
 pytestmark = pytest.mark.versions
 
 DECISIONS = Path(__file__).parents[2] / "docs" / "decisions.md"
-#: Module, names and what changed in which version, of all that is not documented as stable. `docs/decisions.md`
-#: says what each is for.
+#: Module, names and what changed in which version, of all that is not documented as stable.
+#: `docs/decisions.md` says what each is for.
 LEANS = [
     (
         "transformers.exporters.exporter_onnx",
@@ -49,7 +49,7 @@ LEANS = [
     (
         "optimum.exporters.tasks",
         "TasksManager",
-        "infers no task of a local folder; imports requests undeclared (2.3)",
+        "no task of a folder; requests undeclared (2.3)",
     ),
     (
         "optimum.utils",
@@ -146,7 +146,7 @@ def test_a_trace_without_its_presents_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_both_kinds_of_result_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 5.23 the exporter returned an ONNXProgram (`.model`), since then an ExportedModel (`.program`)."""
+    """Before 5.23 the exporter returned an ONNXProgram (`.model`), since then an ExportedModel."""
     export = OnnxExporter.export
     source = load_source(models.bert_classifier())
     graphs = []
