@@ -140,7 +140,7 @@ def export(
             fit(adapter, inference.slots, inference.saved_modules)
         forward = inference
         if train and source.own_training_graph:
-            report("tracing the training graph")
+            report("quantizing the training graph")
             forward = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)
         folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
         report("differentiating and writing" if train else "writing")
