@@ -24,7 +24,7 @@ from edgepeft.runtime.memory.inference import RESIDENT, STREAMED, plan_forward, 
 from edgepeft.runtime.model import Model
 from edgepeft.runtime.streamed import StreamedModel
 
-from . import models, task_models
+from . import models, sharing, task_models
 
 MIB = 2**20
 Make = Callable[[str, int], Path]
@@ -48,9 +48,14 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Make:
             root = tmp_path_factory.mktemp(f"{name}-{bits}")
             targets = TARGETS[name.partition("-")[0]]
             mine = models.save_adapter(BUILDERS[name](), root / "mine", 1, r=4, target_modules=targets)
-            edgepeft.export(
-                BUILDERS[name](), root / "b", bits=bits, adapters={"mine": mine}, train=False, verify=False
-            )
+            with sharing.measured():
+                edgepeft.export(
+                    *(BUILDERS[name](), root / "b"),
+                    bits=bits,
+                    adapters={"mine": mine},
+                    train=False,
+                    verify=False,
+                )
             made[name, bits] = root / "b"
         return made[name, bits]
 
