@@ -21,6 +21,13 @@ from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.loading import Source
 
 Make = Callable[[Path], object]
+#: Settings that a trace does not depend on: where a model comes from, how its weights were drawn, what its
+#: outputs are called.
+_NOT_TRACED = {
+    *("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"),
+    *("initializer_range", "initializer_factor", "init_std"),
+    *("id2label", "label2id", "problem_type"),
+}
 
 
 class Shared:
@@ -79,7 +86,7 @@ def _weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor
 def _fingerprint(source: Source, with_past: bool) -> str:
     """Of all that a trace depends on: modules, configuration, and every tensor but the weights' values."""
     model = source.model
-    config = {key: value for key, value in model.config.to_dict().items() if key != "use_cache"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_TRACED}
     told = [
         f"{type(model)}",
         str(model),

@@ -39,13 +39,11 @@ TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def bundle(shared: sharing.Shared) -> Make:
     """`bundle(name, bits)`: exported without training graphs, with a trained adapter `mine`."""
-    made: dict[tuple[str, int], Path] = {}
 
     def make(name: str, bits: int) -> Path:
-        if (name, bits) not in made:
-            root = tmp_path_factory.mktemp(f"{name}-{bits}")
+        def write(root: Path) -> None:
             targets = TARGETS[name.partition("-")[0]]
             mine = models.save_adapter(BUILDERS[name](), root / "mine", 1, r=4, target_modules=targets)
             with sharing.measured():
@@ -56,8 +54,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Make:
                     train=False,
                     verify=False,
                 )
-            made[name, bits] = root / "b"
-        return made[name, bits]
+
+        return shared(f"streamed/{name}-{bits}", write) / "b"
 
     return make
 
