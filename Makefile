@@ -33,7 +33,7 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt
 	.venv-$*/bin/pip install --quiet --no-deps --editable .
 	.venv-$*/bin/pip list --format=freeze
-	.venv-$*/bin/python -m pytest -m versions
+	.venv-$*/bin/python -m pytest -m versions -W default
 	.venv-$*/bin/python samples/tiny_llama.py .venv-$*/tiny
 	.venv-$*/bin/python tests/environments.py $* device >.venv-$*/device.txt
 	tests/device_environment.sh $(PYTHON) .venv-$*/tiny .venv-$*/device.txt
