@@ -6,6 +6,8 @@ it does not give as numpy arrays, and errors that name the file.
 
 import contextlib
 import json
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -213,3 +215,8 @@ def write_tensors(
             safetensors.numpy.save_file(contiguous, file.name, dict(metadata))
         except safetensors.SafetensorError as error:
             raise OSError(str(error)) from error
+        # Since 0.8 it puts a file of its own, which none but its owner may read, in the place of the one that
+        # `atomic_file` gives away and flushes.
+        with Path(file.name).open("rb+") as written:
+            os.fsync(written.fileno())
+        Path(file.name).chmod(stat.S_IMODE(os.fstat(file.fileno()).st_mode))
