@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The wheel with nothing but the base dependencies, on PYTHON: with the exact versions, and with the oldest.
 test-device: $(STAMP)

@@ -28,8 +28,8 @@ Results go to standard output. A failure is one line on standard error that begi
 and beside the result where there is one (a plan that does not fit, a rejected update). Standard error then
 has nothing but progress.
 
-What takes more than two seconds says on standard error what it is doing: in one line at a terminal,
-elsewhere in a line every five seconds; `adapt` says its first and its last step always.
+What takes more than two seconds says on standard error what it is doing: in one line at a terminal, elsewhere
+in a line every five seconds; `adapt` says its first and its last step always.
 
 Ctrl-C, or SIGTERM, ends a command in one line and leaves what was there before. `adapt` finishes its step,
 saves a checkpoint and prints the command that goes on with it, to the same bits. A second one ends at once.

@@ -85,7 +85,7 @@ def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str,
                 if console.as_json and error.report is not None:
                     console.show(error.report, _table)
                 raise
-        console.show(report, _table)
+    console.show(report, _table)
 
 
 class _Steps:
