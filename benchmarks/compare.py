@@ -167,7 +167,9 @@ def machine() -> dict[str, str]:
     info = Path("/proc/cpuinfo")
     if info.is_file():
         names = [
-            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+            line.split(":", 1)[1].strip()
+            for line in info.read_text("utf-8").splitlines()
+            if "model name" in line
         ]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
     packages = {name: version(name) for name in ("onnxruntime", "torch", "transformers", "peft")}

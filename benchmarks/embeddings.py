@@ -53,7 +53,7 @@ def main(bits: tuple[int, ...], texts: int, calibration: int, threads: int, path
             f"for {texts} texts, sentence-transformers {reference_s:.1f} s"
         )
     if path is not None:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps(figures, indent=1) + "\n", "utf-8")
 
 
 def _reference(texts: list[str], threads: int) -> tuple[np.ndarray, float]:

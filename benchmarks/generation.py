@@ -169,7 +169,7 @@ def main(shapes: tuple[str, ...], work: Path, rounds: int) -> None:
         "weights_bytes": weights,
         "rows": rows,
     }
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     for row in rows:
         swap = "" if row["swap_s"] is None else f"{1000 * row['swap_s']:.1f}"
         cells = [

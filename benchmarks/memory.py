@@ -33,7 +33,7 @@ BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 def has_bfloat16() -> bool:
     """Whether the processor computes in bfloat16; where it does not, PyTorch emulates it slowly."""
     info = Path("/proc/cpuinfo")
-    return platform.system() == "Linux" and not BFLOAT16_FLAGS.isdisjoint(info.read_text().split())
+    return platform.system() == "Linux" and not BFLOAT16_FLAGS.isdisjoint(info.read_text("utf-8").split())
 
 
 def measure(
@@ -63,12 +63,12 @@ def measure(
 
 def write(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Put the rows in place of those of the same shape and length; all results."""
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
+    results: dict[str, Any] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {"rows": []}
     measured = {(row["shape"], row["seq_len"]) for row in rows}
     kept = [row for row in results["rows"] if (row["shape"], row["seq_len"]) not in measured]
     results = {"machine": machine(), "rows": kept + rows}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     return results
 
 

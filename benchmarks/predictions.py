@@ -138,7 +138,7 @@ def table(rows: list[Row]) -> str:
 
 def read() -> list[Row]:
     """The rows as they were measured last, in the order of `SIZES`."""
-    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    rows: list[dict[str, Any]] = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
     order = list(SIZES)
     return sorted((Row(**row) for row in rows), key=lambda row: order.index(row.shape))
 
@@ -148,7 +148,7 @@ def write(rows: list[Row]) -> None:
     measured = {row.shape for row in rows}
     RESULTS.parent.mkdir(exist_ok=True)
     kept = [row for row in read() if row.shape not in measured]
-    RESULTS.write_text(json.dumps([asdict(row) for row in [*kept, *rows]], indent=1) + "\n")
+    RESULTS.write_text(json.dumps([asdict(row) for row in [*kept, *rows]], indent=1) + "\n", "utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     after = rest.partition(END)[2]
     PAGE.write_text(f"{before}{table(read())}{after or chr(10)}", encoding="utf-8")

@@ -16,18 +16,12 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import edgepeft
+from edgepeft.runtime.memory.process import read_memory
 
 PROMPT_TOKENS = (4, 40)
-
-
-def resident_bytes(key: str = "VmRSS") -> int:
-    """A figure of `/proc/self/status`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(f"{key}:")).split()[1])
 
 
 def texts(model: Any, specs: list[Any], tokens: int, length: int, rng: random.Random) -> Iterator[int]:
@@ -71,7 +65,9 @@ def watched(phase: Iterator[int]) -> dict[str, Any]:
     began_s = time.perf_counter()
     steps: list[tuple[int, int, int]] = []
     for done in phase:
-        steps.append((done, resident_bytes(), resident_bytes("RssAnon")))
+        memory = read_memory()
+        assert memory.anonymous_bytes is not None, "only Linux tells them apart"
+        steps.append((done, memory.resident_bytes, memory.anonymous_bytes))
     seconds = time.perf_counter() - began_s
     middle = len(steps) // 2
     summary: dict[str, Any] = {"done": steps[-1][0], "steps": len(steps), "seconds": seconds}
@@ -102,7 +98,7 @@ def main() -> None:
         watched(swaps(model, specs, 10 * len(specs), loaded, rng))
         report = {"tokens": watched(texts(model, specs, options.tokens, options.length, rng))}
         report["swaps"] = watched(swaps(model, specs, options.swaps, loaded, rng))
-    report["peak_bytes"] = resident_bytes("VmHWM")
+    report["peak_bytes"] = read_memory().peak_bytes
     json.dump(report, sys.stdout, indent=1)
 
 

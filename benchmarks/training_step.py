@@ -75,7 +75,7 @@ def main(
             )
             results["steps"] += [{"seq_len": seq_len, **row} for row in comparison.rows()]
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training_step.json").write_text(json.dumps(results, indent=2) + "\n")
+    (RESULTS / "training_step.json").write_text(json.dumps(results, indent=2) + "\n", "utf-8")
     click.echo(json.dumps(results, indent=2) if as_json else table(results))
 
 

@@ -15,6 +15,10 @@ from typing import BinaryIO
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.sizes import format_size
 
+# Windows renames and deletes nothing that is open or mapped: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION and
+# ERROR_USER_MAPPED_FILE.
+_WINDOWS_IN_USE = (5, 32, 1224)
+
 
 def _write_error(path: Path, error: OSError) -> EdgePeftError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -24,7 +28,10 @@ def _write_error(path: Path, error: OSError) -> EdgePeftError:
         return EdgePeftError(
             f"{path}: the disk is full{free}; nothing was changed: free some space or write somewhere else"
         )
-    return EdgePeftError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed")
+    message = f"{path}: cannot be written ({error.strerror or error}); nothing was changed"
+    if getattr(error, "winerror", None) in _WINDOWS_IN_USE:
+        message += ": close what has it open, such as a model that is loaded from there"
+    return EdgePeftError(message)
 
 
 def _sync_folder(path: Path) -> None:
@@ -41,29 +48,43 @@ def _sibling(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(6)}"
 
 
+def _sync_file(path: Path) -> None:
+    with path.open("rb+") as file:  # Windows flushes what may be written to
+        os.fsync(file.fileno())
+
+
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears at `path` whole, or not at all.
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `path` for a file that takes `path`'s place when the block ends well; for
+    libraries that open files themselves.
 
     Raises:
         EdgePeftError: the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
-    temporary: Path | None = None
+    temporary = _sibling(path)
     try:
         try:
-            temporary = _sibling(path)
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield temporary
+            _sync_file(temporary)
             temporary.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
             raise _write_error(path, error) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that appears at `path` whole, or not at all.
+
+    Raises:
+        EdgePeftError: see `atomic_path`.
+    """
+    with atomic_path(path) as temporary, temporary.open("xb") as file:
+        yield file
 
 
 def atomic_write(path: Path, data: bytes) -> None:
@@ -120,8 +141,7 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
             yield temporary
             for file in temporary.rglob("*"):
                 if file.is_file():
-                    with file.open("rb+") as handle:
-                        os.fsync(handle.fileno())
+                    _sync_file(file)
             if previous.exists():
                 shutil.rmtree(previous)
             if path.exists():

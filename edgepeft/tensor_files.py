@@ -6,6 +6,7 @@ it does not give as numpy arrays, and errors that name the file.
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,15 +15,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import safetensors
-import safetensors.numpy
 
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_file
 
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_NAMES = {"float32": "F32", "uint8": "U8"}
+_STATES = ("F32", "U8")
 _DTYPES = {"F32": "float32", "F16": "float16", "I8": "int8", "U8": "uint8"}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 2**24
 
 
@@ -73,7 +74,7 @@ def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
         if name not in file.keys():  # noqa: SIM118
             return None
         dtype = file.get_slice(name).get_dtype()
-        if dtype not in _NAMES.values():
+        if dtype not in _STATES:
             raise AdapterError(f"{path}: tensor {name!r} has dtype {dtype!r}, expected F32 or U8")
         tensor: npt.NDArray[np.generic] = file.get_tensor(name)
         return tensor
@@ -175,22 +176,10 @@ def write_in_pieces(
 
     Raises:
         EdgePeftError: the file cannot be written.
-
-    Source: the format of safetensors (https://github.com/huggingface/safetensors#format).
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + len(tensor) * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype.name],
-            "shape": [len(tensor)],
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    specs = {name: (tensor.dtype, [len(tensor)]) for name, tensor in tensors.items()}
     with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(_header(specs, metadata))
         for tensor in tensors.values():
             for start in range(0, len(tensor), _PIECE_VALUES):
                 file.write(tensor.read(start, start + _PIECE_VALUES).data)
@@ -201,15 +190,34 @@ def write_tensors(
     tensors: Mapping[str, npt.NDArray[np.generic]],
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
 ) -> None:
-    """Write tensors as a safetensors file.
+    """Write tensors as a safetensors file, byte for byte as the package does, from their own memory.
+
+    The package's `save_file` renames a file of its own over the one that it is given: what is flushed to the
+    disk would not be the tensors, nobody but the user could read them, and Windows lets no open file be
+    replaced. Its `save` makes a copy of them all.
 
     Raises:
         EdgePeftError: the file cannot be written.
     """
-    contiguous = {name: np.asarray(tensors[name], order="C") for name in sorted(tensors)}
+    wide_first = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    contiguous = {name: np.asarray(tensors[name], order="C") for name in wide_first}
     with atomic_file(path) as file:
-        try:
-            # By name: the package writes from the tensors' own memory; bytes would be a copy of them all.
-            safetensors.numpy.save_file(contiguous, file.name, dict(metadata))
-        except safetensors.SafetensorError as error:
-            raise OSError(str(error)) from error
+        specs = {name: (array.dtype, array.shape) for name, array in contiguous.items()}
+        file.write(_header(specs, metadata))
+        for array in contiguous.values():
+            file.write(array.reshape(-1).data)
+
+
+def _header(specs: Mapping[str, tuple[np.dtype[Any], Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """What stands before tensors of these dtypes and shapes in a safetensors file.
+
+    Source: https://github.com/huggingface/safetensors#format.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype.name], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -27,6 +27,7 @@ from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
 from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
 from .verify import verify_bundle
 from .verify_file import verify_against_file
+from .versions import outside_range
 
 #: Name of the adapter that `rank` or `targets` create.
 STARTING_ADAPTER = "default"
@@ -57,8 +58,8 @@ def export(
     """Export `model` and `adapters` as one bundle and check it against PyTorch, or against the ONNX file.
 
     Args:
-        model: a transformers model object, a folder, a hub id, or the path of an ONNX file (`….onnx`) that
-            somebody else exported.
+        model: a transformers model object, a folder, a hub id, the path of a GGUF file (`….gguf`), whose
+            weights are decoded and rounded anew, or that of an ONNX file (`….onnx`) that somebody else exported.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
@@ -95,6 +96,8 @@ def export(
         VerificationError: the bundle disagrees with PyTorch or with the file; nothing is written.
     """
     _check_arguments(bits, block_size, rank, adapters)
+    if untried := outside_range():
+        report(f"not run with {', '.join(untried)}: trying")
     records = None if calibration is None else usable_records(calibration, model, bits)
     output = Path(output)
     check_replaceable(output, MANIFEST_FILE)

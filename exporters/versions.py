@@ -1,6 +1,5 @@
 """Which versions of its dependencies the exporter was run with."""
 
-from collections.abc import Iterable
 from importlib import metadata
 
 from packaging.requirements import Requirement
@@ -21,9 +20,8 @@ def requirements_run() -> dict[str, Requirement]:
         return {}
     found: dict[str, Requirement] = {}
     for requirement in map(Requirement, declared):
-        wanted = requirement.marker is None or requirement.marker.evaluate({"extra": EXTRA})
-        if wanted and requirement.specifier:
-            # A base dependency is named again in the extra where the exporter bounds it from above.
+        if requirement.marker is None or requirement.marker.evaluate({"extra": EXTRA}):
+            # A base dependency is named again in the extra where the exporter bounds it further.
             known = found.setdefault(requirement.name, requirement)
             known.specifier &= requirement.specifier
     return found
@@ -37,15 +35,13 @@ def range_run(package: str) -> str:
 
 
 def outside_range() -> list[str]:
-    """A line for each installed package whose version was not run: `transformers 5.30.0 (run: <=5.24.0,>=5.14.0)`."""
-    return list(_outside(requirements_run().values()))
-
-
-def _outside(requirements: Iterable[Requirement]) -> Iterable[str]:
-    for requirement in requirements:
+    """The installed packages whose version was not run: `transformers 5.30.0 (run: <=5.24.0,>=5.14.1)`."""
+    found = []
+    for requirement in requirements_run().values():
         try:
             installed = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             continue
         if not requirement.specifier.contains(installed, prereleases=True):
-            yield f"{requirement.name} {installed} (run: {requirement.specifier})"
+            found.append(f"{requirement.name} {installed} (run: {requirement.specifier})")
+    return found

@@ -20,7 +20,7 @@ from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError
-from edgepeft.files import atomic_file
+from edgepeft.files import atomic_path
 from edgepeft.runtime.activation import FloatArray, graph_inputs, to_peft_layout
 from edgepeft.runtime.session import ORT_ERRORS, one_line
 from edgepeft.runtime.training.starting import fresh_config
@@ -42,9 +42,9 @@ def write_onnx_adapter(bundle: Bundle, adapter: Adapter, path: Path) -> None:
     file_format.set_adapter_version(1)
     file_format.set_model_version(bundle.manifest.format_version)
     file_format.set_parameters(values)
-    with atomic_file(path) as file:
+    with atomic_path(path) as temporary:
         try:
-            file_format.export_adapter(file.name)
+            file_format.export_adapter(str(temporary))
         except ORT_ERRORS as error:
             raise OSError(one_line(error)) from error
 

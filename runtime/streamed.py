@@ -126,6 +126,7 @@ class StreamedModel:
             _bind(session, {name: context[name] for name in session.inputs if name in context})
             self._bind_weights(session, self._streamed.context_weights, {}, context)
             context |= session.run_for(list(session.outputs))
+            self._done(session)
         hidden: ort.OrtValue | None = None
         for index, stage in enumerate(self._streamed.stages):
             if only_cache and index > self._last_cached:
@@ -139,7 +140,7 @@ class StreamedModel:
             hidden = session.run_into(into, ["hidden.out"])["hidden.out"]
             if cache is not None and stage.cache:
                 cache.keep()
-            self._weights.release()
+            self._done(session)
         if cache is not None:
             cache.length += first.shape[1]
         assert hidden is not None  # there is at least one stage
@@ -164,7 +165,13 @@ class StreamedModel:
             )
             logits[..., first:last] = session.run_for(["logits"])["logits"].numpy()
             self._weights.release()
+        session.unbind()
         return logits
+
+    def _done(self, session: GraphSession) -> None:
+        """Let go of what a run was given."""
+        session.unbind()
+        self._weights.release()
 
     def _bound(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> GraphSession:
         """The session of a stage's graph with everything bound."""

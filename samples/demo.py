@@ -41,7 +41,9 @@ class Demo:
         self.out = out
         self.bundle = out / "topics.edge"
         self.train, self.test = docstrings.write(out / "data")
-        self.labels = sorted({json.loads(line)["label"] for line in self.train.read_text().splitlines()})
+        self.labels = sorted(
+            {json.loads(line)["label"] for line in self.train.read_text("utf-8").splitlines()}
+        )
         self.results: dict[str, Any] = {}
         self._device = _device_environment(out / "device")
 
@@ -76,7 +78,7 @@ class Demo:
             *("--seq-len", str(SEQ_LEN), "--batch-size", "16", "--budget", BUDGET, "--json"),
             environment=self._device,
         )
-        (self.out / f"{name}.json").write_text(json.dumps(predicted))
+        (self.out / f"{name}.json").write_text(json.dumps(predicted), "utf-8")
         return float(predicted["accuracy"])
 
     def adapt(self, name: str, trainable: str, rate: float) -> dict[str, Any]:
@@ -104,7 +106,7 @@ class Demo:
         report = self.out / "lora-adapter" / "adapt_report.json"
         script = Path(__file__).with_name("torch_side.py")
         _run(sys.executable, script, self.bundle, self.train, self.test, report, figures)
-        baseline = json.loads(figures.read_text())
+        baseline = json.loads(figures.read_text("utf-8"))
         self.results["torch"] = {name: baseline[name] for name in ("accuracy", "seconds", "peak_bytes")}
 
     def open_in_peft(self) -> None:
@@ -141,7 +143,7 @@ def _device_environment(folder: Path) -> dict[str, str]:
     """An environment in which importing what a device does not have fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ABSENT_ON_DEVICE:
-        (folder / f"{name}.py").write_text(f'raise ImportError("the device side imports {name}")\n')
+        (folder / f"{name}.py").write_text(f'raise ImportError("the device side imports {name}")\n', "utf-8")
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
@@ -194,10 +196,10 @@ def main() -> None:
     demo = Demo(out)
     demo.run()
     demo.results["seconds"] = time.perf_counter() - began_s
-    (out / "results.json").write_text(json.dumps(demo.results, indent=1) + "\n")
+    (out / "results.json").write_text(json.dumps(demo.results, indent=1) + "\n", "utf-8")
     plot.memory(
-        json.loads((out / "lora-adapter" / "adapt_report.json").read_text()),
-        json.loads((out / "torch.json").read_text()),
+        json.loads((out / "lora-adapter" / "adapt_report.json").read_text("utf-8")),
+        json.loads((out / "torch.json").read_text("utf-8")),
         out / "memory.png",
     )
     print(table(demo.results))

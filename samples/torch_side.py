@@ -128,11 +128,11 @@ def main() -> None:
     """Train, grade on the test records and write the figures as JSON."""
     bundle_path, data, test, report, output = map(Path, sys.argv[1:])
     bundle = open_bundle(bundle_path)
-    options = json.loads(report.read_text())["options"]
+    options = json.loads(report.read_text("utf-8"))["options"]
     model, figures = train(bundle, data, options)
     examples = task_for(bundle).encode_all(records(test), options["seq_len"], training=True)
     right = logits(model, task_for(bundle), examples).argmax(1) == [example.label for example in examples]
-    output.write_text(json.dumps({**figures, "accuracy": float(right.mean())}))
+    output.write_text(json.dumps({**figures, "accuracy": float(right.mean())}), "utf-8")
 
 
 if __name__ == "__main__":

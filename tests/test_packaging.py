@@ -30,7 +30,7 @@ def source_files() -> list[Path]:
 
 
 def test_the_list_of_packages_is_the_tree():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = {installed_path(path.parent).replace("/", ".") for path in source_files()}
     assert sorted(listed) == sorted(found)
 
@@ -60,5 +60,5 @@ def test_the_wheel_holds_the_tree(distributions):
 def test_the_sdist_holds_the_tree_and_the_licence(distributions):
     with tarfile.open(distributions[0]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    expected = {str(path.relative_to(ROOT)) for path in source_files()}
+    expected = {path.relative_to(ROOT).as_posix() for path in source_files()}
     assert expected | {"LICENSE", "README.md", "pyproject.toml"} <= names

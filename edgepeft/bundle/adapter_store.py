@@ -12,7 +12,7 @@ from pathlib import Path
 from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
-from edgepeft.bundle.validation import is_adapter_name
+from edgepeft.bundle.validation import ADAPTER_NAMES, is_adapter_name
 from edgepeft.bundle.writer import hash_file, write_manifest
 from edgepeft.errors import AdapterError, EdgePeftError, UsageError
 from edgepeft.files import atomic_folder
@@ -68,13 +68,13 @@ def add_adapter(bundle: Bundle, name: str, adapter: Adapter, write: Callable[[Pa
         EdgePeftError: the disk cannot be written.
     """
     if not is_adapter_name(name):
-        raise UsageError(
-            f"adapter name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 64"
-        )
+        raise UsageError(f"adapter name {name!r} is not usable: {ADAPTER_NAMES}")
     folder = bundle.path / "adapters" / name
-    if folder.exists() or folder.is_symlink():
+    taken = {other.casefold(): other for other in bundle.adapter_names()}
+    if folder.exists() or folder.is_symlink() or name.casefold() in taken:
         raise UsageError(
-            f"{bundle.path}: has an adapter {name!r} already: remove it first, or use another name"
+            f"{bundle.path}: has an adapter {taken.get(name.casefold(), name)!r} already: remove it first, "
+            "or use another name"
         )
     fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
     check_has_effect(bundle, adapter)

@@ -16,6 +16,8 @@ from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
 from edgepeft.errors import AdapterError, BundleError
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
+# IO_REPARSE_TAG_MOUNT_POINT: Windows's links to folders that anybody may make; to Python no symbolic ones.
+_JUNCTION = 0xA0000003
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,10 @@ def _plain_file(root: Path, relative: str) -> Path:
         for part in relative.split("/"):
             current = current / part
             status = current.lstat()
-            if stat.S_ISLNK(status.st_mode):
+            if stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == _JUNCTION:
                 raise BundleError(
-                    f"{current}: is a symbolic link, a bundle holds plain files only: copy the file"
+                    f"{current}: is a symbolic link or a junction, a bundle holds plain files only: copy the "
+                    "file"
                 )
     except OSError as error:
         raise BundleError(f"{current}: is missing ({error.strerror}): copy the bundle again") from error

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from edgepeft.bundle.decoder_validation import check_decoder
@@ -27,8 +28,15 @@ RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos")
 #: transformers' problem types.
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 ALIGNMENT_BYTES = 64
+#: What `is_adapter_name` wants, for messages.
+ADAPTER_NAMES = "letters, digits, '.', '_' and '-' only, at most 64, and nothing that Windows reserves"
 
 _ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Windows opens a device by such a name, in any folder and whatever follows a dot, and drops a dot or a blank
+# at the end.
+_WINDOWS_NAME = re.compile(
+    r"(con|conin\$|conout\$|prn|aux|nul|(com|lpt)[\d¹²³])(\..*)?|.*[. ]", re.IGNORECASE
+)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_AXES = 8
 _MAX_POWER = 4
@@ -42,7 +50,8 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_relative_path(path: str, what: str) -> None:
-    """Accept only a plain path below the bundle: no root, drive, `..`, `.`, backslash or control character.
+    """Accept only what is a plain path below the bundle on every system: no root, drive, `..`, `.`,
+    backslash, control character or name of a device.
 
     Raises:
         BundleError: the path could leave the bundle.
@@ -53,15 +62,21 @@ def check_relative_path(path: str, what: str) -> None:
         and len(path) <= 255
         and path.isprintable()
         and not any(character in path for character in '\\:*?"<>|')
-        and all(part not in ("", ".", "..") for part in parts)
+        and not any(part == "" or _WINDOWS_NAME.fullmatch(part) for part in parts)
         and not PurePosixPath(path).is_absolute()
     )
     _require(plain, f"{what} {path!r} is not a plain path inside the bundle")
 
 
+def _differ(names: Collection[str]) -> bool:
+    """Whether no two are the same to a file system that does not tell cases apart (Windows, macOS)."""
+    return len({name.casefold() for name in names}) == len(names)
+
+
 def is_adapter_name(name: str) -> bool:
-    """Whether a name is one safe path component: letters, digits, `.`, `_`, `-`, at most 64 of them."""
-    return _ADAPTER_NAME.fullmatch(name) is not None
+    """Whether a name is one safe path component on every system: letters, digits, `.`, `_`, `-`, at most 64
+    of them, and no name that Windows has for a device or would shorten."""
+    return _ADAPTER_NAME.fullmatch(name) is not None and _WINDOWS_NAME.fullmatch(name) is None
 
 
 def validate_manifest(manifest: Manifest) -> None:
@@ -98,6 +113,7 @@ def validate_manifest(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
+    _require(_differ(manifest.files), "files lists a path twice but for the case of its letters")
     for path, entry in manifest.files.items():
         check_relative_path(path, "file")
         _require(path != "manifest.json", "files lists manifest.json, which cannot hold its own hash")
@@ -240,11 +256,13 @@ def _check_adapters(manifest: Manifest) -> None:
             f"{where}: its default is {list(weight.shape)} of {weight.dtype}, expected {list(saved.shape)} "
             "of float32 or float16",
         )
-    _require(len(set(manifest.adapters)) == len(manifest.adapters), "an adapter is listed twice")
+    _require(
+        _differ(manifest.adapters), "an adapter is listed twice, at least but for the case of its letters"
+    )
     for name in manifest.adapters:
         _require(
             is_adapter_name(name),
-            f"adapter name {name!r} is not usable: letters, digits, '.', '_' and '-' only, at most 64",
+            f"adapter name {name!r} is not usable: {ADAPTER_NAMES}",
         )
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             path = f"adapters/{name}/{file}"

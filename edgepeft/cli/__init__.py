@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from edgepeft.cli.streams import take_every_character
 from edgepeft.errors import EdgePeftError
 
 COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "adapter", "bench")
@@ -16,6 +17,11 @@ COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "adapte
 
 class _Commands(click.Group):
     """Looks up `edgepeft.cli.NAME` and the command NAME in it."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        """Run as a program, whatever characters it has to print."""
+        take_every_character()
+        return super().main(*arguments, **options)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names in the order of use."""

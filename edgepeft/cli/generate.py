@@ -18,6 +18,7 @@ from edgepeft.cli.options import (
     check_floor,
     json_option,
 )
+from edgepeft.cli.streams import read_standard_input
 from edgepeft.errors import UsageError
 
 
@@ -83,7 +84,7 @@ def generate(
         raise UsageError("--system is part of a conversation: give --chat as well")
     if prompt is None and not (chat and sys.stdin.isatty() and not save_prompt_cache and not as_json):
         raise UsageError("there is no --prompt: give a text, or - to read it from standard input")
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
+    text = read_standard_input().removesuffix("\n") if prompt == "-" else prompt
     spec = adapter_spec(adapters)
     messages = [{"role": "system", "content": system}] if system is not None else []
     from edgepeft.runtime import load

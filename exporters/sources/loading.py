@@ -2,9 +2,7 @@
 
 import inspect
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,10 @@ from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
 from edgepeft.errors import ExportError, UsageError
 
 from .base import Pooling, Traced
+from .gguf import is_gguf_file, load_gguf
 from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
+from .quiet import quiet
 from .samples import sample_inputs
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import trace
@@ -167,7 +167,7 @@ class Source:
 def load_source(
     model: Any, *, task: str | None = None, labels: Sequence[str] | None = None, seed: int = 0
 ) -> Source:
-    """Load `model`, a transformers model object, a folder or a hub id.
+    """Load `model`: a transformers model object, a folder, a hub id or a GGUF file.
 
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
@@ -179,16 +179,23 @@ def load_source(
         ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
     """
     resolved = resolve_task(task) if task else infer_task(model)
+    if is_gguf_file(model) and resolved != "text-generation":
+        raise UsageError(f"{model}: a GGUF file is exported for text-generation, not for {resolved}")
     if labels is not None and resolved not in CLASSIFICATION:
         raise UsageError(f"--labels goes with {', '.join(CLASSIFICATION)}, not with {resolved}")
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
+    tokenizer_files: dict[str, bytes] = {}
     if isinstance(model, transformers.PreTrainedModel):
         module, shipped, name = model, None, model.config.name_or_path or type(model).__name__
+    elif is_gguf_file(model):
+        module, tokenizer_files = load_gguf(Path(model))
+        shipped, name = None, Path(model).stem
     else:
         module = _load_pretrained(str(model), resolved, labels)
         shipped, name = str(model), _name(Path(model))
+        tokenizer_files = read_copied_files(shipped)
     if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
         raise ExportError(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
@@ -200,7 +207,7 @@ def load_source(
         task=resolved,
         name=name,
         pooling=read_pooling(shipped) if resolved == "feature-extraction" else None,
-        tokenizer_files={} if shipped is None else read_copied_files(shipped),
+        tokenizer_files=tokenizer_files,
         max_length=read_max_length(resolved, module.config, shipped),
         shipped=shipped,
     )
@@ -223,27 +230,10 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
     try:
         config = transformers.AutoConfig.from_pretrained(model)
         cls: Any = model_class(task, config.model_type)
-        with _quiet():
+        with quiet():
             return cls.from_pretrained(model, dtype=torch.float32, **heads)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"cannot load {model!r} for {task}: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' report on a head that the checkpoint does not have: it was asked for."""
-    settings = transformers.utils.logging
-    verbosity, progress = settings.get_verbosity(), settings.is_progress_bar_enabled()
-    settings.set_verbosity_error()
-    settings.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        settings.set_verbosity(verbosity)
-        if progress:
-            settings.enable_progress_bar()
 
 
 def read_max_length(task: str, config: Any, model: str | None) -> int:

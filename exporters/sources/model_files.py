@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils.hub import cached_file
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from edgepeft.errors import ExportError
 
@@ -31,8 +32,10 @@ def read_file(model: str, name: str) -> bytes | None:
     folder = Path(model)
     if folder.is_dir():
         return (folder / name).read_bytes() if (folder / name).is_file() else None
-    cached = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    return None if cached is None else Path(cached).read_bytes()
+    try:
+        return Path(hf_hub_download(model, name)).read_bytes()
+    except (EntryNotFoundError, LocalEntryNotFoundError):  # the latter: offline, and not among what was kept
+        return None
 
 
 def read_copied_files(model: str) -> dict[str, bytes]:

@@ -10,6 +10,8 @@ from transformers.models.auto import modeling_auto
 from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import ExportError, UsageError
 
+from .gguf import is_gguf_file
+
 #: Tasks whose head is a classifier, with names for its classes.
 CLASSIFICATION = (
     "text-classification",
@@ -41,6 +43,8 @@ def infer_task(model: str | transformers.PreTrainedModel) -> str:
     """
     if isinstance(model, transformers.PreTrainedModel):
         found = _task_of_class(type(model))
+    elif is_gguf_file(model):
+        found = "text-generation"
     elif Path(model).is_dir():
         found = _task_of_folder(Path(model))
     else:
@@ -64,7 +68,7 @@ def _task_of_folder(folder: Path) -> str:
     if (folder / "modules.json").exists():  # sentence-transformers
         return "feature-extraction"
     try:
-        architectures = json.loads((folder / "config.json").read_text()).get("architectures") or []
+        architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or []
     except (OSError, ValueError) as error:
         raise ExportError(f"{folder} is not a transformers model: config.json: {error}") from error
     for name in architectures:

@@ -97,7 +97,7 @@ def read_profile(path: Path, runs: int) -> np.ndarray:
     """Bytes in use after each node, float64 `[runs, nodes]` in order of execution, from a profile."""
     used = [
         int(event["args"]["mem_bytes_requested_in_use"]) + _scratch_bytes(event["args"])
-        for event in sorted(json.loads(path.read_text()), key=lambda event: event["ts"])
+        for event in sorted(json.loads(path.read_text("utf-8")), key=lambda event: event["ts"])
         if event["cat"] == "Node" and event["name"].endswith("_kernel_time")
     ]
     return np.array(used, np.float64).reshape(runs, -1)

@@ -22,7 +22,7 @@ from edgepeft.errors import ExportError
 from edgepeft.runtime.activation import is_decoder
 from edgepeft.runtime.cache import cache_bytes
 from edgepeft.runtime.inputs import model_inputs
-from edgepeft.runtime.memory.process import read_memory, reset_peak
+from edgepeft.runtime.memory.process import PeakMemory, read_memory
 from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
@@ -117,13 +117,14 @@ def _chain_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     inputs = sample_adapter(bundle.manifest, RANK)
     state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
     batch = sample_batch(bundle.manifest, sizes)
-    before_bytes = _begin()
+    peak = PeakMemory()  # which has the weights that are mapped at once
+    before_bytes = peak.look().resident_bytes
     chain = Chain(bundle, {**inputs, **state.parameters})
     if role == STAGES:
         chain.gradients(batch, state)
     else:
         chain.evaluate(batch)
-    return _peak_bytes() - before_bytes
+    return peak.nbytes - before_bytes
 
 
 def _streamed_bytes(bundle: Bundle, sizes: dict[str, int]) -> int:
@@ -132,10 +133,11 @@ def _streamed_bytes(bundle: Bundle, sizes: dict[str, int]) -> int:
     assert streamed is not None
     model = StreamedModel(bundle)
     model.bind(feeds)
-    before_bytes = _begin()
+    peak = PeakMemory()
+    before_bytes = peak.look().resident_bytes
     sample_run(model, bundle.manifest, feeds, past=0)
     own_bytes = cache_bytes(bundle.manifest, streamed, sizes["batch"], sizes["sequence"])
-    return _peak_bytes() - before_bytes - own_bytes
+    return peak.nbytes - before_bytes - own_bytes
 
 
 def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
@@ -148,17 +150,6 @@ def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     session.bind(feeds)
     session.run_for(list(session.outputs))
     return read_memory().resident_bytes - before_bytes
-
-
-def _begin() -> int:
-    """What the process has, whose peak counts from now on."""
-    reset_peak()
-    return read_memory().resident_bytes
-
-
-def _peak_bytes() -> int:
-    """The kernel's peak: it has the weights that were mapped at once."""
-    return read_memory().peak_bytes
 
 
 if __name__ == "__main__":

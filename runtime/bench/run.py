@@ -189,8 +189,10 @@ def _cgroup_note(budget_bytes: int) -> str | None:
 
 def _scratch(bundle: Bundle) -> "tempfile.TemporaryDirectory[str]":
     """A folder on the bundle's disk: the system's temporary folder may be memory, which a cgroup counts."""
-    parent = bundle.path.absolute().parent
-    return tempfile.TemporaryDirectory(prefix=".bench-", dir=parent if os.access(parent, os.W_OK) else None)
+    try:
+        return tempfile.TemporaryDirectory(prefix=".bench-", dir=bundle.path.absolute().parent)
+    except OSError:
+        return tempfile.TemporaryDirectory(prefix=".bench-")
 
 
 def _write_adapters(bundle: Bundle, scratch: Path) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from edgepeft.errors import CgroupError
+from edgepeft.runtime.memory.system import read_kernel, write_kernel
 from edgepeft.sizes import format_size
 
 _MOUNTS = Path("/proc/self/mounts")
@@ -75,13 +76,13 @@ class MemoryCgroup:
     def peak_bytes(self) -> int | None:
         """The most its processes held at once; None where the kernel does not say (version 2 before 5.19)."""
         with contextlib.suppress(OSError):
-            return int((self._path / self._interface.peak).read_text())
+            return int((self._path / self._interface.peak).read_text("ascii"))
         return None
 
     @property
     def oom_kills(self) -> int:
         """Processes that the kernel has killed because of the limit."""
-        words = (self._path / self._interface.events).read_text().split()
+        words = (self._path / self._interface.events).read_text("ascii").split()
         return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
 
 
@@ -91,17 +92,21 @@ def drop_page_cache() -> bool:
     Returns:
         Whether the system permitted it (root). Pages that were in memory before cost a cgroup nothing.
     """
-    os.sync()
-    try:
-        _DROP_CACHES.write_text("1")
-    except OSError:
+    if not _DROP_CACHES.exists():
         return False
-    return True
+    os.sync()
+    return write_kernel(_DROP_CACHES, "1")
 
 
 def _make(limit_bytes: int) -> tuple[_Interface, Path]:
+    mounts = read_kernel(_MOUNTS)
+    if mounts is None:
+        raise CgroupError(
+            f"no memory cgroup of {format_size(limit_bytes)} can be made: only Linux has them, and only "
+            "where /proc shows its mounts"
+        )
     reason = "the system has no memory controller mounted"
-    for interface, parent in _parents():
+    for interface, parent in _parents(mounts):
         path = parent / f"edgepeft-{uuid.uuid4().hex[:8]}"
         try:
             path.mkdir()
@@ -109,9 +114,10 @@ def _make(limit_bytes: int) -> tuple[_Interface, Path]:
             reason = f"{path}: {error.strerror}"
             continue
         try:
-            (path / interface.limit).write_text(str(limit_bytes))
+            (path / interface.limit).write_text(str(limit_bytes), "ascii")
             if (path / interface.swap).exists():
-                (path / interface.swap).write_text("0" if interface is _V2 else str(limit_bytes))
+                swap = "0" if interface is _V2 else str(limit_bytes)
+                (path / interface.swap).write_text(swap, "ascii")
             return interface, path
         except OSError as error:
             path.rmdir()
@@ -122,39 +128,33 @@ def _make(limit_bytes: int) -> tuple[_Interface, Path]:
     )
 
 
-def _parents() -> Iterator[tuple[_Interface, Path]]:
+def _parents(mounts: str) -> Iterator[tuple[_Interface, Path]]:
     """Where a memory cgroup might be made, the best place first."""
-    for interface, mount in _hierarchies():
+    for interface, mount in _hierarchies(mounts):
         own = mount / _own_path(interface).lstrip("/")
         for parent in dict.fromkeys((mount, own, own.parent)):
             if not parent.is_relative_to(mount):
                 continue
             if interface is _V2:
                 # Children have the memory files only where the parent passes the controller on.
-                with contextlib.suppress(OSError):
-                    (parent / "cgroup.subtree_control").write_text("+memory")
+                write_kernel(parent / "cgroup.subtree_control", "+memory")
             yield interface, parent
 
 
-def _hierarchies() -> Iterator[tuple[_Interface, Path]]:
+def _hierarchies(mounts: str) -> Iterator[tuple[_Interface, Path]]:
     """The mounts that have the memory controller."""
-    try:
-        mounts = [line.split() for line in _MOUNTS.read_text().splitlines()]
-    except OSError:
-        return
-    for _, target, kind, options, *_ in mounts:
+    for line in mounts.splitlines():
+        _, target, kind, options, *_ = line.split()
         path = Path(target)
         if kind == "cgroup" and "memory" in options.split(","):
             yield _V1, path
-        elif kind == "cgroup2":
-            with contextlib.suppress(OSError):
-                if "memory" in (path / "cgroup.controllers").read_text().split():
-                    yield _V2, path
+        elif kind == "cgroup2" and "memory" in (read_kernel(path / "cgroup.controllers") or "").split():
+            yield _V2, path
 
 
 def _own_path(interface: _Interface) -> str:
     """The process's own cgroup, from the root of the hierarchy."""
-    for line in _OWN.read_text().splitlines():
+    for line in (read_kernel(_OWN) or "").splitlines():
         number, controllers, path = line.split(":", 2)
         if (number == "0") if interface is _V2 else ("memory" in controllers.split(",")):
             return path

@@ -5,13 +5,13 @@ remembers, and its prefetching stops at the end of each. `docs/decisions.md` has
 Source: madvise(2), MADV_COLLAPSE (Linux 6.1); mincore(2); `Documentation/admin-guide/mm/transhuge.rst`.
 """
 
-import ctypes
 import mmap
 from pathlib import Path
 
 import numpy as np
 
-from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings
+from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings, resident_pages
+from edgepeft.runtime.memory.system import read_kernel
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _MADV_COLLAPSE = 25
@@ -26,25 +26,19 @@ def gather_into_huge_pages() -> int:
     Returns:
         Bytes that are in huge pages now; 0 where the system has none, or none to give.
     """
-    try:
-        if "[never]" in (_SETTINGS / "enabled").read_text():
-            return 0
-        huge_bytes = int((_SETTINGS / "hpage_pmd_size").read_text())
-        mappings = [item for item in private_mappings(_is_anonymous) if item.writable]
-    except OSError:
+    enabled, size = (read_kernel(_SETTINGS / name) for name in ("enabled", "hpage_pmd_size"))
+    if enabled is None or "[never]" in enabled or size is None:
         return 0
-    mincore = ctypes.CDLL(None).mincore
-    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
-    gathered_bytes = 0
-    for mapping in mappings:
+    huge_bytes, gathered_bytes = int(size), 0
+    for mapping in list(private_mappings(_is_anonymous)):
         begin = -(-mapping.begin // huge_bytes) * huge_bytes
         end = mapping.end // huge_bytes * huge_bytes
-        if begin >= end:
+        if begin >= end or not mapping.writable:
             continue
-        resident = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
-        if mincore(begin, end - begin, resident.ctypes.data) != 0:
+        resident = resident_pages(begin, end)
+        if resident is None:
             continue
-        whole = (resident & 1).reshape(-1, huge_bytes // mmap.PAGESIZE).all(1)
+        whole = resident.reshape(-1, huge_bytes // mmap.PAGESIZE).all(1)
         # A call a stretch: each waits for all processors once.
         edges = np.flatnonzero(np.diff(whole, prepend=False, append=False)) * huge_bytes
         for first, last in edges.reshape(-1, 2).tolist():

@@ -7,32 +7,26 @@ Source: madvise(2); `Documentation/admin-guide/mm/pagemap.rst`.
 
 import mmap
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
-from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings
+from edgepeft.runtime.memory.mappings import advise_addresses, page_entries, private_mappings
 
-_PAGES = Path("/proc/self/pagemap")
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def drop_mapped_pages(file: Path) -> None:
     """Take a file's pages out of this process where they are as the file has them: one that is read later
     comes from the system's cache, or from the disk. Nothing happens but on Linux."""
-    try:
-        with _PAGES.open("rb", buffering=0) as pages:
-            for mapping in private_mappings(str(file).__eq__):
-                if _is_the_file(pages, mapping.begin, mapping.end):
-                    advise_addresses(mapping.begin, mapping.end, mmap.MADV_DONTNEED)
-    except OSError:
-        return
+    for mapping in private_mappings(str(file).__eq__):
+        if _is_the_file(mapping.begin, mapping.end):
+            advise_addresses(mapping.begin, mapping.end, mmap.MADV_DONTNEED)
 
 
-def _is_the_file(pages: BinaryIO, begin: int, end: int) -> bool:
+def _is_the_file(begin: int, end: int) -> bool:
     """Whether no page between two addresses was written to: such a page is no longer the file's."""
-    count = (end - begin) // mmap.PAGESIZE
-    pages.seek(begin // mmap.PAGESIZE * 8)
-    entries = np.frombuffer(pages.read(count * 8), np.uint64)
+    entries = page_entries(begin, end)
+    if entries is None:
+        return False
     held = entries & (_PRESENT | _SWAPPED) != 0
-    return len(entries) == count and not np.any(held & (entries & _OF_FILE == 0))
+    return not np.any(held & (entries & _OF_FILE == 0))

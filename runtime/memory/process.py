@@ -1,8 +1,6 @@
-"""What this process holds in memory, as the kernel accounts it."""
+"""What this process holds in memory, as the system accounts it."""
 
-import contextlib
 import ctypes
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -10,7 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-_STATUS = Path("/proc/self/status")
+from edgepeft.errors import EdgePeftError
+from edgepeft.runtime.memory import system
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _MAX_SAMPLES = 2000
 
@@ -37,39 +37,70 @@ class Sample(NamedTuple):
 
 
 def read_memory() -> ProcessMemory:
-    """The process's resident memory now; elsewhere than on Linux, its peak stands for it."""
-    try:
-        text = _STATUS.read_text()
-    except OSError:
-        import resource
+    """The process's resident memory now, and at its peak.
 
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        # Kibibytes everywhere but on macOS.
-        peak_bytes = peak if sys.platform == "darwin" else peak * 1024
-        return ProcessMemory(peak_bytes, peak_bytes)
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    sizes = {
-        name: int(fields[name].split()[0]) * 1024
-        for name in ("VmRSS", "VmHWM", "RssAnon", "RssFile")
-        if name in fields
-    }
-    resident = sizes.get("VmRSS", 0)
-    return ProcessMemory(resident, sizes.get("VmHWM", resident), sizes.get("RssAnon"), sizes.get("RssFile"))
+    Where the system tells only one of the two, it stands for the other.
+
+    Raises:
+        EdgePeftError: the system tells neither.
+    """
+    kinds = system.memory_from_status()
+    if kinds is not None:
+        resident = kinds["VmRSS"]
+        return ProcessMemory(
+            resident, kinds.get("VmHWM", resident), kinds.get("RssAnon"), kinds.get("RssFile")
+        )
+    resident_bytes, peak_bytes = system.memory_from_psutil() or (None, None)
+    if peak_bytes is None:
+        peak_bytes = system.peak_from_getrusage()
+    figures = [size for size in (resident_bytes, peak_bytes) if size is not None]
+    if not figures:
+        raise EdgePeftError("this system does not say what a process holds: pip install psutil")
+    return ProcessMemory(figures[0], max(figures))
 
 
 def reset_peak() -> bool:
     """Let the kernel count the peak anew from now; False where it does not permit that."""
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        return False
-    return True
+    return system.write_kernel(_CLEAR_REFS, "5")
 
 
 def release_freed_memory() -> None:
     """Give pages that malloc keeps after a session was closed back to the system (glibc only)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    trim = system.c_function("malloc_trim", ctypes.c_size_t)
+    if trim is not None:
+        trim(0)
+
+
+class PeakMemory:
+    """The most that the process holds from when this is made.
+
+    Where the kernel does not count its peak anew, that of the process's whole past tells as soon as it grows.
+    Until then there is only what the process held whenever somebody looked.
+    """
+
+    def __init__(self) -> None:
+        self._past_bytes = 0 if reset_peak() else read_memory().peak_bytes
+        self._seen_bytes = 0
+        self._lock = threading.Lock()
+
+    def look(self) -> ProcessMemory:
+        """Count what is held now, and return it."""
+        with self._lock:
+            memory = read_memory()
+            is_ours = memory.peak_bytes > self._past_bytes
+            self._seen_bytes = max(self._seen_bytes, memory.peak_bytes if is_ours else memory.resident_bytes)
+            return memory
+
+    @property
+    def nbytes(self) -> int:
+        """The peak up to now."""
+        self.look()
+        return self._seen_bytes
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether that is the kernel's figure, and not the largest that somebody saw."""
+        return read_memory().peak_bytes > self._past_bytes
 
 
 class MemoryRecorder:
@@ -79,7 +110,6 @@ class MemoryRecorder:
     timeline.
 
     Attributes:
-        resettable: whether `peak_bytes` is the block's own peak and not the process's whole past.
         samples: what was held, by seconds since the block began.
         phases: `(seconds since the block began, name)` of what `mark` announced.
     """
@@ -87,15 +117,13 @@ class MemoryRecorder:
     def __init__(self, interval_s: float = 0.02) -> None:
         self.samples: list[Sample] = []
         self.phases: list[tuple[float, str]] = []
-        self.resettable = False
         self._interval_s = interval_s
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._record, name="edgepeft-memory", daemon=True)
-        self._start_s = 0.0
-        self._peak_bytes = self._recent_bytes = 0
 
     def __enter__(self) -> Self:
-        self.resettable = reset_peak()
+        self._whole = self._recent = PeakMemory()
+        self._earlier_bytes = 0
         self._start_s = time.perf_counter()
         self._sample()
         self._thread.start()
@@ -114,28 +142,26 @@ class MemoryRecorder:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak resident memory since the block began: the kernel's where it could be reset, else the largest
-        sample."""
-        return max(self._peak_bytes, self.recent_peak_bytes)
+        """Peak resident memory since the block began; see `PeakMemory`."""
+        return max(self._earlier_bytes, self.recent_peak_bytes)
+
+    @property
+    def peak_is_exact(self) -> bool:
+        """Whether that is the kernel's figure, and not the largest sample."""
+        return self._whole.is_exact
 
     @property
     def recent_peak_bytes(self) -> int:
-        """The same since `forget_peak`."""
-        memory = read_memory()
-        self._recent_bytes = max(
-            self._recent_bytes, memory.peak_bytes if self.resettable else memory.resident_bytes
-        )
-        return self._recent_bytes
+        """The peak since `forget_peak`."""
+        return self._recent.nbytes
 
     def forget_peak(self) -> None:
         """Count `recent_peak_bytes` anew from now."""
-        self._peak_bytes = self.peak_bytes
-        reset_peak()
-        self._recent_bytes = 0
+        self._earlier_bytes = self.peak_bytes
+        self._recent = PeakMemory()
 
     def _sample(self) -> None:
-        memory = read_memory()
-        self._recent_bytes = max(self._recent_bytes, memory.resident_bytes)
+        memory = self._recent.look()
         seconds = time.perf_counter() - self._start_s
         self.samples.append(Sample(seconds, memory.resident_bytes, memory.anonymous_bytes, memory.file_bytes))
 

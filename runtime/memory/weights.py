@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
+from edgepeft.runtime.memory.system import advise, discard, private_memory
 
 Array = npt.NDArray[np.generic]
 
@@ -77,8 +78,9 @@ class Weights(ABC):
 
     def release(self) -> None:
         """Let go of what was handed out since the last time."""
-        for memory in self._looked_up.values():
-            advise(memory, "MADV_DONTNEED")
+        for name, memory in list(self._looked_up.items()):
+            if not discard(memory):
+                del self._looked_up[name]
 
     def _place_of_rows(self, name: str, spec: TensorSpec, first: int, last: int) -> tuple[int, int]:
         row_bytes = math.prod(int(dim) for dim in spec.shape[1:]) * np.dtype(spec.dtype).itemsize
@@ -112,14 +114,21 @@ class MappedWeights(Weights):
     def __init__(self, bundle: Bundle, *, stays: bool = False) -> None:
         super().__init__(bundle)
         self._stays = stays
-        self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
-        advise(self._map, "MADV_RANDOM")
+        self._map = self._new_map()
 
     def release(self) -> None:
-        """Take every page out of this process; a later read brings it back from the cache or the disk."""
+        """Take every page out of this process; a later read brings it back from the cache or the disk.
+
+        Where a system takes none out of a map, it goes, with the last array of it, and there is a new one.
+        """
         super().release()
-        if not self._stays:
-            advise(self._map, "MADV_DONTNEED")
+        if not self._stays and not discard(self._map):
+            self._map = self._new_map()
+
+    def _new_map(self) -> mmap.mmap:
+        memory = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
+        advise(memory, "MADV_RANDOM")
+        return memory
 
     def _memory(self, offset: int, nbytes: int) -> tuple[mmap.mmap, int]:
         self._prefetch(offset, nbytes)
@@ -153,23 +162,6 @@ def bound_weights(
         for name, key in weights.items()
         if name in inputs
     }
-
-
-def private_memory(nbytes: int) -> mmap.mmap:
-    """Zeros on page boundaries that cost memory where they are written; shared ones would stay after
-    `MADV_DONTNEED`."""
-    if not hasattr(mmap, "MAP_PRIVATE"):
-        return mmap.mmap(-1, nbytes)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    advise(memory, "MADV_NOHUGEPAGE")
-    return memory
-
-
-def advise(memory: mmap.mmap, advice: str, *where: int) -> None:
-    """Advice that this system knows, on a part or all of a map."""
-    option = getattr(mmap, advice, None)
-    if option is not None:
-        memory.madvise(option, *where)
 
 
 def _as_array(memory: mmap.mmap, spec: TensorSpec, offset: int, nbytes: int) -> Array:

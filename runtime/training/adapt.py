@@ -288,7 +288,7 @@ class Update:
             predicted_peak_bytes=plan.peak_bytes,
             predicted={name: getattr(plan, name) for name in parts},
             measured_peak_bytes=self._recorder.peak_bytes,
-            peak_is_exact=self._recorder.resettable,
+            peak_is_exact=self._recorder.peak_is_exact,
             timeline=list(self._recorder.samples),
             phases=list(self._recorder.phases),
         )

@@ -1,5 +1,6 @@
 """The training graph as a chain of stages that run one at a time, their weights mapped from the bundle."""
 
+import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -71,7 +72,9 @@ class Chain:
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
         sliced = partition.vocabulary_head
-        self._sliced = None if sliced is None else SlicedHead(sliced, self, self._weights)
+        # Without a circle of references, the file's maps go with the chain and not when the collector comes by.
+        own = weakref.proxy(self)
+        self._sliced = None if sliced is None else SlicedHead(sliced, own, self._weights)
 
     def evaluate(self, batch: Mapping[str, Array]) -> dict[str, npt.NDArray[np.float32]]:
         """`loss`, and the task's output where the head has it whole."""
@@ -219,6 +222,7 @@ class Chain:
             session.bind({name: batch[name] for name in session.inputs if name in batch})
             session.bind(bound_weights(self._weights, session.inputs, self._partition.context_weights))
             context |= session.run_for(list(session.outputs))
+            self._done(session)
         return context
 
     def _bound(

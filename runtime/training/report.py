@@ -17,7 +17,7 @@ class MemoryReport:
     Attributes:
         budget_bytes: the budget, None if there was none.
         predicted_peak_bytes: the plan's figure, of which `predicted` gives the parts.
-        measured_peak_bytes: the kernel's figure for the update; where `peak_is_exact` is false, the largest
+        measured_peak_bytes: the system's figure for the update; where `peak_is_exact` is false, the largest
             sample.
         timeline: seconds since the update began, and resident, anonymous and file-backed bytes then.
         phases: `[seconds since the update began, what began then]`.

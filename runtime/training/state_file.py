@@ -1,9 +1,10 @@
-"""A training state in a file without a name: read and written in pieces, never mapped.
+"""A training state in a file without a name (with one on Windows): read and written in pieces, never mapped.
 
 Mapped, every page of it that a step touches costs a fault, and one more before it is written. Copied, none
 of them counts as the process's memory.
 """
 
+import errno
 import io
 import os
 import tempfile
@@ -93,6 +94,18 @@ class FileBuffer:
         self._file.seek(self._offset + start * self.dtype.itemsize)
 
 
+def _reserve(file: io.FileIO, nbytes: int) -> None:
+    """Take a file's room on the disk, where the system and the file system can; elsewhere a disk that is too
+    full shows when the file is written."""
+    try:
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    except AttributeError:  # macOS and Windows
+        return
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+
+
 def _new_file(folder: Path, nbytes: int) -> io.FileIO:
     """A file of zeros without a name, its room on the disk taken."""
     file: io.FileIO | None = None
@@ -100,8 +113,8 @@ def _new_file(folder: Path, nbytes: int) -> io.FileIO:
         folder.mkdir(parents=True, exist_ok=True)
         file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (closed with its last buffer)
         file.truncate(nbytes)
-        if nbytes and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+        if nbytes:
+            _reserve(file, nbytes)
     except OSError as error:
         if file is not None:
             file.close()

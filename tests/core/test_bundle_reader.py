@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,6 +83,21 @@ def test_a_linked_folder_is_refused(bundle: Path) -> None:
     shutil.move(bundle / "graphs", bundle.parent / "graphs")
     (bundle / "graphs").symlink_to(bundle.parent / "graphs")
     with pytest.raises(BundleError, match="graphs: is a symbolic link"):
+        open_bundle(bundle)
+
+
+def test_a_junction_is_a_link(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anybody may make one on Windows, and there it is a folder to `stat`."""
+    lstat = Path.lstat
+
+    def on_windows(self: Path) -> os.stat_result | SimpleNamespace:
+        status = lstat(self)
+        if self != bundle / "graphs":
+            return status
+        return SimpleNamespace(st_mode=status.st_mode, st_nlink=1, st_reparse_tag=0xA0000003)
+
+    monkeypatch.setattr(Path, "lstat", on_windows)
+    with pytest.raises(BundleError, match="graphs: is a symbolic link or a junction"):
         open_bundle(bundle)
 
 

@@ -5,10 +5,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.files import atomic_file, atomic_folder, atomic_write
+from edgepeft.files import atomic_file, atomic_folder, atomic_path, atomic_write
 
 FULL = Path("/dev/full")
 
@@ -138,6 +139,58 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError, match=r"out: exists and holds no marker"), atomic_folder(path, "marker"):
         pass
     assert names(tmp_path) == before
+
+
+def test_nothing_is_open_when_a_file_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows renames no open file; the one that a library writes by its name is flushed too."""
+    flushed: list[int] = []
+    opened: list[list[str]] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))
+    replace = Path.replace
+
+    def spied(self: Path, target: Path) -> Path:
+        opened.append([file.path for file in psutil.Process().open_files() if str(tmp_path) in file.path])
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", spied)
+    atomic_write(tmp_path / "one", b"four")
+    with atomic_path(tmp_path / "two") as temporary:
+        temporary.write_bytes(b"seven b")
+    assert names(tmp_path) == ["one", "two"]
+    assert opened == [[], []]
+    assert {4, 7} <= set(flushed)
+
+
+@pytest.mark.parametrize("code", [5, 32, 1224])
+def test_what_windows_does_not_replace_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """A file that is open or mapped, such as the weights of a loaded bundle."""
+
+    def refused(*_: object) -> None:
+        error = PermissionError(errno.EACCES, "Access is denied")
+        error.winerror = code  # type: ignore[attr-defined]  (on Windows every OSError has one)
+        raise error
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with (
+        pytest.raises(EdgePeftError, match="nothing was changed: close what has it open, such as a model"),
+        atomic_folder(tmp_path / "out", "marker"),
+    ):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_folders_need_not_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On Windows they cannot be, so a rename is not flushed there."""
+
+    def refused(path: Path, flags: int) -> None:
+        del flags
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("edgepeft.files.os.open", refused)
+    atomic_write(tmp_path / "file", b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
 
 
 def test_an_unwritable_place_is_named(tmp_path: Path) -> None:

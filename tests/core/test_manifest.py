@@ -8,6 +8,7 @@ import pytest
 
 from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest
 from edgepeft.bundle.serialization import manifest_from_json, manifest_to_json
+from edgepeft.bundle.validation import is_adapter_name
 from edgepeft.errors import BundleError
 
 from ..runtime import tiny
@@ -166,12 +167,18 @@ PATHS = [
     "a\nb",
     "x" * 300,
     "graphs/",
+    "graphs/nul",
+    "graphs/Con.onnx",
+    "lpt1/x",
+    "graphs/COM¹.x",
+    "graphs/x.",
+    "graphs /x",
 ]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_paths_that_leave_the_bundle_are_refused(text: str, path: str) -> None:
-    """Absolute, upwards, on a drive, with a control character."""
+    """Absolute, upwards, on a drive, with a control character, a device of Windows or another name there."""
     data = json.loads(text)
     data["files"][path] = {"nbytes": 1, "sha256": "0" * 64}
     with pytest.raises(BundleError, match="not a plain path inside the bundle"):
@@ -180,6 +187,27 @@ def test_paths_that_leave_the_bundle_are_refused(text: str, path: str) -> None:
     data["graphs"]["inference"]["file"] = path
     with pytest.raises(BundleError, match="not in files"):
         manifest_from_json(json.dumps(data))
+
+
+def test_names_that_some_systems_do_not_tell_apart(text: str) -> None:
+    """Windows and macOS have one file for two cases of letters."""
+    data = json.loads(text)
+    data["files"]["Weights.bin"] = data["files"]["weights.bin"]
+    with pytest.raises(BundleError, match="a path twice but for the case of its letters"):
+        manifest_from_json(json.dumps(data))
+    data = json.loads(text)
+    data["adapters"] = ["mine", "Mine"]
+    with pytest.raises(BundleError, match="an adapter is listed twice"):
+        manifest_from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "usable"),
+    [("mine", True), ("console", True), ("com10", True), ("nul", False), ("AUX.v2", False), ("mine.", False)],
+)
+def test_names_of_adapters_are_folders_on_every_system(name: str, usable: bool) -> None:
+    """Whatever the system that they are named on."""
+    assert is_adapter_name(name) == usable
 
 
 def test_nothing_is_written_that_could_not_be_read(text: str) -> None:

@@ -1,6 +1,7 @@
 """safetensors files: what torch reads is what is read here, and one error for each way a file can lie."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,34 @@ from edgepeft.tensor_files import (
 )
 
 
-def test_bytes_are_those_of_the_safetensors_package(tmp_path: Path) -> None:
-    """Names in any order, an empty tensor, a scalar."""
+@pytest.mark.parametrize("extra", [[], [np.float16, np.uint8, np.int8]], ids=["float32", "all dtypes"])
+def test_bytes_are_those_of_the_safetensors_package(tmp_path: Path, extra: list[type]) -> None:
+    """Names in any order and beyond ASCII, an empty tensor, a scalar, an array that is not contiguous."""
     rng = np.random.default_rng(0)
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "b": rng.random((3, 5)).astype(np.float32),
         "a.weight": rng.random(7).astype(np.float32),
-        "none": np.zeros((0, 4), np.float32),
+        "größe": np.zeros((0, 4), np.float32),
         "one": np.array(3, np.float32),
+        **{np.dtype(dtype).name: np.arange(7).astype(dtype) for dtype in extra},
     }
-    write_tensors(tmp_path / "mine", tensors)
-    safetensors.numpy.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
-    theirs = safetensors.numpy.load_file(tmp_path / "mine")
-    assert theirs.keys() == tensors.keys()
-    assert all(np.array_equal(theirs[name], tensors[name]) for name in tensors)
-    mine = read_tensors(tmp_path / "theirs")
-    assert all(np.array_equal(mine[name], tensors[name]) for name in tensors)
-    assert (tmp_path / "mine").stat().st_size == (tmp_path / "theirs").stat().st_size
+    write_tensors(tmp_path / "mine", {**tensors, "b": np.asfortranarray(tensors["b"])})
+    theirs = safetensors.numpy.save(tensors, metadata={"format": "pt"})
+    assert (tmp_path / "mine").read_bytes() == theirs
+    if not extra:
+        mine = read_tensors(tmp_path / "mine")
+        assert all(np.array_equal(mine[name], tensors[name]) for name in tensors)
+
+
+def test_what_is_flushed_to_the_disk_is_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very file that then stands there, all of it; and with the permissions that any new file has."""
+    flushed: list[os.stat_result] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor)))
+    write_tensors(tmp_path / "file", {"t": np.ones(1000, np.float32)})
+    (tmp_path / "other").write_bytes(b"")
+    found = (tmp_path / "file").stat()
+    assert (flushed[0].st_ino, flushed[0].st_size) == (found.st_ino, found.st_size)
+    assert found.st_mode == (tmp_path / "other").stat().st_mode
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

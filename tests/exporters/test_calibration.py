@@ -209,7 +209,7 @@ def test_what_is_kept_and_what_is_looked_up_is_left_out() -> None:
 def write_texts(path: Path, count: int, seed: int) -> Path:
     rng = np.random.default_rng(seed)
     texts = [" ".join(f"w{word}" for word in rng.integers(1, 300, 12)) for _ in range(count)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
     return path
 
 

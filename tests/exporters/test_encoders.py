@@ -150,6 +150,7 @@ def test_entities_are_those_of_transformers(tmp_path: Path) -> None:
         assert all(item["text"] == text[item["start"] : item["end"]] for item in found)
 
 
+@pytest.mark.versions
 def test_masks_are_filled_and_learned(tmp_path: Path) -> None:
     """The best tokens are those of transformers; labels say what belongs in a mask."""
     torch.manual_seed(0)

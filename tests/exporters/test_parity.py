@@ -12,6 +12,8 @@ import edgepeft
 from . import models
 from .conftest import Exported
 
+pytestmark = pytest.mark.versions
+
 Make = Callable[[str, int], Exported]
 CASES = [
     pytest.param(name, bits, marks=[] if bits in (4, 32) and name != "llama-untied" else pytest.mark.slow)

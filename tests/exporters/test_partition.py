@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +107,11 @@ def _both(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingStat
     evaluated = chain.evaluate(arrays)
     assert evaluated["loss"] == pytest.approx(losses[0], rel=1e-6, abs=2e-6)
     chain.close()
+    weights = weakref.ref(chain._weights)
+    del chain
+    assert (
+        weights() is None
+    )  # and with them the file, which Windows neither replaces nor deletes while it is mapped
     return losses[0], losses[1], resident, staged
 
 

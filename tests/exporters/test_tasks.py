@@ -21,6 +21,8 @@ from . import task_models
 from .conftest import Exported
 from .zoo import VISION
 
+pytestmark = pytest.mark.versions
+
 Make = Callable[[str, int], Exported]
 TOLERANCE = {32: 1e-4, 4: 1e-3}
 #: Of each task and each loss one is compared in every run.

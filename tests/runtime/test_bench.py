@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from edgepeft.runtime.bench.run import BenchOptions, bench
 from edgepeft.runtime.bench.synthetic import synthetic_adapter, synthetic_records
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
+from edgepeft.runtime.memory.process import read_memory
 from edgepeft.runtime.tasks import task_for
 
 from .test_cli import fails
@@ -56,13 +58,16 @@ def test_every_phase_is_measured_beside_its_prediction(
         assert measured.seconds is None or measured.seconds > 0
         assert measured.peak_bytes >= max(sample.resident_bytes for sample in measured.timeline) - MIB
         assert measured.predicted_peak_bytes == pytest.approx(measured.peak_bytes, rel=0.2)
+        assert (measured.strategy == "resident") == (phase.name == "train")
+        if read_memory().anonymous_bytes is None:
+            assert (measured.anonymous_bytes, measured.file_bytes) == (None, None)
+            continue
         assert measured.anonymous_bytes is not None
         assert measured.file_bytes is not None
         assert max(measured.anonymous_bytes, measured.file_bytes) <= measured.peak_bytes + MIB
         for sample in measured.timeline:
             parts = (sample.anonymous_bytes or 0) + (sample.file_bytes or 0)
             assert parts == pytest.approx(sample.resident_bytes, abs=MIB)
-        assert (measured.strategy == "resident") == (phase.name == "train")
 
 
 @pytest.mark.usefixtures("cgroups")
@@ -146,6 +151,20 @@ def test_a_missing_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r'pip install "edgepeft\[plot\]"'):
         plot.require_matplotlib()
+
+
+def test_a_bundle_on_a_disk_that_takes_nothing(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system's temporary folder does; whether a folder can be written to shows when it is."""
+    make = tempfile.mkdtemp
+
+    def refused(suffix: str | None, prefix: str | None, parent: Path | None) -> str:
+        if parent is not None:
+            raise PermissionError(13, "Permission denied", str(parent))
+        return make(suffix, prefix)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
+    with run._scratch(open_bundle(classifier)) as scratch:
+        assert Path(scratch).parent == Path(tempfile.gettempdir())
 
 
 def test_synthetic_records_and_adapters_are_usable(classifier: Path) -> None:

@@ -1,5 +1,6 @@
 """The limit of a memory cgroup is the kernel's, not ours."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,11 +58,18 @@ def test_where_there_are_none_the_error_says_what_would_help(
 ) -> None:
     """Another system, and one that mounts none."""
     monkeypatch.setattr(cgroup, "_MOUNTS", tmp_path / "mounts")
-    with pytest.raises(CgroupError, match=r"no memory controller mounted.*as root"):
+    with pytest.raises(CgroupError, match="only Linux has them"):
         cgroup.MemoryCgroup(MIB)
     (tmp_path / "mounts").write_text("proc /proc proc rw 0 0\n")
-    with pytest.raises(CgroupError, match="no memory controller mounted"):
+    with pytest.raises(CgroupError, match=r"no memory controller mounted.*as root"):
         cgroup.MemoryCgroup(MIB)
+
+
+def test_a_page_cache_that_cannot_be_dropped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On another system, which need not have `os.sync` either; and without the right to."""
+    monkeypatch.setattr(cgroup, "_DROP_CACHES", tmp_path / "none")
+    monkeypatch.delattr(os, "sync", raising=False)
+    assert not cgroup.drop_page_cache()
 
 
 def test_version_2_passes_the_controller_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

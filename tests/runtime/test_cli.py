@@ -126,7 +126,7 @@ def test_a_rejected_update_exits_4_with_its_report(classifier: Path, data: Path,
         else {**record, "label": (tiny.LABELS.index(str(record["label"])) + 1) % 3}
         for index, record in enumerate(tiny.records())
     ]
-    data.write_text("".join(json.dumps(record) + "\n" for record in wrong))
+    data.write_text("".join(json.dumps(record) + "\n" for record in wrong), "utf-8")
     arguments = ("adapt", classifier, "--data", data, "--budget", "4GiB", "--adapter", tmp_path / "good")
     rejected = run(*arguments, "-o", tmp_path / "bad", "--json", *FAST)
     assert rejected.exit_code == 4
@@ -201,13 +201,13 @@ def test_errors_are_one_line_with_their_exit_code(
 
 def test_bad_data_names_its_line(classifier: Path, data: Path, tmp_path: Path) -> None:
     """Malformed JSON, a label never seen at export, an empty file."""
-    lines = data.read_text().splitlines()
+    lines = data.read_text("utf-8").splitlines()
     for content, message in (
         ("\n".join([*lines[:2], '{"text": ', *lines[3:]]), "data.jsonl:3: is not JSON"),
         ("\n".join([*lines[:4], '{"text": "w1", "label": "mauve"}']), "data.jsonl:5: label 'mauve'"),
         ("", "holds no records"),
     ):
-        data.write_text(content)
+        data.write_text(content, "utf-8")
         line = fails(1, "adapt", classifier, "--data", data, "--budget", "1GiB", "-o", tmp_path / "out")
         assert message in line
 

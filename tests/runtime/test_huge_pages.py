@@ -22,7 +22,7 @@ def _supported() -> bool:
 
 
 pytestmark = pytest.mark.skipif(
-    not _supported() or "[never]" in _SETTING.read_text(),
+    not _supported() or "[never]" in _SETTING.read_text("ascii"),
     reason="MADV_COLLAPSE needs Linux 6.1 and huge pages",
 )
 
@@ -34,7 +34,9 @@ def _mapping(size_bytes: int) -> tuple[mmap.mmap, int]:
 
 def _kilobytes(address: int, field: str) -> int:
     """A field of the mapping that holds an address, which may be joined with others'."""
-    for block in re.split(r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text(), flags=re.MULTILINE)[1:]:
+    for block in re.split(
+        r"^(?=[0-9a-f]+-)", Path("/proc/self/smaps").read_text("utf-8"), flags=re.MULTILINE
+    )[1:]:
         first, last = (int(part, 16) for part in block.split()[0].split("-"))
         if first <= address < last:
             return int(re.search(rf"^{field}: +(\d+) kB", block, re.MULTILINE)[1])  # type: ignore[index]

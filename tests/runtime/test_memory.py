@@ -1,27 +1,32 @@
 """What the process is said to hold, and what a run is predicted to need."""
 
+import contextlib
 import dataclasses
 import mmap
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import cast
 
 import numpy as np
-import psutil
 import pytest
 
 from edgepeft.bundle.manifest import Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula, MemoryTerm
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import BudgetError, UsageError
-from edgepeft.runtime.memory import process
+from edgepeft.errors import BudgetError, EdgePeftError, UsageError
+from edgepeft.runtime.memory import process, system
 from edgepeft.runtime.memory.planner import Plan, Workload, check_run, choose, plans
 
 MIB = 2**20
-linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+linux = pytest.mark.skipif(system.memory_from_status() is None, reason="needs /proc")
 
 
 def test_resident_memory_is_the_systems() -> None:
     """As psutil reads it, within what a test itself allocates."""
+    psutil = pytest.importorskip("psutil")
     assert abs(process.read_memory().resident_bytes - psutil.Process().memory_info().rss) < 4 * MIB
 
 
@@ -29,7 +34,8 @@ def test_resident_memory_is_the_systems() -> None:
 def test_anonymous_memory_is_told_from_mapped_files(tmp_path: Path) -> None:
     """16 MiB of each."""
     before = process.read_memory()
-    block = np.ones(16 * MIB, np.uint8)
+    block = mmap.mmap(-1, 16 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # malloc may have had it
+    block[:] = bytes(len(block))
     anonymous = process.read_memory()
     path = tmp_path / "file"
     path.write_bytes(bytes(16 * MIB))
@@ -42,7 +48,7 @@ def test_anonymous_memory_is_told_from_mapped_files(tmp_path: Path) -> None:
     assert anonymous.file_bytes is not None
     assert anonymous.anonymous_bytes - before.anonymous_bytes == pytest.approx(16 * MIB, rel=0.1)
     assert both.file_bytes - anonymous.file_bytes == pytest.approx(16 * MIB, rel=0.1)
-    assert block.sum() == 16 * MIB
+    block.close()
 
 
 @linux
@@ -74,14 +80,101 @@ def test_a_timeline_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert recorder.samples[0][0] < 0.1 < recorder.samples[-1][0]
 
 
-def test_other_systems_fall_back_to_the_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where there is no /proc, getrusage's peak stands for both figures."""
-    monkeypatch.setattr(process, "_STATUS", tmp_path / "none")
+@contextlib.contextmanager
+def held(size_bytes: int) -> Iterator[None]:
+    """So much memory more, and then no longer."""
+    with mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE) as block:
+        block[:: mmap.PAGESIZE] = bytes(range(256)) * (size_bytes // mmap.PAGESIZE // 256)
+        yield
+
+
+@pytest.fixture
+def without_proc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As on another system than Linux, and where a sandbox hides /proc."""
+    monkeypatch.setattr(system, "_STATUS", tmp_path / "none" / "status")
     monkeypatch.setattr(process, "_CLEAR_REFS", tmp_path / "none" / "clear_refs")
-    memory = process.read_memory()
-    assert memory.resident_bytes == memory.peak_bytes >= psutil.Process().memory_info().rss * 0.9
-    assert memory.anonymous_bytes is None
+
+
+@pytest.mark.usefixtures("without_proc")
+def test_without_proc_what_is_held_now_grows_and_shrinks() -> None:
+    """By psutil's account, while the peak stays; so a budget is not used up by what is gone."""
+    pytest.importorskip("psutil")
     assert not process.reset_peak()
+    before = process.read_memory()
+    with held(64 * MIB):
+        within = process.read_memory()
+    after = process.read_memory()
+    assert within.resident_bytes - before.resident_bytes == pytest.approx(64 * MIB, rel=0.1)
+    assert after.resident_bytes - before.resident_bytes < 8 * MIB
+    assert after.peak_bytes >= within.resident_bytes - MIB  # the kernel counts a peak some pages late
+    assert (after.anonymous_bytes, after.file_bytes) == (None, None)
+
+
+@pytest.mark.usefixtures("without_proc")
+def test_an_earlier_peak_is_not_taken_for_a_later_one() -> None:
+    """The kernel's peak counts once it exceeds its past, exactly; until then the largest sample does."""
+    pytest.importorskip("psutil")
+    with held(192 * MIB):
+        pass
+    past_bytes = process.read_memory().peak_bytes
+    with process.MemoryRecorder(interval_s=0.002) as recorder:
+        before = process.read_memory().resident_bytes
+        with held(64 * MIB):
+            time.sleep(0.05)
+        assert recorder.recent_peak_bytes - before == pytest.approx(64 * MIB, rel=0.15)
+        assert not recorder.peak_is_exact
+        recorder.forget_peak()
+        assert recorder.recent_peak_bytes - before < 16 * MIB
+        assert recorder.peak_bytes - before == pytest.approx(64 * MIB, rel=0.15)
+        with held(320 * MIB):
+            pass
+        assert recorder.peak_is_exact
+    assert recorder.peak_bytes == pytest.approx(process.read_memory().peak_bytes, abs=MIB)
+    assert recorder.peak_bytes > past_bytes
+
+
+@pytest.mark.usefixtures("without_proc")
+def test_windows_tells_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """psutil's names; nothing else is asked."""
+    told = SimpleNamespace(rss=40 * MIB, peak_wset=90 * MIB)
+    psutil = SimpleNamespace(Process=lambda: SimpleNamespace(memory_info=lambda: told), Error=KeyError)
+    monkeypatch.setitem(sys.modules, "psutil", cast(ModuleType, psutil))
+    monkeypatch.setitem(sys.modules, "resource", cast(ModuleType, None))
+    assert process.read_memory() == process.ProcessMemory(40 * MIB, 90 * MIB)
+
+
+@pytest.mark.usefixtures("without_proc")
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024), ("freebsd14", 1024)])
+def test_getrusage_alone_stands_for_both(monkeypatch: pytest.MonkeyPatch, platform: str, unit: int) -> None:
+    """In bytes on macOS, in kibibytes elsewhere. psutil is missing, or finds nothing."""
+    usage = SimpleNamespace(ru_maxrss=50_000)
+    resource = SimpleNamespace(getrusage=lambda _: usage, RUSAGE_SELF=0)
+    monkeypatch.setitem(sys.modules, "resource", cast(ModuleType, resource))
+    monkeypatch.setattr(sys, "platform", platform)
+
+    def no_process() -> None:
+        raise KeyError("process PID not found")
+
+    for psutil in (None, SimpleNamespace(Process=no_process, Error=KeyError)):
+        monkeypatch.setitem(sys.modules, "psutil", cast(ModuleType, psutil))
+        assert process.read_memory() == process.ProcessMemory(50_000 * unit, 50_000 * unit)
+
+
+@pytest.mark.usefixtures("without_proc")
+def test_a_system_that_tells_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what would tell."""
+    for name in ("psutil", "resource"):
+        monkeypatch.setitem(sys.modules, name, cast(ModuleType, None))
+    with pytest.raises(EdgePeftError, match="pip install psutil"):
+        process.read_memory()
+
+
+@linux
+def test_a_kernel_that_keeps_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """gVisor's status has no VmHWM."""
+    monkeypatch.setattr(system, "_STATUS", tmp_path / "status")
+    (tmp_path / "status").write_text("Name:\tpython (x kB)\nVmSize:\t 900 kB\nVmRSS:\t 100 kB\n", "utf-8")
+    assert process.read_memory() == process.ProcessMemory(100 * 1024, 100 * 1024)
 
 
 WORKLOAD = Workload(rows=4, seq_len=10, rank=2, adapter_values=1000, trained_values=600)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import CgroupError
 from edgepeft.runtime.memory.cgroup import MemoryCgroup, drop_page_cache
 from edgepeft.runtime.memory.inference import STREAMED
+
+from ..other_systems import SYSTEMS, environment
 
 pytestmark = pytest.mark.slow
 MIB = 2**20
@@ -101,3 +104,42 @@ def test_training_inside_a_budget_below_the_weight_file(bundle: Path, tmp_path: 
     assert whole["strategy"] == "resident"
     assert staged["strategy"].startswith("streamed")
     assert staged["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+
+
+WATCHED = """
+import os, sys
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+"""
+
+
+def run_elsewhere(program: str, arguments: list[str], system: str) -> tuple[dict[str, Any], int]:
+    """What a program says on a simulated system, and its process's peak in bytes, which Linux tells this one.
+
+    A shell is between them: a process begins with the peak of the one that it is made from.
+    """
+    command = ["/bin/sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-c", program + WATCHED, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment(system), text=True, **pipes) as running:
+        assert running.stdout is not None
+        said, pid = running.stdout.readline(), running.stdout.readline().strip()
+        assert pid, running.communicate()[1]
+        status = Path(f"/proc/{pid}/status").read_text("utf-8")
+        running.communicate("\n")
+    return json.loads(said), int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_other_systems_keep_the_budget(bundle: Path, tmp_path: Path, system: str) -> None:
+    """Without Linux's advice on pages and its account of them, weights come and go, and give the same."""
+    for program, result, label in ((SCRIPT, "tokens", "roles"), (TRAIN, "losses", "strategy")):
+        whole, _ = run_elsewhere(program, [str(bundle), "0", str(tmp_path / "whole")], system)
+        staged, peak_bytes = run_elsewhere(
+            program, [str(bundle), str(BUDGET_BYTES), str(tmp_path / "staged")], system
+        )
+        assert STREAMED in staged[label]
+        assert STREAMED not in whole[label]
+        assert staged[result] == (
+            whole[result] if program is SCRIPT else pytest.approx(whole[result], rel=1e-5)
+        )
+        assert peak_bytes <= BUDGET_BYTES

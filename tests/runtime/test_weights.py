@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from edgepeft.bundle.manifest import TensorSpec, WeightTensor
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError
+from edgepeft.runtime.memory import system
 from edgepeft.runtime.memory.process import read_memory
 from edgepeft.runtime.memory.read_weights import ReadWeights
 from edgepeft.runtime.memory.weights import MappedWeights, Weights
+
+from .test_memory import linux
 
 ROWS, COLUMNS, OFFSET = 16_384, 1024, 4096
 SPEC = TensorSpec("table", "float32", (ROWS, COLUMNS))
@@ -40,9 +43,18 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SimpleNamespace(manifest=manifest, file=lambda _: path), values
 
 
+@pytest.fixture(params=[True, False], ids=["discards", "does not discard"])
+def discards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the system gives pages back while they are mapped; every system can be one that does not."""
+    if not request.param:
+        monkeypatch.setattr(system, "_discards", lambda: False)
+    return system._discards()
+
+
+@pytest.mark.usefixtures("discards")
 @pytest.mark.parametrize("way", OPEN)
 def test_rows_are_looked_up_and_forgotten(table: tuple[Bundle, np.ndarray], way: str) -> None:
-    """By whatever index; all else is zeros, and so is everything after a release."""
+    """By whatever index; all else is zeros, and so is what was looked up before a release."""
     bundle, values = table
     weights = OPEN[way](bundle)
     indices = np.array([[3, 3, ROWS - 1], [-2, 70, 0]])
@@ -50,10 +62,10 @@ def test_rows_are_looked_up_and_forgotten(table: tuple[Bundle, np.ndarray], way:
     np.testing.assert_array_equal(found[indices], values[indices])
     assert not found[[1, 2, 71]].any()
     weights.release()
-    assert not found[indices].any()
     # onnxruntime refuses the last two.
     again = weights.looked_up("table", SPEC, np.array([5, ROWS, -ROWS - 1]))
     np.testing.assert_array_equal(again[5], values[5])
+    assert not again[indices].any()
 
 
 @pytest.mark.parametrize("way", OPEN)
@@ -111,18 +123,50 @@ def test_a_file_that_becomes_shorter(tmp_path: Path) -> None:
         weights.rows("table", TensorSpec("table", "float32", (4, COLUMNS)), 0, 4)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_looking_up_costs_its_rows(table: tuple[Bundle, np.ndarray]) -> None:
-    """128 scattered rows of 4 KiB: half a mebibyte, and not one page of the file."""
+@linux
+def test_looking_up_costs_its_rows(table: tuple[Bundle, np.ndarray], discards: bool) -> None:
+    """128 scattered rows of 4 KiB: half a mebibyte, and not one page of the file. A release gives them back,
+    with the last array where the system does not before."""
     bundle, _ = table
     weights = MappedWeights(bundle)
     indices = np.arange(64, ROWS, 128)
     before = read_memory()
-    weights.looked_up("table", SPEC, indices)
+    found = weights.looked_up("table", SPEC, indices)
     after = read_memory()
     weights.release()
+    if not discards:
+        assert found[indices[0]].any()  # what a session is still bound to stays as it is
+        del found
     released = read_memory()
     grown = [cast(int, m.anonymous_bytes) - cast(int, before.anonymous_bytes) for m in (after, released)]
     assert len(indices) * 4096 <= grown[0] < MIB
     assert grown[1] < MIB // 4
     assert cast(int, after.file_bytes) - cast(int, before.file_bytes) < MIB
+
+
+def test_released_weights_leave_the_process(table: tuple[Bundle, np.ndarray], discards: bool) -> None:
+    """64 MiB of a map, by the system's account of the process; they come back as they were."""
+    bundle, values = table
+    weights = MappedWeights(bundle)
+    before_bytes = read_memory().resident_bytes
+    found = weights.view("table", SPEC)
+    np.testing.assert_array_equal(found[::64], values[::64])
+    np.testing.assert_array_equal(found, values)
+    assert read_memory().resident_bytes - before_bytes > 60 * MIB
+    weights.release()
+    if not discards:
+        np.testing.assert_array_equal(found[5], values[5])
+    del found
+    assert read_memory().resident_bytes - before_bytes < 8 * MIB
+    np.testing.assert_array_equal(weights.rows("table", SPEC, 7, 9), values[7:9])
+
+
+def test_weights_that_stay_are_not_released(table: tuple[Bundle, np.ndarray], discards: bool) -> None:
+    """Where a budget has room for all of them."""
+    del discards
+    bundle, values = table
+    weights = MappedWeights(bundle, stays=True)
+    np.testing.assert_array_equal(weights.view("table", SPEC), values)
+    before_bytes = read_memory().resident_bytes
+    weights.release()
+    assert before_bytes - read_memory().resident_bytes < 8 * MIB

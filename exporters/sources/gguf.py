@@ -1,0 +1,57 @@
+"""A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader.
+
+What the file had quantized is quantized once more by the export; see `--calibration`. Source: GGUF, version 3;
+`transformers.modeling_gguf_pytorch_utils`.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from edgepeft.errors import ExportError, MissingExtraError
+
+from .model_files import read_copied_files
+from .quiet import quiet
+
+
+def is_gguf_file(model: object) -> bool:
+    """Whether `model` is the path of a GGUF file."""
+    return isinstance(model, str | Path) and Path(model).suffix == ".gguf"
+
+
+def load_gguf(path: Path) -> tuple[Any, dict[str, bytes]]:
+    """The language model of a GGUF file, float32, and the tokenizer files (with the chat template) made of it.
+
+    Raises:
+        ExportError: there is no such file, or transformers cannot read it.
+        MissingExtraError: the package `gguf` is not installed.
+    """
+    if not path.is_file():
+        raise ExportError(f"{path}: no such file")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ExportError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    place: dict[str, Any] = {"gguf_file": path.name}
+    # transformers 5.23 keeps the file's blocks where it has kernels for them, unless told otherwise.
+    whole = (
+        {"quantization_config": transformers.GgufConfig(dequantize=True)}
+        if hasattr(transformers, "GgufConfig")
+        else {}
+    )
+    try:
+        with quiet():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, **place, **whole
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **place)
+    except ImportError as error:
+        raise MissingExtraError(error.name or "gguf", "export", "reading a GGUF file") from error
+    except Exception as error:  # the reader raises whatever its parser ran into
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(f"transformers cannot read {path}: {reason}") from error
+    with tempfile.TemporaryDirectory(prefix="edgepeft-") as folder:
+        tokenizer.save_pretrained(folder)
+        return model, read_copied_files(folder)
