@@ -20,7 +20,9 @@ def test_every_declared_package_has_one_exact_version_inside_its_range() -> None
     groups.append(project["build-system"]["requires"])
     exact = pinned()
     for requirement in (Requirement(line) for group in groups for line in group):
-        if requirement.name == "edgepeft" or not (requirement.marker is None or requirement.marker.evaluate()):
+        if requirement.name == "edgepeft" or not (
+            requirement.marker is None or requirement.marker.evaluate()
+        ):
             continue
         (specifier,) = exact[requirement.name.lower().replace("_", "-")].specifier
         assert specifier.operator == "=="

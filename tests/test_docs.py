@@ -1,5 +1,6 @@
 """What is written down exists: commands, links, the generated pages."""
 
+import ast
 import importlib.util
 import re
 from pathlib import Path
@@ -82,6 +83,31 @@ def test_every_error_is_in_the_troubleshooting_page():
     drawn = re.findall(r"^([│ ├└─]*)(\w+Error)$", page, flags=re.MULTILINE)
     assert drawn == re.findall(r"^    ([│ ├└─]*)(\w+Error)", errors.__doc__ or "", flags=re.MULTILINE)
     assert [name for _, name in drawn] == [error.__name__ for error in tree()]
+
+
+def literal_texts() -> str:
+    """What stands between quotes in the code, formatted values left out as `…`."""
+    texts = []
+    for folder in ("edgepeft", "runtime", "exporters"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+                values = [part.value if isinstance(part, ast.Constant) else "…" for part in parts]
+                texts += ["".join(map(str, values))] if any(isinstance(part, str) for part in values) else []
+    return "\n".join(texts)
+
+
+def test_the_messages_that_the_troubleshooting_page_quotes_exist():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = literal_texts()
+    quoted = [
+        (message, part.strip(" :,"))
+        for cell in re.findall(r"^\| (`.+?) \| ", page.partition("## UsageError")[2], flags=re.MULTILINE)
+        for message in re.findall(r"`([^`]+)`", cell)
+        for part in message.split("…")
+    ]
+    assert len(quoted) > 100
+    assert [message for message, part in quoted if part not in said] == []
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "lint", "docs", "docs-site", "wheel"])

@@ -34,7 +34,11 @@ DECISIONS = Path(__file__).parents[2] / "docs" / "decisions.md"
 #: Module, names and what changed in which version, of all that is not documented as stable. `docs/decisions.md` says
 #: what each is for.
 LEANS = [
-    ("transformers.exporters.exporter_onnx", "OnnxConfig OnnxExporter", "new in 5.13; other results since 5.23"),
+    (
+        "transformers.exporters.exporter_onnx",
+        "OnnxConfig OnnxExporter",
+        "new in 5.13; other results since 5.23",
+    ),
     ("transformers", "Cache DynamicCache", "layers with keys and values since 4.56"),
     ("transformers.pytorch_utils", "Conv1D", "unchanged since 4"),
     (
@@ -42,7 +46,11 @@ LEANS = [
         "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
         "unchanged since 4; values may be tuples since 5",
     ),
-    ("optimum.exporters.tasks", "TasksManager", "infers no task of a local folder; imports requests undeclared (2.3)"),
+    (
+        "optimum.exporters.tasks",
+        "TasksManager",
+        "infers no task of a local folder; imports requests undeclared (2.3)",
+    ),
     (
         "optimum.utils",
         "DummyTextInputGenerator NormalizedConfigManager NormalizedTextConfig",
@@ -51,9 +59,17 @@ LEANS = [
     ("onnxscript.rewriter.onnx_fusions", "fuse", "new in 0.5"),
     ("onnxscript.rewriter.rules.fusion._layer_norm", "fuse_layer_normalization", "private; new in 0.5"),
     ("onnxscript.version_converter", "convert_version", "new in 0.2"),
-    ("onnx_ir.passes.common", "CommonSubexpressionEliminationPass RemoveUnusedNodesPass TopologicalSortPass", "0.1"),
+    (
+        "onnx_ir.passes.common",
+        "CommonSubexpressionEliminationPass RemoveUnusedNodesPass TopologicalSortPass",
+        "0.1",
+    ),
     ("onnxruntime.tools.symbolic_shape_infer", "SymbolicShapeInference", "a tool inside the wheel"),
-    ("onnxruntime.capi.onnxruntime_pybind11_state", "Fail InvalidArgument NotImplemented", "its own exceptions"),
+    (
+        "onnxruntime.capi.onnxruntime_pybind11_state",
+        "Fail InvalidArgument NotImplemented",
+        "its own exceptions",
+    ),
     ("torch.utils._pytree", "tree_leaves", "private; what torch.export itself lays inputs out by"),
 ]
 
