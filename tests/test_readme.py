@@ -93,3 +93,6 @@ def test_what_is_written_runs(pages, tmp_path):
         )
         print(done.stdout)  # what pytest shows of a failure
         assert done.returncode == 0, f"{page.relative_to(ROOT)}: {done.stdout[-2000:]}"
+        if page == README:
+            (accuracy,) = re.findall(r"^accuracy (\S+)$", done.stdout, flags=re.MULTILINE)
+            assert float(accuracy) > 0.7  # of four labels; it says 0.83
