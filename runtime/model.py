@@ -118,14 +118,17 @@ class Model(LoadedBundle):
 
         Args:
             prompt: the text to continue.
-            adapter, messages, prompt_cache, **options: as for `generate`.
+            adapter: as for `generate`.
+            messages: as for `generate`.
+            prompt_cache: as for `generate`.
             keep: have a `prompt_cache` of prompt and answer at the end, for what continues them.
+            **options: as for `generate`.
 
         Returns:
             An iterator over pieces of text, with the `result` at its end; `close` ends it before.
 
         Raises:
-            As `generate`, before the first piece.
+            EdgePeftError: as `generate`, before the first piece.
         """
         return self._generator.stream(prompt, messages, adapter, prompt_cache, keep, options)
 
@@ -159,7 +162,9 @@ class Model(LoadedBundle):
         """Read a prompt, or a conversation, that others begin with: once for all of them.
 
         Args:
-            prompt, adapter, messages: as for `generate`.
+            prompt: as for `generate`.
+            adapter: as for `generate`.
+            messages: as for `generate`.
 
         Returns:
             What `prompt_cache` takes; `save` writes it to a file.

@@ -1,6 +1,7 @@
 """Real English that every machine with Python has: the standard library's docstrings, labelled by area.
 
-    python samples/docstrings.py OUT            writes OUT/train.jsonl and OUT/test.jsonl
+    python samples/docstrings.py OUT                    writes OUT/train.jsonl and OUT/test.jsonl
+    python samples/docstrings.py OUT 50 email files     of these areas only, 50 each (and 25 to test on)
 
 Each record is `{"text": a docstring, "label": the area of the library it comes from}`. The sources are
 parsed, never imported. A whole top-level class or function goes to one side of the split, chosen by a hash of
@@ -15,7 +16,7 @@ import re
 import sys
 import sysconfig
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,11 +90,32 @@ def split(docstrings: list[Docstring]) -> tuple[list[Docstring], list[Docstring]
     return train, kept
 
 
-def write(out: Path) -> tuple[Path, Path]:
-    """Write `train.jsonl` and `test.jsonl` of this Python's library to `out`; returns their paths."""
+def some(docstrings: list[Docstring], each: int, areas: Sequence[str]) -> list[Docstring]:
+    """`each` docstrings of every area, chosen by a hash of their texts, in the order that they came in."""
+    chosen: set[str] = set()
+    for area in areas:
+        texts = [docstring.text for docstring in docstrings if docstring.label == area]
+        chosen.update(sorted(texts, key=_digest)[:each])
+    return [docstring for docstring in docstrings if docstring.label in areas and docstring.text in chosen]
+
+
+def write(out: Path, each: int | None = None, areas: Sequence[str] = tuple(AREAS)) -> tuple[Path, Path]:
+    """Write `train.jsonl` and `test.jsonl` of this Python's library.
+
+    Args:
+        out: their folder.
+        each: docstrings of an area to train on, and half as many to test on; all where None.
+        areas: which of `AREAS`.
+
+    Returns:
+        The paths of both.
+    """
     out.mkdir(parents=True, exist_ok=True)
     paths = out / "train.jsonl", out / "test.jsonl"
-    for path, docstrings in zip(paths, split(gather(Path(sysconfig.get_path("stdlib")))), strict=True):
+    train, test = split(gather(Path(sysconfig.get_path("stdlib"))))
+    if each is not None:
+        train, test = some(train, each, areas), some(test, each // 2, areas)
+    for path, docstrings in zip(paths, (train, test), strict=True):
         lines = (
             json.dumps({"text": d.text, "label": d.label}, ensure_ascii=False) + "\n" for d in docstrings
         )
@@ -141,7 +163,8 @@ def _has_near_duplicate(words: set[str], others: list[set[str]]) -> bool:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python samples/docstrings.py OUT")
-    for written in write(Path(sys.argv[1])):
+    out, *rest = sys.argv[1:] or [""]
+    if not out or len(rest) == 1 or (rest and not (rest[0].isdecimal() and set(rest[1:]) <= AREAS.keys())):
+        sys.exit(f"usage: python samples/docstrings.py OUT [EACH AREA...], of the areas {', '.join(AREAS)}")
+    for written in write(Path(out), int(rest[0]), rest[1:]) if rest else write(Path(out)):
         print(written)

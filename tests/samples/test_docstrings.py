@@ -72,3 +72,12 @@ def test_writes_jsonl_of_this_python_the_same_each_time(tmp_path, gathered):
     for path, side in zip(docstrings.write(tmp_path), docstrings.split(gathered), strict=True):
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert records == [{"text": d.text, "label": d.label} for d in side]
+
+
+def test_writes_as_many_of_an_area_as_are_asked_for(tmp_path):
+    paths = docstrings.write(tmp_path, 20, ["email", "files"])
+    counts = [
+        Counter(json.loads(line)["label"] for line in path.read_text(encoding="utf-8").splitlines())
+        for path in paths
+    ]
+    assert counts == [{"email": 20, "files": 20}, {"email": 10, "files": 10}]
