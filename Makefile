@@ -45,6 +45,7 @@ constraints:
 	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/pip freeze --all --exclude-editable --exclude pip | \
 		sed 's/+[^ ]*$$//'; } >constraints.new
 	mv constraints.new constraints.txt
+	rm -rf .venv-constraints
 
 # mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
 lint: $(STAMP)
