@@ -86,7 +86,7 @@ class Console:
         words = list(self.arguments)
         end = words.index("--") if "--" in words else len(words)
         words[end:end] = [option for option in more if option not in words]
-        return shlex.join([*_program(), *words])
+        return _quoted([*_program(), *words])
 
 
 def _told(error: BaseException) -> dict[str, Any]:
@@ -109,6 +109,15 @@ def _told(error: BaseException) -> dict[str, Any]:
     elif isinstance(error, OSError) and error.strerror:
         message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return {"type": kind, "message": " ".join(message.split()), "exit_code": exit_code, **more}
+
+
+def _quoted(words: list[str]) -> str:
+    """A command line of these words, as the system's shell reads it."""
+    if sys.platform != "win32":
+        return shlex.join(words)
+    import subprocess
+
+    return subprocess.list2cmdline(words)
 
 
 def _program() -> list[str]:

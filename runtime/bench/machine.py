@@ -5,6 +5,8 @@ import platform
 import re
 from pathlib import Path
 
+from edgepeft.runtime.memory.system import read_kernel
+
 _CPU_INFO = Path("/proc/cpuinfo")
 _BOARD = Path("/proc/device-tree/model")
 _MOST_CHARACTERS = 60
@@ -31,10 +33,7 @@ def _cores() -> int:
 def _cpu() -> str:
     """What the kernel calls the processor; on ARM boards, where it does not say, the board."""
     for path, pattern in ((_CPU_INFO, r"model name\s*:\s*(.+)"), (_BOARD, r"([^\0]+)")):
-        try:
-            found = re.search(pattern, path.read_text(errors="replace"))
-        except OSError:
-            continue
+        found = re.search(pattern, read_kernel(path) or "")
         if found is not None and found[1].strip():
             return shortened(found[1])
     return shortened(platform.processor() or platform.machine())

@@ -1,4 +1,4 @@
-"""Characters that a system's own encoding has not: on standard input and output."""
+"""What a system's shell and its encoding make of what is written and read."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from edgepeft.cli.console import _quoted
 from edgepeft.cli.streams import read_standard_input, take_every_character
 from edgepeft.errors import UsageError
 
@@ -55,3 +56,13 @@ def test_standard_input_is_utf_8(monkeypatch: pytest.MonkeyPatch, mark: bytes) -
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("größe".encode("latin-1")), "utf-8"))
     with pytest.raises(UsageError, match="standard input is not UTF-8"):
         read_standard_input()
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"),
+    [("linux", "edgepeft 'my model.edge' -x"), ("win32", 'edgepeft "my model.edge" -x')],
+)
+def test_a_command_line_to_go_on_with(monkeypatch: pytest.MonkeyPatch, platform: str, expected: str) -> None:
+    """In the quotes of the system's shell: Windows's knows no single ones."""
+    monkeypatch.setattr(sys, "platform", platform)
+    assert _quoted(["edgepeft", "my model.edge", "-x"]) == expected
