@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from edgepeft.adapters import save_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, DataError, UsageError
 from edgepeft.runtime.model import Model
+from edgepeft.runtime.session import GraphSession
 
 from . import tiny
 
@@ -114,6 +116,22 @@ def test_a_closed_stream_is_cancelled_and_holds_nothing(bundle: Path) -> None:
         del forgotten
         gc.collect()
         assert len(model._sessions._borrowers) == 0
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_stream_that_has_ended_keeps_no_session(bundle: Path, whole: bool) -> None:
+    """Its result may be looked at long after the model is closed, whose weights are then no longer mapped."""
+    with edgepeft.load(bundle) as model:
+        stream = model.stream("w5", max_new_tokens=4)
+        pieces = [next(stream)]
+        (entry,) = model._sessions._open.values()
+        assert isinstance(entry.session, GraphSession)
+        session = weakref.ref(entry.session._session)
+        del entry
+        if whole:
+            pieces += stream
+    assert session() is None
+    assert stream.result.text == "".join(pieces)
 
 
 def test_a_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
