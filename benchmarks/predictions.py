@@ -88,7 +88,7 @@ def run(bundle: Path, number: int, holds: bool, batch_size: int, seq_len: int | 
             raise
         report = rejected.report
     # An update counts its own peak anew, so the process's past may be above it.
-    measured_bytes = max(report["memory"]["measured_peak_bytes"], read_memory().peak_bytes)
+    measured_bytes = max(report["memory"]["measured_peak_bytes"], read_memory().peak_bytes or 0)
     predicted_bytes = report["memory"]["predicted_peak_bytes"]
     return Row("", report["strategy"], batch_size, seq_len, predicted_bytes, measured_bytes)
 

@@ -5,6 +5,7 @@ so that importing `edgepeft` costs numpy at most.
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.errors import (
@@ -25,6 +26,10 @@ from edgepeft.errors import (
 if TYPE_CHECKING:
     from edgepeft.exporters import export as export
     from edgepeft.runtime import load as load
+
+# onnxruntime's wheels report to their maker since 1.32, and a device's owner was not asked. It looks once,
+# when it is imported, which is after this. Who has set it decides.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 # Asking the installation's metadata for it costs a process 3 MiB.
 __version__ = "0.1.0"

@@ -235,6 +235,10 @@ def load_adapter(folder: Path | str) -> Adapter:
             f"{folder}: no such folder; a PEFT adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
         )
     config_path = folder / CONFIG_FILE
+    if not config_path.exists():
+        raise AdapterError(
+            f"{folder}: holds no {CONFIG_FILE}; a PEFT adapter is a folder with that and {TENSOR_FILE}"
+        )
     try:
         with config_path.open("rb") as file:
             text = file.read(_MAX_CONFIG_BYTES + 1)

@@ -148,8 +148,8 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
                 path.rename(previous)
             try:
                 temporary.rename(path)
-            except OSError:
-                if previous.exists():
+            except BaseException:  # Ctrl-C between the two, too
+                if previous.exists() and not path.exists():
                     previous.rename(path)
                 raise
             _sync_folder(path.parent)

@@ -35,6 +35,11 @@ def parse_size(text: str | int) -> int:
         raise UsageError(f"{text!r} is not a size: write a number and a unit, such as 96MiB, 128MB or 0.5GiB")
     match = _SIZE.fullmatch(str(text).strip())
     unit = _UNITS.get(match[2].upper()) if match else None
+    if match is not None and (letter := match[2].upper()) in ("K", "M", "G", "T"):
+        raise UsageError(
+            f"{text!r} is not a size: {match[2]} means two things, write {match[1]}{letter}iB (powers of "
+            f"1024) or {match[1]}{letter}B (powers of 1000)"
+        )
     if match is None or unit is None:
         raise UsageError(f"{text!r} is not a size: write a number and a unit, such as 96MiB, 128MB or 0.5GiB")
     size_bytes = int(Decimal(match[1]) * unit)

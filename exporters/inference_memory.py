@@ -12,7 +12,7 @@ from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.runtime.cache import cache_specs
-from edgepeft.runtime.streamed import StreamedModel
+from edgepeft.runtime.streamed import StreamedModel, output_rows
 
 from .training.feeds import axis_sizes, sample_feeds
 from .training.memory import Grid, fit_peaks, grid_of, read_profile
@@ -41,7 +41,7 @@ def _bytes_in_use(
 ) -> Iterator[np.ndarray]:
     """For every graph, what is held after each of its nodes: bytes, float64 `[sizes, nodes]`."""
     with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
-        model = StreamedModel(bundle, streamed=streamed, profile=str(Path(scratch) / "profile"))
+        model = StreamedModel(bundle, 1, streamed=streamed, profile=str(Path(scratch) / "profile"))
         for batch, sequence, rank, past in grid.sizes:
             sizes = axis_sizes(batch, sequence * length_unit)
             sizes["total_sequence"] += past
@@ -57,11 +57,15 @@ def _bytes_in_use(
 
 def _one_of_each_kind(manifest: Manifest, streamed: StreamedInference) -> StreamedInference:
     """One stage of each kind, since nothing is kept from stage to stage but what the next is given; all
-    where that has a size of its own (a recording's frames)."""
+    where that has a size of its own (a recording's frames). Of an output layer two slices."""
     kinds: dict[str, Stage] = {}
     for stage in streamed.stages:
         kinds.setdefault(stage.forward, stage)
         hidden = next(item for item in manifest.graphs[stage.forward].outputs if item.name == "hidden.out")
         if any(isinstance(dim, str) and dim not in ("batch", "sequence") for dim in hidden.shape):
             return streamed
-    return dataclasses.replace(streamed, stages=tuple(kinds.values()))
+    layer = streamed.output_layer
+    if layer is not None:
+        width = next(item.shape[-1] for item in manifest.graphs[layer.graph].inputs if item.name == "hidden")
+        layer = dataclasses.replace(layer, rows=min(layer.rows, 2 * output_rows(int(width))))
+    return dataclasses.replace(streamed, stages=tuple(kinds.values()), output_layer=layer)

@@ -59,7 +59,8 @@ def export(
 
     Args:
         model: a transformers model object, a folder, a hub id, the path of a GGUF file (`….gguf`), whose
-            weights are decoded and rounded anew, or that of an ONNX file (`….onnx`) that somebody else exported.
+            weights are decoded and rounded anew, or that of an ONNX file (`….onnx`) that somebody else
+            exported.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
@@ -143,7 +144,7 @@ def export(
             fit(adapter, inference.slots, inference.saved_modules)
         forward = inference
         if train and source.own_training_graph:
-            report("tracing the training graph")
+            report("quantizing the training graph")
             forward = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)
         folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
         report("differentiating and writing" if train else "writing")

@@ -11,8 +11,8 @@ EXTRA = "export"
 def requirements_run() -> dict[str, Requirement]:
     """What the exporter needs, by package, each with the range whose both ends were run.
 
-    The ranges are those of `pyproject.toml`, read from the installed package, so they stand nowhere else. Empty
-    where edgepeft runs from a folder without being installed.
+    The ranges are those of `pyproject.toml`, read from the installed package, so they stand nowhere else.
+    Empty where edgepeft runs from a folder without being installed.
     """
     try:
         declared = metadata.requires("edgepeft") or []
@@ -35,7 +35,7 @@ def range_run(package: str) -> str:
 
 
 def outside_range() -> list[str]:
-    """The installed packages whose version was not run: `transformers 5.30.0 (run: <=5.24.0,>=5.14.1)`."""
+    """Installed packages whose version was not run: `transformers 5.30.0 (run: <=5.24.0,>=5.14.1)`."""
     found = []
     for requirement in requirements_run().values():
         try:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import Adapter, fit, load_adapter
+from edgepeft.adapters import CONFIG_FILE, Adapter, fit, load_adapter
 from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
@@ -125,6 +125,10 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
     Raises:
         AdapterError: it is missing, damaged or does not fit the base.
     """
+    if not is_path(name) and name not in bundle.adapter_names() and (Path(name) / CONFIG_FILE).is_file():
+        raise AdapterError(
+            f"{bundle.path}: has no adapter {name!r}, but a folder of that name is here: write ./{name}"
+        )
     if is_path(name):
         adapter = load_adapter(name)
         fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)

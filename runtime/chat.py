@@ -42,7 +42,8 @@ class ChatTemplate:
         )
         if not isinstance(source, str):
             raise BundleError(
-                f"{bundle.path}: the model has no chat template: use prompt and completion instead"
+                f"{bundle.path}: the model has no chat template: give prompt (and completion) instead of "
+                "messages, and no --chat"
             )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]

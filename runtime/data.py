@@ -1,25 +1,40 @@
 """Records: JSON lines as the Hugging Face world writes them, or mappings from Python."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edgepeft.errors import DataError
 
 RecordSource = str | Path | Iterable[Mapping[str, Any]]
-"""A JSONL file by path, or the records themselves."""
+"""A JSONL file by path, standard input as `-`, or the records themselves."""
+
+STANDARD_INPUT = "-"
 
 _MAX_LINE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Record:
-    """One record and where it came from (`data.jsonl:7`, or `record 7`)."""
+    """One record.
+
+    Attributes:
+        where: it came from: `data.jsonl:7`, or `record 7`.
+        fields: its content.
+        folder: where the files that it names are: the data file's folder, or the working directory.
+    """
 
     where: str
     fields: Mapping[str, Any]
+    folder: Path = Path()
+
+    def located(self, field: str) -> object:
+        """The value of a field that may be a path: one that is not absolute is taken from the folder."""
+        value = self.fields.get(field)
+        return self.folder / value if isinstance(value, str | Path) else value
 
 
 def records(source: RecordSource) -> Iterator[Record]:
@@ -29,11 +44,16 @@ def records(source: RecordSource) -> Iterator[Record]:
         DataError: the file cannot be read, a line is not a JSON object, or there is no record at all.
     """
     count = 0
-    for record in _lines(Path(source)) if isinstance(source, str | Path) else _mappings(source):
+    if isinstance(source, str) and source == STANDARD_INPUT:
+        name, found = "standard input", _standard_input()
+    elif isinstance(source, str | Path):
+        name, found = str(source), _file(Path(source))
+    else:
+        name, found = "the data", _mappings(source)
+    for record in found:
         count += 1
         yield record
     if not count:
-        name = str(source) if isinstance(source, str | Path) else "the data"
         raise DataError(
             f'{name}: holds no records: write one JSON object a line, such as {{"text": …, "label": …}}'
         )
@@ -46,28 +66,40 @@ def _mappings(source: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
         yield Record(f"record {number}", fields)
 
 
-def _lines(path: Path) -> Iterator[Record]:
+def _file(path: Path) -> Iterator[Record]:
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                where = f"{path}:{number}"
-                if len(line) > _MAX_LINE_BYTES:
-                    raise DataError(
-                        f"{where}: the line is longer than {_MAX_LINE_BYTES:,} B: split the record"
-                    )
-                if line.strip():
-                    yield Record(where, _parse(line, where))
+            yield from _lines(file, str(path), path.parent)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}): give a file of JSON lines, or - for "
+            "standard input"
+        ) from error
+
+
+def _standard_input() -> Iterator[Record]:
+    if sys.stdin is None:
+        raise DataError("standard input: is closed: give a file of JSON lines, or pipe one in")
+    yield from _lines(sys.stdin.buffer, "standard input", Path())
+
+
+def _lines(file: BinaryIO, name: str, folder: Path) -> Iterator[Record]:
+    number = 0
+    while line := file.readline(_MAX_LINE_BYTES + 1):
+        number += 1
+        where = f"{name}:{number}"
+        if len(line) > _MAX_LINE_BYTES:
+            raise DataError(f"{where}: the line is longer than {_MAX_LINE_BYTES:,} B: split the record")
+        if line.strip():
+            yield Record(where, _parse(line, where), folder)
 
 
 def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     try:
         fields = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON ({error}): write one object a line") from error
+        advice = ", as jq -c '.[]' makes them of an array" if line.lstrip().startswith(b"[") else ""
+        raise DataError(f"{where}: is not JSON ({error}): write one object a line{advice}") from error
     if not isinstance(fields, dict):
         raise DataError(
             f'{where}: is a JSON {type(fields).__name__}, expected an object such as {{"text": …}}'

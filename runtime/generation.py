@@ -92,7 +92,7 @@ class Generation:
         keep: bool = False,
     ) -> None:
         self._decoder, self._cache = decoder, cache
-        self._keep = keep
+        self._keep, self._is_closed = keep, False
         self.kept: tuple[list[int], dict[str, Array]] | None = None
         self._rows = [_Row(manifest, prompt, options, row, decode) for row, prompt in enumerate(prompts)]
         # Without a cache, a prompt is read with every token, and an encoder reads it whole.
@@ -149,15 +149,18 @@ class Generation:
 
     def close(self) -> None:
         """Free what generating holds; rows that have not ended are cancelled."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         first = self._rows[0]
         if self._keep and self._decoder.lengths[0]:
             read = [*first.prompt, *first.ids][: self._decoder.lengths[0]]
             self.kept = read, self._decoder.snapshot(0)
-        self._keep = False
         for row in self._rows:
             row.reason = row.reason or "cancelled"
         self._cache = None
         self._decoder.close()
+        del self._decoder  # and with it the session, once the model has closed it too
 
     def _read(self, index: int) -> list[str]:
         """Some more of a row's prompt; after the last of it, the first token."""

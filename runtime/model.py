@@ -181,14 +181,19 @@ class Model(LoadedBundle):
         adapter: AdapterSpecs = None,
         batch_size: int = 8,
         seq_len: int | None = None,
+        *,
+        on_progress: prediction.OnProgress | None = None,
     ) -> list[dict[str, Any]]:
         """Classify or embed records.
 
         Args:
-            source: a JSONL file's path, or mappings such as `{"text": …}`.
+            source: a JSONL file's path, `-` for standard input, or mappings such as `{"text": …}`. Files that
+                its records name are found from its folder; those of mappings, and of standard input, from
+                the working directory.
             adapter: as for `forward`; a list has one for each record.
             batch_size: records a run; fewer where the memory budget holds no more.
             seq_len: tokens a text is cut to, or samples a recording; None for the model's maximum.
+            on_progress: is told, after every run, how many records of how many are done.
 
         Returns:
             For each record `{"label", "score", "scores"}`; `{"labels", "scores"}` where several labels apply
@@ -203,7 +208,7 @@ class Model(LoadedBundle):
         if self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
         examples = self._examples(source, adapter, batch_size, seq_len)
-        return prediction.results(self._task, self.forward, examples, adapter, batch_size)
+        return prediction.results(self._task, self.forward, examples, adapter, batch_size, on_progress)
 
     def classify(
         self,
@@ -282,9 +287,10 @@ class Model(LoadedBundle):
         ones.
 
         Args:
-            source: a JSONL file's path, or mappings such as `{"text": …, "label": …}`.
+            source: as for `predict`, with labels.
             output: folder for the new adapter, in PEFT's format; it is left alone unless the update is kept.
-            on_step: called after every step.
+            on_step: called after every step; what it raises ends the update there, with the work so far in a
+                checkpoint that `resume` goes on from.
             **options: see `TrainingOptions`: `steps`, `seq_len`, `batch_size`, `learning_rate`, ….
 
         Returns:

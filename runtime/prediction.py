@@ -13,6 +13,8 @@ from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.tasks.base import Array, Outputs
 
 Forward = Callable[[Mapping[str, object], AdapterSpecs], dict[str, npt.NDArray[np.float32]]]
+OnProgress = Callable[[int, int], None]
+"""Is told how many records of how many are done."""
 
 
 def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSource:
@@ -59,13 +61,20 @@ def batches(
 
 
 def results(
-    task: Task, forward: Forward, examples: Sequence[Example], adapter: AdapterSpecs, batch_size: int
+    task: Task,
+    forward: Forward,
+    examples: Sequence[Example],
+    adapter: AdapterSpecs,
+    batch_size: int,
+    on_progress: OnProgress | None = None,
 ) -> list[dict[str, Any]]:
     """What the task says of each example, in their order; see `batches`."""
     found: dict[int, dict[str, Any]] = {}
     for indices, batch, outputs in batches(task, forward, examples, adapter, batch_size):
         for index, result in zip(indices, task.results(outputs, batch), strict=True):
             found[index] = task.finish(result, examples[index])
+        if on_progress is not None:
+            on_progress(len(found), len(examples))
     return [found[index] for index in range(len(examples))]
 
 

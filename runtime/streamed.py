@@ -154,7 +154,7 @@ class StreamedModel:
         session.bind_values({"hidden": hidden})
         *lead, width = hidden.shape()
         logits = np.empty([*lead, layer.rows], np.float32)
-        step = max(_SLICE_VALUES // width, 1)
+        step = output_rows(width)
         for first in range(0, layer.rows, step):
             last = min(first + step, layer.rows)
             session.bind(
@@ -203,6 +203,11 @@ class StreamedModel:
                 self._bundle, role, self._threads, shared_arena=True, profile=profile
             )
         return self._sessions[role]
+
+
+def output_rows(width: int) -> int:
+    """Rows of an output layer of this width that are decoded at a time."""
+    return max(_SLICE_VALUES // width, 1)
 
 
 def _bind(session: GraphSession, values: Mapping[str, Value]) -> None:

@@ -9,6 +9,10 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+import onnxruntime
+
+from edgepeft.runtime.bench.machine import machine_name, shortened
+from edgepeft.sizes import format_size
 
 MIB = 2**20
 
@@ -49,8 +53,8 @@ def memory(report: dict[str, Any], torch: dict[str, Any], path: Path) -> None:
                 fontsize=9,
                 arrowprops={"arrowstyle": "-", "lw": 0.6},
             )
+    axes.set_title(title(report), fontsize="medium", parse_math=False)
     axes.set(
-        title="Resident memory of the whole process while an adapter learns",
         xlabel="seconds",
         ylabel="MiB",
         ylim=(0, None),
@@ -60,3 +64,11 @@ def memory(report: dict[str, Any], torch: dict[str, Any], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def title(report: dict[str, Any]) -> str:
+    """Two lines: the model and its budget; the machine and what ran on it."""
+    return (
+        f"{shortened(report['model'])} learns in {format_size(report['memory']['budget_bytes'])}: resident "
+        f"memory of the whole process\n{machine_name()}, onnxruntime {onnxruntime.__version__}"
+    )

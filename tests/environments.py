@@ -2,10 +2,11 @@
 
     python tests/environments.py oldest|newest [device]
 
-`oldest` pins what edgepeft needs to the lower bounds; `newest` leaves the upper bounds away (but torch's, above
-which the registry's builds bring gigabytes of CUDA), so that a release which breaks edgepeft is met here first.
-The tools of the development environment are the newest in both. With `device`, what a device needs alone: its
-lower bounds are lower than those that the exporter's packages ask for. Needs the package `packaging`.
+`oldest` pins what edgepeft needs to the lower bounds; `newest` leaves the upper bounds away (but torch's,
+above which the registry's builds bring gigabytes of CUDA), so that a release which breaks edgepeft is met
+here first. The tools of the development environment are the newest in both. With `device`, what a device
+needs alone: its lower bounds are lower than those that the exporter's packages ask for. Needs the package
+`packaging`.
 """
 
 import sys

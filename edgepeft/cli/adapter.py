@@ -1,13 +1,15 @@
 """`edgepeft adapter`: list, add, remove and export the adapters of a bundle."""
 
+import contextlib
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from edgepeft.cli.console import Console
+from edgepeft.cli.group import Group
 from edgepeft.cli.options import bundle_argument, json_option, table
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.sizes import format_size
@@ -29,7 +31,7 @@ def dtype_option() -> Callable[[Any], Any]:
     )
 
 
-@click.group(short_help="List, add, remove and export adapters.")
+@click.group(cls=Group, short_help="List, add, remove and export adapters.")
 def adapter() -> None:
     """List, add, remove and export the adapters of a bundle.
 
@@ -45,7 +47,8 @@ def adapter() -> None:
 @adapter.command("list", short_help="Show the adapters.")
 @bundle_argument()
 @json_option()
-def list_adapters(bundle: str, as_json: bool) -> None:
+@click.pass_obj
+def list_adapters(console: Console, /, bundle: str) -> None:
     """Show the adapters of BUNDLE: those that its manifest lists, and folders that were dropped into it.
 
     \b
@@ -55,15 +58,16 @@ def list_adapters(bundle: str, as_json: bool) -> None:
     from edgepeft.bundle.reader import open_bundle
 
     opened = open_bundle(bundle)
-    entries = [_entry(opened, name) for name in opened.adapter_names()]
-    click.echo(json.dumps(entries) if as_json else _table(entries))
+    console.show([_entry(opened, name) for name in opened.adapter_names()], _table)
 
 
 @adapter.command(short_help="Add adapters.")
 @bundle_argument()
 @click.argument("adapters", nargs=-1, required=True, metavar="NAME=PATH...")
 @dtype_option()
-def add(bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
+@json_option()
+@click.pass_obj
+def add(console: Console, /, bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
     """Add PEFT folders, or .onnx_adapter files that were made for this bundle, to BUNDLE.
 
     Each is checked for its fit and its effect first. A bundle whose add is interrupted stays as it was.
@@ -75,19 +79,24 @@ def add(bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> 
     from edgepeft.bundle.adapter_store import add_adapter
     from edgepeft.bundle.reader import open_bundle
 
+    named = [_named(item) for item in adapters]
+    console.progress.stage("opening the bundle")
     opened = open_bundle(bundle)
-    for item in adapters:
-        name, separator, path = item.partition("=")
-        if not (name and separator and path):
-            raise UsageError(f"{item}: write NAME=PATH")
-        opened = add_adapter(opened, name, *_source(opened, Path(path), dtype))
-        click.echo(f"added {name}")
+    with _changes(console, bundle, "added") as added:
+        for name, path in named:
+            source = _source(opened, path, dtype)
+            console.interrupts.hold(f"adding {name}")
+            opened = add_adapter(opened, name, *source)
+            added.append(name)
+            console.interrupts.release()
 
 
 @adapter.command(short_help="Remove adapters.")
 @bundle_argument()
 @click.argument("names", nargs=-1, required=True, metavar="NAME...")
-def remove(bundle: str, names: tuple[str, ...]) -> None:
+@json_option()
+@click.pass_obj
+def remove(console: Console, /, bundle: str, names: tuple[str, ...]) -> None:
     """Remove adapters from BUNDLE, folders and all.
 
     \b
@@ -97,10 +106,14 @@ def remove(bundle: str, names: tuple[str, ...]) -> None:
     from edgepeft.bundle.adapter_store import remove_adapter
     from edgepeft.bundle.reader import open_bundle
 
+    console.progress.stage("opening the bundle")
     opened = open_bundle(bundle)
-    for name in names:
-        opened = remove_adapter(opened, name)
-        click.echo(f"removed {name}")
+    with _changes(console, bundle, "removed") as removed:
+        for name in names:
+            console.interrupts.hold(f"removing {name}")
+            opened = remove_adapter(opened, name)
+            removed.append(name)
+            console.interrupts.release()
 
 
 @adapter.command("export", short_help="Copy an adapter out.")
@@ -114,7 +127,11 @@ def remove(bundle: str, names: tuple[str, ...]) -> None:
     help=f"A PEFT folder, or a file that ends with {ONNX_SUFFIX} for onnxruntime's LoraAdapter.",
 )
 @dtype_option()
-def export_adapter(bundle: str, name: str, output: Path, dtype: "StoredDtype | None") -> None:
+@json_option()
+@click.pass_obj
+def export_adapter(
+    console: Console, /, bundle: str, name: str, output: Path, dtype: "StoredDtype | None"
+) -> None:
     """Copy the adapter NAME of BUNDLE out of it: as the PEFT folder that it is, or as one file for
     onnxruntime's LoraAdapter.
 
@@ -139,7 +156,31 @@ def export_adapter(bundle: str, name: str, output: Path, dtype: "StoredDtype | N
         write = _writer(held, opened.path / "adapters" / name, dtype)[1]
         with atomic_folder(output, CONFIG_FILE) as folder:
             write(folder)
-    click.echo(f"wrote {output}")
+    console.show(
+        {"bundle": bundle, "adapter": name, "output": str(output)}, lambda told: f"wrote {told['output']}"
+    )
+
+
+def _named(item: str) -> tuple[str, Path]:
+    """The name and the path of NAME=PATH."""
+    name, separator, path = item.partition("=")
+    if not (name and separator and path):
+        raise UsageError(f"{item}: write NAME=PATH, such as mine=./my-adapter")
+    return name, Path(path)
+
+
+@contextlib.contextmanager
+def _changes(console: Console, bundle: str, what: str) -> Iterator[list[str]]:
+    """Names to be collected, of which the console tells whether or not the command fails after some."""
+    names: list[str] = []
+    try:
+        yield names
+    finally:
+        if names:
+            console.show(
+                {"bundle": bundle, what: names},
+                lambda told: "\n".join(f"{what} {name}" for name in told[what]),
+            )
 
 
 def _source(

@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from edgepeft.cli.console import Console
 from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
+from edgepeft.errors import UsageError
 from edgepeft.sizes import format_size
 
 if TYPE_CHECKING:
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     "--plot", type=click.Path(path_type=Path), metavar="FILE.png", help="Draw the memory over time."
 )
 @json_option()
+@click.pass_obj
 def bench(
+    console: Console,
+    /,
     bundle: str,
     budget: int | None,
     seq_len: int | None,
@@ -35,7 +40,6 @@ def bench(
     steps: int,
     max_new_tokens: int,
     plot: Path | None,
-    as_json: bool,
 ) -> None:
     """Measure BUNDLE on this device: loading, prefill and decode (or predict, where a model does not
     generate), a training step, and swapping adapters; on random records.
@@ -54,11 +58,17 @@ def bench(
 
     if plot is not None:
         require_matplotlib()
+        if not plot.parent.is_dir():
+            raise UsageError(f"--plot {plot}: there is no folder {plot.parent}: make it first")
     options = BenchOptions(seq_len, batch_size, steps, max_new_tokens)
-    report = measure(bundle, options, budget, lambda phase: click.echo(f"measuring {phase} …", err=True))
+
+    def began(phase: str) -> None:
+        console.progress.stage(f"measuring {phase}", at_once=True)
+
+    report = measure(bundle, options, budget, began)
     if plot is not None:
         draw(report, plot)
-    click.echo(report.to_json() if as_json else _table(report))
+    console.show(report.to_dict(), lambda _: _table(report))
 
 
 def _table(report: "BenchReport") -> str:

@@ -1,7 +1,7 @@
 """A conversation at the terminal: a line is a message, the answer comes as it is written."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -42,7 +42,9 @@ def converse(model: Any, messages: list[dict[str, str]], prompt_cache: Any, aske
             messages.pop()
             continue
         prompt_cache = None
-        messages.append({"role": "assistant", "content": write(stream).text})
+        with contextlib.suppress(KeyboardInterrupt):
+            write(stream)
+        messages.append({"role": "assistant", "content": stream.result.text})
         prompt_cache = stream.prompt_cache
 
 
@@ -65,13 +67,18 @@ def _fitting(model: Any, messages: list[dict[str, str]], asked: dict[str, Any]) 
             return stream
 
 
-def write(stream: Any) -> Any:
-    """Write a stream to the terminal as it comes; its result. An interrupt ends it."""
+def write(stream: Any, before: Callable[[], None] = lambda: None) -> None:
+    """Write a stream to the terminal as it comes; whatever ends it ends the line, too.
+
+    Args:
+        stream: pieces of text.
+        before: called before the first one.
+    """
     with stream:
         try:
-            for piece in stream:
+            for number, piece in enumerate(stream):
+                if number == 0:
+                    before()
                 click.echo(piece, nl=False)
-        except KeyboardInterrupt:
-            stream.close()
-        click.echo()
-        return stream.result
+        finally:
+            click.echo()

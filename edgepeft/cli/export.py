@@ -1,17 +1,22 @@
 """`edgepeft export`."""
 
 import dataclasses
-import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgepeft.adapters import CONFIG_FILE
 from edgepeft.bundle.validation import TASKS
+from edgepeft.bundle.writer import MANIFEST_FILE
+from edgepeft.cli.console import Console
+from edgepeft.cli.options import json_option
 from edgepeft.errors import UsageError
+from edgepeft.files import check_replaceable
 from edgepeft.sizes import format_size
+
+#: Models that are one file.
+FILES = (".gguf", ".onnx")
 
 
 def _names(_context: click.Context, _parameter: click.Parameter, value: str | None) -> list[str] | None:
@@ -56,12 +61,16 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
               help="Let training also count how far the logits drift from the base model's.")  # fmt: skip
 @click.option("--calibration", metavar="FILE.jsonl",
               help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
-                   "rounded to suit them (GPTQ), which takes minutes.")  # fmt: skip
+                   "rounded to suit them (GPTQ), which takes minutes; - reads them from standard "
+                   "input.")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written and measured as JSON.")
+@json_option("Print what was written and measured, or why nothing was, as one JSON document.")
+@click.pass_obj
 def export(
+    console: Console,
+    /,
     model: str,
     output: Path,
     task: str | None,
@@ -78,9 +87,8 @@ def export(
     no_train: bool,
     no_verify: bool,
     seed: int,
-    as_json: bool,
 ) -> None:
-    """Export MODEL (a transformers folder, a hub id or an ONNX file) and its adapters as one bundle.
+    """Export MODEL (a transformers folder, a hub id, a GGUF or an ONNX file) and its adapters as one bundle.
 
     The bundle is compared with PyTorch before it is put in place: outputs with and without each adapter, the
     loss and every gradient. Of an ONNX file that somebody else exported, quantized or not, the outputs are
@@ -90,11 +98,14 @@ def export(
     edgepeft export ./all-MiniLM-L6-v2 -o topics.edge --task text-classification \\
         --labels sport,science --rank 8 --targets query,key,value,dense
     edgepeft export ./all-MiniLM-L6-v2 -o embeddings.edge --calibration texts.jsonl --no-train
+    edgepeft export SmolLM2-135M-Instruct.Q4_1.gguf -o chat.edge
     edgepeft export ./llama-int4/model.onnx -o llama.edge --rank 8 --targets o_proj,down_proj
     """
+    _check_early(model, output)
+    progress = console.progress
+    progress.stage("importing torch and transformers")
     from edgepeft import export as run_export
 
-    stages = _Stages()
     manifest = run_export(
         model,
         output,
@@ -112,64 +123,59 @@ def export(
         train=not no_train,
         verify=not no_verify,
         seed=seed,
-        report=stages,
-        progress=stages.progress,
+        report=lambda stage: progress.stage(stage, at_once=True),
+        progress=lambda done, total: progress.update(done, total, "weights"),
     )
-    stages.finish()
-    bundle_bytes = sum(entry.nbytes for entry in manifest.files.values())
     calibrated = manifest.quantization.calibration
-    if as_json:
-        summary = {
-            "bundle": str(output),
-            "task": manifest.task,
-            "bits": manifest.quantization.bits,
-            "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
-            "bundle_bytes": bundle_bytes,
-            "adapters": list(manifest.adapters),
-            "lora_slots": len(manifest.lora_slots),
-            "verification": manifest.verification,
-        }
-        click.echo(json.dumps(summary, indent=2))
-        return
-    click.echo(
-        f"{output}: {manifest.task}, {manifest.quantization.bits} bits, {format_size(bundle_bytes)}, "
-        f"{len(manifest.lora_slots)} LoRA slots, adapters: {', '.join(manifest.adapters) or 'none'}"
-    )
+    summary = {
+        "bundle": str(output),
+        "task": manifest.task,
+        "bits": manifest.quantization.bits,
+        "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
+        "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
+        "adapters": list(manifest.adapters),
+        "lora_slots": len(manifest.lora_slots),
+        "verification": manifest.verification,
+    }
+    console.show(summary, _text)
+
+
+def _check_early(model: str, output: Path) -> None:
+    """Refuse what can be told to be wrong before torch is imported, which takes seconds.
+
+    Raises:
+        UsageError: the output is taken, or there is no model at that path.
+    """
+    check_replaceable(output, MANIFEST_FILE)
+    path = Path(model)
+    if path.is_dir():
+        for name, kind in ((MANIFEST_FILE, "a bundle already"), (CONFIG_FILE, "a PEFT adapter")):
+            if (path / name).exists() and not (path / "config.json").exists():
+                raise UsageError(f"{model}: is {kind}, expected a model's folder, hub id, GGUF or ONNX file")
+    elif path.exists() and path.suffix not in FILES:
+        raise UsageError(
+            f"{model}: is a file, expected a model's folder, hub id, GGUF or ONNX file ({', '.join(FILES)})"
+        )
+    elif not path.exists() and (path.suffix in FILES or model.startswith((".", "/", "~"))):
+        raise UsageError(f"{model}: no such model's folder or file")
+
+
+def _text(summary: dict[str, Any]) -> str:
+    calibrated, verification = summary["calibration"], summary["verification"]
+    lines = [
+        f"{summary['bundle']}: {summary['task']}, {summary['bits']} bits, "
+        f"{format_size(summary['bundle_bytes'])}, {summary['lora_slots']} LoRA slots, adapters: "
+        f"{', '.join(summary['adapters']) or 'none'}"
+    ]
     if calibrated is not None:
-        click.echo(
-            f"calibrated on {calibrated.records} records; rounded to the nearest: "
-            f"{', '.join(calibrated.rounded) or 'none'}"
+        lines.append(
+            f"calibrated on {calibrated['records']} records; rounded to the nearest: "
+            f"{', '.join(calibrated['rounded']) or 'none'}"
         )
-    if manifest.verification:
-        worst = max(manifest.verification["outputs"].values())
-        click.echo(
-            f"verified against {manifest.verification['against']}: outputs differ by at most {worst:.1e} of "
-            "their largest magnitude"
+    if verification:
+        worst = max(verification["outputs"].values())
+        lines.append(
+            f"verified against {verification['against']}: outputs differ by at most {worst:.1e} of their "
+            "largest magnitude"
         )
-
-
-class _Stages:
-    """Prints each stage on standard error, with the seconds it took once it is over, and a bar in the long
-    one."""
-
-    def __init__(self) -> None:
-        self._started_s: float | None = None
-        self._bar: Any = None
-
-    def progress(self, done: int, total: int) -> None:
-        """Show how many weights are calibrated."""
-        if self._bar is None:
-            self._bar = click.progressbar(length=total, label="calibrating", file=sys.stderr)
-        self._bar.update(done - self._bar.pos)
-        if done == total:
-            self._bar.render_finish()
-
-    def __call__(self, stage: str) -> None:
-        self.finish()
-        click.echo(f"{stage} …", err=True, nl=not sys.stderr.isatty())
-        self._started_s = time.perf_counter()
-
-    def finish(self) -> None:
-        if self._started_s is not None and sys.stderr.isatty():
-            click.echo(f" {time.perf_counter() - self._started_s:.1f} s", err=True)
-        self._started_s = None
+    return "\n".join(lines)

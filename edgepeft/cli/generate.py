@@ -1,13 +1,13 @@
 """`edgepeft generate`: continue a text, or answer in a conversation."""
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
+from edgepeft.cli.console import Console
 from edgepeft.cli.conversation import converse, write
 from edgepeft.cli.generation_options import generation_options
 from edgepeft.cli.options import (
@@ -58,7 +58,10 @@ from edgepeft.errors import UsageError
 )
 @budget_option()
 @json_option()
+@click.pass_obj
 def generate(
+    console: Console,
+    /,
     bundle: str,
     prompt: str | None,
     chat: bool,
@@ -69,7 +72,6 @@ def generate(
     save_prompt_cache: str | None,
     int8_activations: bool,
     budget: int | None,
-    as_json: bool,
     **options: Any,
 ) -> None:
     """Continue a text with the language model in BUNDLE, or answer in a conversation.
@@ -82,40 +84,44 @@ def generate(
     check_floor(budget)
     if system is not None and not chat:
         raise UsageError("--system is part of a conversation: give --chat as well")
-    if prompt is None and not (chat and sys.stdin.isatty() and not save_prompt_cache and not as_json):
+    if prompt is None and not (chat and sys.stdin.isatty() and not save_prompt_cache and not console.as_json):
         raise UsageError("there is no --prompt: give a text, or - to read it from standard input")
     text = read_standard_input().removesuffix("\n") if prompt == "-" else prompt
     spec = adapter_spec(adapters)
     messages = [{"role": "system", "content": system}] if system is not None else []
+    console.progress.stage("opening the bundle")
     from edgepeft.runtime import load
 
     with load(bundle, memory_budget=budget, int8_activations=int8_activations) as model:
         if text is None:
-            converse(model, messages, prompt_cache, {**options, "adapter": spec})
+            console.progress.close()
+            with console.interrupts.suspended():
+                converse(model, messages, prompt_cache, {**options, "adapter": spec})
             return
+        console.progress.stage("reading the prompt")
         asked: dict[str, Any] = (
             {"messages": [*messages, {"role": "user", "content": text}]} if chat else {"prompt": text}
         )
         if save_prompt_cache:
             read = model.read_prompt(**asked, adapter=spec)
             read.save(save_prompt_cache)
-            summary = {"prompt_tokens": len(read.ids), "nbytes": Path(save_prompt_cache).stat().st_size}
-            click.echo(
-                json.dumps({"file": save_prompt_cache, **summary}, indent=1)
-                if as_json
-                else f"{save_prompt_cache}: {summary['prompt_tokens']} tokens, {summary['nbytes']:,} B"
+            nbytes = Path(save_prompt_cache).stat().st_size
+            console.show(
+                {"file": save_prompt_cache, "prompt_tokens": len(read.ids), "nbytes": nbytes}, _written
             )
             return
         answer = model.stream(**asked, adapter=spec, prompt_cache=prompt_cache, **options)
-        if not as_json and (sys.stdout.isatty() if stream is None else stream):
-            write(answer)
+        if not console.as_json and (sys.stdout.isatty() if stream is None else stream):
+            write(answer, console.progress.close)
             return
-        for _ in answer:
-            pass
-        result = answer.result
-    if as_json:
-        told = dataclasses.asdict(result)
-        told["new_tokens"] = len(told.pop("ids"))
-        click.echo(json.dumps({"prompt": text, "adapter": spec, **told}, indent=1))
-    else:
-        click.echo(result.text)
+        for count, _ in enumerate(answer, start=1):
+            if count == 1:
+                console.progress.stage("generating")
+            console.progress.update(count, options["max_new_tokens"], "tokens at most")
+        told = dataclasses.asdict(answer.result)
+    told["new_tokens"] = len(told.pop("ids"))
+    console.show({"prompt": text, "adapter": spec, **told}, lambda told: str(told["text"]))
+
+
+def _written(told: dict[str, Any]) -> str:
+    return f"{told['file']}: {told['prompt_tokens']} tokens, {told['nbytes']:,} B"

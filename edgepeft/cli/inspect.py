@@ -1,11 +1,11 @@
 """`edgepeft inspect`: what a bundle holds."""
 
 import dataclasses
-import json
 from typing import Any
 
 import click
 
+from edgepeft.cli.console import Console
 from edgepeft.cli.options import bundle_argument, json_option, table
 from edgepeft.sizes import format_size
 
@@ -13,7 +13,8 @@ from edgepeft.sizes import format_size
 @click.command(short_help="Show what a bundle holds.")
 @bundle_argument()
 @json_option()
-def inspect(bundle: str, as_json: bool) -> None:
+@click.pass_obj
+def inspect(console: Console, /, bundle: str) -> None:
     """Show what BUNDLE holds, after checking every file against its hash.
 
     \b
@@ -22,8 +23,8 @@ def inspect(bundle: str, as_json: bool) -> None:
     """
     from edgepeft.bundle.reader import open_bundle
 
-    summary = _summary(open_bundle(bundle))
-    click.echo(json.dumps(summary, indent=1) if as_json else _table(summary))
+    console.progress.stage("checking the files")
+    console.show(_summary(open_bundle(bundle)), _table)
 
 
 def _summary(bundle: Any) -> dict[str, Any]:

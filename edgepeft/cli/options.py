@@ -1,5 +1,6 @@
 """Options and tables that several commands share."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,10 +20,15 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
     del ctx
+    if value is None:
+        return None
     try:
-        return None if value is None else parse_size(value)
+        size_bytes = parse_size(value)
     except UsageError as error:
         raise UsageError(f"--{param.name}: {error}") from error
+    if value.isdecimal() and size_bytes < 2**20:
+        raise UsageError(f"--{param.name}: {value!r} is {size_bytes} bytes: write a unit, such as {value}MiB")
+    return size_bytes
 
 
 def bundle_argument() -> Decorator:
@@ -30,9 +36,19 @@ def bundle_argument() -> Decorator:
     return click.argument("bundle", type=click.Path())
 
 
-def json_option() -> Decorator:
-    """`--json`."""
-    return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def _json(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    del param
+    ctx.obj.as_json = value
+
+
+def json_option(help: str = "Print one JSON document instead of a table, of a failure too.") -> Decorator:
+    """`--json`, which the command's `Console` knows of."""
+    return click.option("--json", is_flag=True, is_eager=True, expose_value=False, callback=_json, help=help)
+
+
+def data_option(help: str) -> Decorator:
+    """`--data FILE`."""
+    return click.option("--data", required=True, type=click.Path(allow_dash=True), metavar="FILE", help=help)
 
 
 def budget_option(*, required: bool = False) -> Decorator:
@@ -115,13 +131,24 @@ def memory_options() -> Decorator:
 def _device(ctx: click.Context, param: click.Parameter, value: str | None) -> Device | None:
     del param
     if value == "list":
-        rows = [
-            [item.name, item.title, format_size(item.ram_bytes), format_size(item.budget_bytes), item.rule]
-            for item in DEVICES.values()
-        ]
-        click.echo(table(rows, ["device", "", "RAM", "budget", "which is"]))
+        ctx.obj.show([dataclasses.asdict(item) for item in DEVICES.values()], _devices)
+        ctx.obj.finish()
         ctx.exit()
     return None if value is None else find_device(value)
+
+
+def _devices(devices: list[dict[str, Any]]) -> str:
+    rows = [
+        [
+            item["name"],
+            item["title"],
+            format_size(item["ram_bytes"]),
+            format_size(item["budget_bytes"]),
+            item["rule"],
+        ]
+        for item in devices
+    ]
+    return table(rows, ["device", "", "RAM", "budget", "which is"])
 
 
 def device_option() -> Decorator:

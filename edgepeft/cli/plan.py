@@ -2,11 +2,11 @@
 
 import contextlib
 import dataclasses
-import json
 from typing import Any
 
 import click
 
+from edgepeft.cli.console import Console
 from edgepeft.cli.options import (
     budget_option,
     bundle_argument,
@@ -32,7 +32,10 @@ from edgepeft.sizes import format_size
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
 @memory_options()
 @json_option()
+@click.pass_obj
 def plan(
+    console: Console,
+    /,
     bundle: str,
     budget: int | None,
     device: Device | None,
@@ -40,7 +43,6 @@ def plan(
     batch_size: int,
     adapter: str | None,
     rank: int | None,
-    as_json: bool,
     **switches: Any,
 ) -> None:
     """Predict the peak memory of adapting BUNDLE with every strategy it has, and the time of a step relative
@@ -64,7 +66,8 @@ def plan(
             raise UsageError("--budget and --device are both given: give one of them")
         budget = device.budget_bytes
     if budget is None:
-        raise UsageError("neither --budget nor --device is given: give one of them")
+        raise UsageError("neither --budget nor --device is given: give one of them, such as --budget 256MiB")
+    console.progress.stage("opening the bundle")
     opened = open_bundle(bundle)
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
@@ -96,7 +99,7 @@ def plan(
             for item in candidates
         ],
     }
-    click.echo(json.dumps(result, indent=1) if as_json else _table(result))
+    console.show(result, _table)
     if failure is not None:
         raise failure
 

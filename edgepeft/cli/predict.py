@@ -1,17 +1,18 @@
 """`edgepeft predict`: classify or embed the records of a file."""
 
-import json
 import math
 from typing import Any
 
 import click
 
+from edgepeft.cli.console import Console
 from edgepeft.cli.options import (
     adapter_spec,
     adapters_option,
     budget_option,
     bundle_argument,
     check_floor,
+    data_option,
     json_option,
     table,
 )
@@ -19,7 +20,7 @@ from edgepeft.cli.options import (
 
 @click.command(short_help="Classify or embed records.")
 @bundle_argument()
-@click.option("--data", required=True, type=click.Path(), help='JSONL file of records such as {"text": …}.')
+@data_option('JSON lines such as {"text": …}; - reads them from standard input.')
 @adapters_option()
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a run.")
 @click.option(
@@ -29,14 +30,16 @@ from edgepeft.cli.options import (
 )
 @budget_option()
 @json_option()
+@click.pass_obj
 def predict(
+    console: Console,
+    /,
     bundle: str,
     data: str,
     adapters: tuple[str, ...],
     batch_size: int,
     seq_len: int | None,
     budget: int | None,
-    as_json: bool,
 ) -> None:
     """Classify or embed every record of a file, or put numbers to it; with labels in it, also say how many
     are right.
@@ -44,18 +47,25 @@ def predict(
     \b
     Example:
       edgepeft predict model.edge --data records.jsonl --adapter mine
+      head -n 3 records.jsonl | edgepeft predict model.edge --data - --json
     """
     check_floor(budget)
+    spec = adapter_spec(adapters)
+    progress = console.progress
+    progress.stage("opening the bundle")
     from edgepeft.runtime import load
 
-    spec = adapter_spec(adapters)
+    def done(count: int, total: int) -> None:
+        progress.update(count, total, "records")
+
     with load(bundle, memory_budget=budget) as model:
-        records = model.predict(data, adapter=spec, batch_size=batch_size, seq_len=seq_len)
+        progress.stage("predicting")
+        records = model.predict(data, spec, batch_size, seq_len, on_progress=done)
         task = model.manifest.task
     graded = [right for record in records for right in _graded(task, record)]
     accuracy = sum(graded) / len(graded) if graded else None
     result = {"task": task, "adapter": spec, "accuracy": accuracy, "records": records}
-    click.echo(json.dumps(result) if as_json else _table(result))
+    console.show(result, _table, indent=None)
 
 
 def _graded(task: str, record: dict[str, Any]) -> list[bool]:

@@ -21,13 +21,15 @@ def drop_cache(graph: ir.Graph) -> None:
     """Remove the inputs `past_key_values.*` and the outputs `present.*`; the caller sorts and tidies.
 
     A `Concat` of the past with what is new becomes what is new; anything else that reads the past gets one of
-    length 0, `[batch, kv_heads, 0, head_dim]`, with the batch of the first input.
+    length 0, `[batch, kv_heads, 0, head_dim]`, with the batch of the first input. Axes as long as the past
+    and the tokens together are named as the tokens' own.
 
     Raises:
         ExportError: a past has a head count or head size that is not static.
     """
     graph.outputs[:] = [value for value in graph.outputs if not is_cache(value)]
     pasts = [value for value in graph.inputs if is_cache(value)]
+    _rename_totals(graph, pasts)
     graph.inputs[:] = [value for value in graph.inputs if not is_cache(value)]
     for past in pasts:
         for node, position in list(past.uses()):
@@ -36,6 +38,24 @@ def drop_cache(graph: ir.Graph) -> None:
                 graph.remove(node, safe=True)
         if past.uses():
             past.replace_all_uses_with(_empty(graph, past))
+
+
+def _rename_totals(graph: ir.Graph, pasts: Sequence[ir.Value]) -> None:
+    """Name axes by the lengths they have now, so that folding sees which are equal."""
+    lengths = {str(past.shape[2]) for past in pasts if past.shape is not None and len(past.shape) == 4}
+    axes = {value.name: value.shape[-1] for value in graph.inputs if value.shape}
+    tokens, total = axes.get("input_ids"), axes.get("attention_mask")
+
+    def shorter(dim: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        if dim == total:
+            return tokens
+        return " + ".join(part for part in dim.value.split(" + ") if part not in lengths) or dim
+
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        if value.shape is not None and not is_cache(value):
+            value.shape = ir.Shape([shorter(dim) for dim in value.shape])
 
 
 def _empty(graph: ir.Graph, past: ir.Value) -> ir.Value:

@@ -40,6 +40,10 @@ class Traced:
     weights: dict[str, torch.Tensor]
     packed: dict[str, dict[str, int]] = field(default_factory=dict)
 
+    def copy(self) -> "Traced":
+        """The same graph once more, to be changed; the weights are shared."""
+        return Traced(self.model.clone(), dict(self.weights), self.packed)
+
 
 class ModelSource(Protocol):
     """A model to export: a transformers model (`loading.Source`) or an ONNX file (`onnx_file.OnnxFile`)."""

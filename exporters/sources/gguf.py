@@ -1,6 +1,6 @@
 """A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader.
 
-What the file had quantized is quantized once more by the export; see `--calibration`. Source: GGUF, version 3;
+What the file had quantized is quantized once more by the export. Source: GGUF, version 3;
 `transformers.modeling_gguf_pytorch_utils`.
 """
 
@@ -23,7 +23,7 @@ def is_gguf_file(model: object) -> bool:
 
 
 def load_gguf(path: Path) -> tuple[Any, dict[str, bytes]]:
-    """The language model of a GGUF file, float32, and the tokenizer files (with the chat template) made of it.
+    """The language model of a GGUF file, float32, and the tokenizer files made of it, its chat template too.
 
     Raises:
         ExportError: there is no such file, or transformers cannot read it.

@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
 from edgepeft.errors import ExportError, UsageError
 
+from ..graph import tidy
+from ..passes.drop_cache import drop_cache
+from ..passes.input_shapes import take_sizes_from_inputs
 from .base import Pooling, Traced
 from .gguf import is_gguf_file, load_gguf
 from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
@@ -33,7 +36,7 @@ MAX_SAMPLES = 30 * 16_000
 class Source:
     """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
 
-    `shipped` is the folder or hub id that it came from.
+    `shipped` is the folder or hub id that it came from, `traced` the graph once it was asked for.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
@@ -43,6 +46,7 @@ class Source:
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
     shipped: str | None = None
+    traced: Traced | None = None
 
     @property
     def image_preprocessing(self) -> ImagePreprocessing | None:
@@ -111,8 +115,15 @@ class Source:
         return list(targets)
 
     def trace(self, *, training: bool) -> Traced:
-        """See `tracing.trace`."""
-        return trace(self, with_past=self.task == "text-generation" and not training)
+        """A copy of the model's one trace (see `tracing.trace`); for training without its cache."""
+        if self.traced is None:
+            self.traced = trace(self, with_past=self.task == "text-generation")
+        traced = self.traced.copy()
+        if training:
+            drop_cache(traced.model.graph)
+            take_sizes_from_inputs(traced.model.graph)
+            tidy(traced.model)
+        return traced
 
     def called_linears(self) -> set[str]:
         """Names of the linear modules that the model calls.

@@ -26,7 +26,7 @@ SAMPLE_STRIDES = 40
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor that a model is traced with: the graph input it becomes, and what its axes are called there."""
+    """One tensor that a model is traced with: the graph input it becomes, what its axes are called there."""
 
     name: str
     tensor: torch.Tensor
@@ -52,7 +52,8 @@ class Samples:
         """All tensors in the order in which torch.export lays them out, a cache's `[batch, kv_heads,
         past_sequence, head_dim]` named as optimum does: `past_key_values.{i}.key` and `.value`.
 
-        The cache's pytree says in which order its tensors come; transformers registers it when it first exports.
+        The cache's pytree says in which order its tensors come; transformers registers it when it first
+        exports.
         """
         leaves = []
         for name, value in self.inputs.items():
@@ -168,7 +169,7 @@ def _normalized(config: Any) -> Any:
 
 
 def _cache_argument(model: Any) -> str:
-    """What the model calls the cache that it takes: `past_key_values`, and since transformers 5.24 `cache`."""
+    """What the model calls the cache it takes: `past_key_values`, and since transformers 5.24 `cache`."""
     parameters = inspect.signature(model.forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 

@@ -51,7 +51,11 @@ def infer_task(model: str | transformers.PreTrainedModel) -> str:
         try:
             found = TasksManager.infer_task_from_model(model)
         except Exception as error:  # optimum raises bare exceptions of several kinds, and requests' own
-            raise ExportError(f"cannot tell the task of {model!r} ({error}): pass --task") from error
+            reason = str(error).partition(". ")[0]
+            raise ExportError(
+                f"cannot tell the task of {model!r} ({reason}): there is no folder of that name; if it is a "
+                "model on the hub, pass --task"
+            ) from error
     try:
         return resolve_task(found)
     except UsageError as error:

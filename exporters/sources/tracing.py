@@ -77,8 +77,8 @@ def _name_inputs(graph: ir.Graph, samples: Samples, model: str) -> list[ir.Value
         expected = ", ".join(f"{leaf.name} {list(leaf.tensor.shape)}" for leaf in named)
         raise ExportError(
             f"{model}: the traced graph takes other inputs than the model was given: got {got}; expected "
-            f"{expected}. transformers {transformers.__version__} traces in a way that edgepeft does not know: "
-            f"install one of the versions that were run ({range_run('transformers')})"
+            f"{expected}. transformers {transformers.__version__} traces in a way that edgepeft does not "
+            f"know: install one of the versions that were run ({range_run('transformers')})"
         )
     renamed: dict[str, str] = {}
     for value, leaf in zip(inputs, named, strict=True):
@@ -107,8 +107,8 @@ def _name_presents(graph: ir.Graph, caches: Sequence[ir.Value], model: str) -> N
     grown = {_nearest(output, caches): output for output in rest}
     if len(rest) != len(caches) or set(grown) != set(caches):
         raise ExportError(
-            f"{model}: the traced graph returns {len(rest)} values behind its logits, expected the keys and values "
-            f"of {len(caches) // 2} layers, each grown from its own past"
+            f"{model}: the traced graph returns {len(rest)} values behind its logits, expected the keys and "
+            f"values of {len(caches) // 2} layers, each grown from its own past"
         )
     graph.outputs[:] = [first, *(grown[cache] for cache in caches)]
     for cache in caches:

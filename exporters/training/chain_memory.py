@@ -43,6 +43,7 @@ def measure_chain_peaks(
             chain = Chain(
                 bundle,
                 {**inputs, **state.parameters},
+                threads=1,
                 partition=short,
                 profile=str(Path(scratch) / "profile"),
             )

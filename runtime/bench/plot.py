@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
-from edgepeft.errors import EdgePeftError, MissingExtraError
+from edgepeft.errors import MissingExtraError
+from edgepeft.files import atomic_file
+from edgepeft.runtime.bench.machine import shortened
 from edgepeft.runtime.bench.report import BenchReport
+from edgepeft.sizes import format_size
 
 _MIB = 2**20
 
@@ -70,10 +73,19 @@ def draw(report: BenchReport, path: Path) -> None:
     names = axes.secondary_xaxis("top")
     names.set_xticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.set(xlabel="seconds, one process after the other", ylabel="MiB", xlim=(0, start_s), ylim=(0, None))
+    figure.suptitle(title(report), fontsize="medium", parse_math=False)
     figure.legend(loc="outside right center")
     try:
-        figure.savefig(path, dpi=120, format="png")
-    except OSError as error:
-        raise EdgePeftError(f"{path}: the timeline cannot be written: {error.strerror}") from error
+        with atomic_file(path) as file:
+            figure.savefig(file, dpi=120, format="png")
     finally:
         plt.close(figure)
+
+
+def title(report: BenchReport) -> str:
+    """Two lines: the model and its budget; the machine and what ran on it."""
+    budget = "no budget" if report.budget_bytes is None else f"budget {format_size(report.budget_bytes)}"
+    return (
+        f"{shortened(report.model)}: memory of every phase, {budget}\n"
+        f"{report.machine}, onnxruntime {report.onnxruntime_version}"
+    )

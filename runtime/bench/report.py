@@ -65,6 +65,7 @@ class BenchReport:
 
     Attributes:
         edgepeft_version, onnxruntime_version, machine: what it was measured with and on.
+        model: the base model's name.
         bundle: the bundle's folder.
         task: its task.
         budget_bytes: the memory budget; None for none.
@@ -77,6 +78,7 @@ class BenchReport:
     edgepeft_version: str
     onnxruntime_version: str
     machine: str
+    model: str
     bundle: str
     task: str
     budget_bytes: int | None

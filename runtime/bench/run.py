@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -20,6 +18,7 @@ from edgepeft.adapters import save_adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BudgetError, CgroupError, EdgePeftError, UsageError
+from edgepeft.runtime.bench.machine import machine_name
 from edgepeft.runtime.bench.phases import Request, names
 from edgepeft.runtime.bench.report import BenchReport, Measured, PhaseResult
 from edgepeft.runtime.bench.synthetic import synthetic_adapter
@@ -105,7 +104,8 @@ def bench(
     return BenchReport(
         edgepeft_version=edgepeft.__version__,
         onnxruntime_version=ort.__version__,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        machine=machine_name(),
+        model=bundle.manifest.model.name,
         bundle=str(path),
         task=bundle.manifest.task,
         budget_bytes=budget_bytes,

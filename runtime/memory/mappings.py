@@ -51,7 +51,8 @@ def resident_pages(begin: int, end: int) -> npt.NDArray[np.bool_] | None:
     pages = np.zeros((end - begin) // mmap.PAGESIZE, np.uint8)
     if mincore is None or mincore(begin, end - begin, pages.ctypes.data) != 0:
         return None
-    return pages & 1 != 0
+    is_resident: npt.NDArray[np.bool_] = pages & 1 != 0
+    return is_resident
 
 
 def advise_addresses(begin: int, end: int, advice: int) -> bool:

@@ -17,11 +17,11 @@ _MAX_SAMPLES = 2000
 
 @dataclass(frozen=True)
 class ProcessMemory:
-    """Resident memory in bytes: all, its peak so far, and of it anonymous and file-backed pages (None if
-    unknown)."""
+    """Resident memory in bytes: all, its peak so far, and of it anonymous and file-backed pages; None is
+    unknown."""
 
     resident_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     anonymous_bytes: int | None = None
     file_bytes: int | None = None
 
@@ -37,26 +37,22 @@ class Sample(NamedTuple):
 
 
 def read_memory() -> ProcessMemory:
-    """The process's resident memory now, and at its peak.
-
-    Where the system tells only one of the two, it stands for the other.
+    """The process's resident memory, for which the peak stands where the system tells no more.
 
     Raises:
         EdgePeftError: the system tells neither.
     """
     kinds = system.memory_from_status()
     if kinds is not None:
-        resident = kinds["VmRSS"]
-        return ProcessMemory(
-            resident, kinds.get("VmHWM", resident), kinds.get("RssAnon"), kinds.get("RssFile")
-        )
+        return ProcessMemory(kinds["VmRSS"], kinds.get("VmHWM"), kinds.get("RssAnon"), kinds.get("RssFile"))
     resident_bytes, peak_bytes = system.memory_from_psutil() or (None, None)
     if peak_bytes is None:
         peak_bytes = system.peak_from_getrusage()
-    figures = [size for size in (resident_bytes, peak_bytes) if size is not None]
-    if not figures:
+    if resident_bytes is None:
+        resident_bytes = peak_bytes
+    if resident_bytes is None:
         raise EdgePeftError("this system does not say what a process holds: pip install psutil")
-    return ProcessMemory(figures[0], max(figures))
+    return ProcessMemory(resident_bytes, peak_bytes)
 
 
 def reset_peak() -> bool:
@@ -79,7 +75,7 @@ class PeakMemory:
     """
 
     def __init__(self) -> None:
-        self._past_bytes = 0 if reset_peak() else read_memory().peak_bytes
+        self._past_bytes = 0 if reset_peak() else read_memory().peak_bytes or 0
         self._seen_bytes = 0
         self._lock = threading.Lock()
 
@@ -87,8 +83,8 @@ class PeakMemory:
         """Count what is held now, and return it."""
         with self._lock:
             memory = read_memory()
-            is_ours = memory.peak_bytes > self._past_bytes
-            self._seen_bytes = max(self._seen_bytes, memory.peak_bytes if is_ours else memory.resident_bytes)
+            counted = max(self._kernels(memory) or 0, memory.resident_bytes)
+            self._seen_bytes = max(self._seen_bytes, counted)
             return memory
 
     @property
@@ -100,7 +96,11 @@ class PeakMemory:
     @property
     def is_exact(self) -> bool:
         """Whether that is the kernel's figure, and not the largest that somebody saw."""
-        return read_memory().peak_bytes > self._past_bytes
+        return self._kernels(read_memory()) is not None
+
+    def _kernels(self, memory: ProcessMemory) -> int | None:
+        """The kernel's peak, where it is not from before."""
+        return memory.peak_bytes if (memory.peak_bytes or 0) > self._past_bytes else None
 
 
 class MemoryRecorder:

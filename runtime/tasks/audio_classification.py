@@ -52,7 +52,7 @@ class AudioClassification(Classifier):
                 "input_values, or export a folder with a preprocessor_config.json"
             )
         try:
-            samples = read_audio(record.fields[self.field], settings, max_length + 1)
+            samples = read_audio(record.located(self.field), settings, max_length + 1)
         except DataError as error:
             raise DataError(f"{record.where}: audio: {error}") from error
         return preprocess(samples[:max_length], settings), len(samples) > max_length

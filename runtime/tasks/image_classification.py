@@ -45,7 +45,7 @@ class ImageClassification(Classifier):
                 "pixel_values, or export a folder with a preprocessor_config.json"
             )
         try:
-            return preprocess(read_image(record.fields[self.field], len(settings.mean)), settings)
+            return preprocess(read_image(record.located(self.field), len(settings.mean)), settings)
         except DataError as error:
             raise DataError(f"{record.where}: image: {error}") from error
 

@@ -64,7 +64,7 @@ class Targets:
         listed = ", ".join(self.names[:10]) + (", …" if len(self.names) > 10 else "")
         raise DataError(
             f"{record.where}: label {shown(value)} was not known when the bundle was exported; it knows "
-            f"{len(self.names)}: {listed}"
+            f"{len(self.names)}: {listed}. Use these, or export the model with --labels that name all"
         )
 
     def array(self, examples: Sequence[Example]) -> Array:

@@ -27,11 +27,11 @@ def read_values(record: Record, field: str, shape: Sequence[int | None]) -> Floa
         DataError: the field is missing, cannot be read, holds something else than finite numbers, or has
             another shape.
     """
-    value = record.fields.get(field)
+    value = record.located(field)
     if value is None:
         raise DataError(f"{record.where}: lacks the field {field!r}")
-    if isinstance(value, str | Path):
-        array = _mapped(record, field, Path(value))
+    if isinstance(value, Path):
+        array = _mapped(record, field, value)
     else:
         try:
             array = np.asarray(value)

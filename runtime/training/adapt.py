@@ -1,6 +1,7 @@
 """One update from beginning to end: plan, judge, train, judge again, keep or reject."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ class Update:
         options: training options.
         budget_bytes: limit on the whole process's resident memory; None for no limit.
         threads: threads of the sessions; 0 lets onnxruntime choose.
-        on_step: called after every step.
+        on_step: called after every step; what it raises ends the update, with the work in the checkpoint.
 
     Raises:
         UsageError: an option or the output cannot be used.
@@ -204,7 +205,11 @@ class Update:
             self._enforce(prepared)
             if self._on_step is not None:
                 resident_bytes = read_memory().resident_bytes
-                self._on_step(Step(progress.step, prepared.total_steps, loss, resident_bytes))
+                try:
+                    self._on_step(Step(progress.step, prepared.total_steps, loss, resident_bytes))
+                except BaseException:
+                    self._save(prepared)
+                    raise
             last_s = time.perf_counter()
 
         self._output.parent.mkdir(parents=True, exist_ok=True)
@@ -295,8 +300,13 @@ class Update:
 
 
 def _check_output(bundle: Bundle, output: Path) -> None:
-    """Refuse outputs that would damage the bundle, whose manifest vouches for its own adapters."""
+    """Refuse outputs that cannot be written, which would show after the first steps only, and those that
+    would damage the bundle, whose manifest vouches for its own adapters."""
     check_replaceable(output, CONFIG_FILE)
+    parent = next(parent for parent in output.parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "may not be written to" if parent.is_dir() else "is no folder"
+        raise UsageError(f"{output}: cannot be written, {parent} {reason}: give another path")
     root = bundle.path.resolve()
     resolved = output.resolve()
     if not resolved.is_relative_to(root):

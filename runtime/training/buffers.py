@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
-from edgepeft.runtime.training.state_file import StateFile
+from edgepeft.runtime.training.state_file import file_buffers
 
 Array = npt.NDArray[Any]
 FloatArray = npt.NDArray[np.float32]
@@ -137,7 +137,7 @@ class TrainingState:
                 name: _MemoryBuffer(np.zeros(count, dtype)) for name, (count, dtype) in self._layout.items()
             }
         else:
-            self.buffers = dict(StateFile(file_in, self._layout).buffers)
+            self.buffers = dict(file_buffers(file_in, self._layout))
         if passing:
             self.buffers["grad"] = _PassingBuffer(of_gradients)
         self._name_tensors()
@@ -204,7 +204,7 @@ class TrainingState:
         Raises:
             EdgePeftError: the file cannot be made.
         """
-        moved = StateFile(folder, self._layout).buffers
+        moved = file_buffers(folder, self._layout)
         for name, buffer in moved.items():
             for start in range(0, len(buffer), CHUNK_VALUES):
                 buffer.write(start, self.buffers[name].read(start, start + CHUNK_VALUES))

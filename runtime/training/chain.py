@@ -72,7 +72,7 @@ class Chain:
         self._sessions: dict[str, GraphSession] = {}
         self._stages = partition.stages_and_head
         sliced = partition.vocabulary_head
-        # Without a circle of references, the file's maps go with the chain and not when the collector comes by.
+        # Without a circle of references the file's maps go with the chain, not when the collector comes by.
         own = weakref.proxy(self)
         self._sliced = None if sliced is None else SlicedHead(sliced, own, self._weights)
 

@@ -14,6 +14,10 @@ from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.tensor_files import read_metadata, read_state, write_in_pieces
 
 _KEY = "edgepeft_training_state"
+_REMEDIES = {
+    "data": "give the same records in the same order, cut to the same --seq-len (from standard input: once "
+    "more all of those that it was given before)",
+}
 
 
 @dataclass
@@ -74,7 +78,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
         if theirs.get(name) != value:
             raise UsageError(
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
-                "give what it was made with, or start over without --resume"
+                f"{_REMEDIES.get(name, 'give what it was made with')}, or start over without --resume"
             )
     for name in ("param", *state.moments):
         buffer = state.buffers[name]

@@ -21,42 +21,41 @@ from edgepeft.errors import EdgePeftError
 Array = npt.NDArray[Any]
 
 
-class StateFile:
-    """Buffers of zeros in a file that goes when they do.
+def file_buffers(folder: Path, layout: Mapping[str, tuple[int, str]]) -> dict[str, "FileBuffer"]:
+    """Buffers of zeros in one file, which goes with the last of them.
 
     Args:
         folder: where the file is made; made itself where it is missing.
         layout: entries and dtype of each buffer, by name.
 
-    Attributes:
-        buffers: by name.
-        folder: the folder.
-
     Raises:
         EdgePeftError: the file cannot be made, or has no room on the disk.
     """
+    sizes = {name: count * np.dtype(dtype).itemsize for name, (count, dtype) in layout.items()}
+    home = _Home(folder, sum(sizes.values()))
+    buffers, offset = {}, 0
+    for name, (count, dtype) in layout.items():
+        buffers[name] = FileBuffer(home, offset, count, np.dtype(dtype))
+        offset += sizes[name]
+    return buffers
 
-    def __init__(self, folder: Path, layout: Mapping[str, tuple[int, str]]) -> None:
-        sizes = {name: count * np.dtype(dtype).itemsize for name, (count, dtype) in layout.items()}
+
+class _Home:
+    """The file, closed when nobody holds this any more."""
+
+    def __init__(self, folder: Path, nbytes: int) -> None:
         self.folder = folder
-        file = _new_file(folder, sum(sizes.values()))
-        weakref.finalize(self, file.close)
-        self.buffers: dict[str, FileBuffer] = {}
-        offset = 0
-        for name, (count, dtype) in layout.items():
-            self.buffers[name] = FileBuffer(self, file, offset, count, np.dtype(dtype))
-            offset += sizes[name]
+        self.file = _new_file(folder, nbytes)
+        weakref.finalize(self, self.file.close)
 
 
 class FileBuffer:
-    """A part of a `StateFile`; see `Buffer`."""
+    """A part of the file; see `Buffer`."""
 
-    def __init__(
-        self, home: StateFile, file: io.FileIO, offset: int, count: int, dtype: np.dtype[Any]
-    ) -> None:
+    def __init__(self, home: _Home, offset: int, count: int, dtype: np.dtype[Any]) -> None:
         self.dtype = dtype
-        self._home = home  # which closes the file when nobody holds it any more
-        self._file, self._offset, self._count = file, offset, count
+        self._home, self._file = home, home.file
+        self._offset, self._count = offset, count
 
     def __len__(self) -> int:
         return self._count

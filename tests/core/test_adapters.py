@@ -285,7 +285,7 @@ def test_a_missing_or_broken_folder(tmp_path: Path) -> None:
         load_adapter(tmp_path / "none")
     folder = tmp_path / "a"
     folder.mkdir()
-    with pytest.raises(AdapterError, match=r"adapter_config\.json: cannot be read"):
+    with pytest.raises(AdapterError, match=r"holds no adapter_config\.json"):
         load_adapter(folder)
     for text, message in (
         ("{", "is not JSON"),

@@ -115,6 +115,33 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
         open_bundle(tmp_path)
 
 
+def test_what_is_no_bundle_says_what_it_is_and_what_to_do(bundle: Path) -> None:
+    """A name mistyped, a part of a bundle, a model, an adapter, an ONNX file."""
+    folder = bundle.parent
+    near = bundle.with_name(bundle.name[:-1])
+    with pytest.raises(BundleError, match=rf"no such bundle: did you mean {bundle}\?$"):
+        open_bundle(near)
+    with pytest.raises(BundleError, match=r"no such bundle$"):
+        open_bundle(folder / "nowhere" / bundle.name)
+    with pytest.raises(BundleError, match=f"is a part of a bundle: give {bundle}$"):
+        open_bundle(bundle / "graphs")
+    for name, file, message in (
+        ("model", "config.json", r"is a model, no bundle yet: edgepeft export .*model -o NAME\.edge"),
+        (
+            "adapter",
+            "adapter_config.json",
+            "is a PEFT adapter: give a bundle, and the adapter",
+        ),
+    ):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("{}")
+        with pytest.raises(BundleError, match=message):
+            open_bundle(folder / name)
+    (folder / "model.onnx").write_text("")
+    with pytest.raises(BundleError, match=r"is a file, .*: edgepeft export .*model\.onnx -o NAME\.edge"):
+        open_bundle(folder / "model.onnx")
+
+
 def test_a_graph_that_changes_after_opening_is_not_run(bundle: Path) -> None:
     """The bytes that are handed over are the ones that were hashed."""
     opened = open_bundle(bundle)

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from edgepeft.errors import EdgePeftError, UsageError
@@ -143,6 +142,7 @@ def test_what_is_not_ours_is_not_replaced(tmp_path: Path, kind: str) -> None:
 
 def test_nothing_is_open_when_a_file_takes_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows renames no open file; the one that a library writes by its name is flushed too."""
+    psutil = pytest.importorskip("psutil")
     flushed: list[int] = []
     opened: list[list[str]] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_size))

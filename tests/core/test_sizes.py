@@ -36,6 +36,15 @@ def test_what_is_no_size_is_a_usage_error(text: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_a_letter_is_no_unit() -> None:
+    """What M means depends on whom one asks; both readings are offered, to be copied."""
+    for text in ("256M", "256m"):
+        with pytest.raises(UsageError, match=r"'256[Mm]' is not a size.* 256MiB \(.* or 256MB \("):
+            parse_size(text)
+    with pytest.raises(UsageError, match=r"write 1\.5GiB"):
+        parse_size("1.5 g")
+
+
 def test_sizes_are_shown_in_binary_units() -> None:
     """From bytes to gibibytes."""
     shown = [format_size(size) for size in (0, 1023, 1024, 96 * 2**20, 5 * 2**30, 3000 * 2**30)]

@@ -180,3 +180,19 @@ def test_other_dtypes_are_refused_before_they_are_read(tmp_path: Path, dtype: ty
     safetensors.numpy.save_file({"a": np.zeros(3, dtype)}, tmp_path / "file")
     with pytest.raises(AdapterError, match=r"'a' has dtype .*64', expected one of F32, F16, I8, U8"):
         TensorFile(tmp_path / "file")
+
+
+def test_a_written_file_is_on_the_disk_and_as_readable_as_any(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Although the package puts a file of its own in the place of the one that was opened."""
+    flushed = []
+    flush = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (flushed.append(os.fstat(descriptor).st_ino), flush(descriptor))
+    )
+    write_tensors(tmp_path / "tensors", {"a": np.ones(3, np.float32)})
+    (tmp_path / "plain").write_bytes(b"")
+    written = (tmp_path / "tensors").stat()
+    assert written.st_ino in flushed
+    assert written.st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,6 +1,11 @@
-"""Bundles are exported once a session: tracing takes seconds."""
+"""Bundles are exported once a run, and of equal models one trace is taken: tracing takes seconds.
 
-from collections.abc import Callable
+Memory is measured where a test asks for it, by `sharing.measured`, and of the bundles that tests share.
+"""
+
+import gc
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,14 @@ import transformers
 
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.reader import open_bundle
 
-from . import foreign, models, task_models
+from . import foreign, models, sharing, task_models
 
 # Tiny models: a second thread only waits for the first.
 torch.set_num_threads(1)
+# What was imported stays: without looking at it again and again, tracing is a fifth faster.
+gc.freeze()
 
 LORA_TARGETS = {
     "bert": ["query", "key", "value", "dense"],
@@ -50,14 +58,34 @@ BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str],
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Exported]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> sharing.Shared:
+    """`shared(name, make)`: a file or folder that is made once a run, by whichever process is first."""
+    base = tmp_path_factory.getbasetemp()
+    return sharing.Shared((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _quick_exports(shared: sharing.Shared) -> Iterator[None]:
+    with sharing.traces_shared(shared), sharing.unmeasured():
+        yield
+
+
+@pytest.fixture
+def measured() -> Iterator[None]:
+    """What the test exports has its memory measured."""
+    with sharing.measured():
+        yield
+
+
+@pytest.fixture(scope="session")
+def exported(shared: sharing.Shared) -> Callable[[str, int], Exported]:
     """`exported(name, bits)`: a bundle of one of `BUILDERS` with the adapters `plain` and `patterned`."""
     made: dict[tuple[str, int], Exported] = {}
 
     def make(name: str, bits: int) -> Exported:
-        if (name, bits) not in made:
-            build, targets, task_type = BUILDERS[name]
-            root = tmp_path_factory.mktemp(f"{name}-{bits}")
+        build, targets, task_type = BUILDERS[name]
+
+        def write(root: Path) -> None:
             common: dict[str, Any] = {"task_type": task_type, "target_modules": targets}
             if task_type is None:  # PEFT has no type for it, so it is told of the head
                 common["modules_to_save"] = ["classifier"]
@@ -75,25 +103,34 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], E
                     **common,
                 ),
             }
-            manifest = edgepeft.export(build(), root / "bundle", bits=bits, adapters=adapters)
-            made[name, bits] = Exported(root / "bundle", manifest, adapters, build)
+            with sharing.measured():
+                edgepeft.export(build(), root / "bundle", bits=bits, adapters=adapters)
+
+        if (name, bits) not in made:
+            root = shared(f"exported/{name}-{bits}", write)
+            adapters = {adapter: root / adapter for adapter in ("plain", "patterned")}
+            made[name, bits] = Exported(
+                root / "bundle", open_bundle(root / "bundle").manifest, adapters, build
+            )
         return made[name, bits]
 
     return make
 
 
 @pytest.fixture(scope="session")
-def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied_llama(shared: sharing.Shared) -> Path:
     """A bundle of `models.llama(tied=True)` at 4 bits with a fresh adapter of rank 4; read only."""
-    bundle = tmp_path_factory.mktemp("tied-llama") / "bundle"
-    edgepeft.export(models.llama(tied=True), bundle, rank=4, verify=False)
-    return bundle
+
+    def write(folder: Path) -> None:
+        with sharing.measured():
+            edgepeft.export(models.llama(tied=True), folder, rank=4, verify=False)
+
+    return shared("tied-llama", write)
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def files(shared: sharing.Shared) -> Callable[[str], Path]:
     """`files(name)`: one of the files below, written once."""
-    folder = tmp_path_factory.mktemp("foreign")
     writers: dict[str, Callable[[Path], Path]] = {
         "bert-dynamo": lambda path: foreign.export_dynamo(foreign.bert(), path),
         "llama-dynamo": lambda path: foreign.export_dynamo(models.llama(tied=False), path),
@@ -115,48 +152,47 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         "llama-nf4": lambda path: foreign.quantize_bnb4(files("llama-script"), path),
         "llama-cache": lambda path: foreign.with_cache(models.llama(tied=False), path),
     }
-    made: dict[str, Path] = {}
 
     def files(name: str) -> Path:
-        if name not in made:
-            (folder / name).mkdir()
-            made[name] = writers[name](folder / name / "exported.onnx")
-        return made[name]
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            writers[name](folder / "exported.onnx")
+
+        return shared(f"foreign/{name}", write) / "exported.onnx"
 
     return files
 
 
 @pytest.fixture(scope="session")
-def genai(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+def genai(shared: sharing.Shared) -> Callable[[str, str], Path]:
     """`genai(kind, precision)`: a file of onnxruntime-genai's builder, written once."""
     pytest.importorskip("onnxruntime_genai")
-    made: dict[tuple[str, str], Path] = {}
 
     def build(kind: str, precision: str) -> Path:
-        if (kind, precision) not in made:
-            folder = tmp_path_factory.mktemp(f"genai-{kind}-{precision}")
-            made[kind, precision] = foreign.build_genai(kind, precision, folder)
-        return made[kind, precision]
+        def write(folder: Path) -> None:
+            folder.mkdir()
+            foreign.build_genai(kind, precision, folder)
+
+        return shared(f"genai/{kind}-{precision}", write) / "onnx" / "model.onnx"
 
     return build
 
 
 @pytest.fixture(scope="session")
-def switched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def switched(shared: sharing.Shared) -> Callable[[str], Path]:
     """`switched(kind)`: a bundle with an adapter of rank 4, at 32 bits: a `classifier` and a `decoder`
     with stages, a `seq2seq` without."""
-    made: dict[str, Path] = {}
+    builders: dict[str, Callable[[], transformers.PreTrainedModel]] = {
+        "classifier": models.bert_classifier,
+        "decoder": lambda: models.llama(tied=True),
+        "seq2seq": task_models.t5,
+    }
 
     def make(kind: str) -> Path:
-        if kind not in made:
-            model = {
-                "classifier": models.bert_classifier,
-                "decoder": lambda: models.llama(tied=True),
-                "seq2seq": task_models.t5,
-            }[kind]()
-            folder = tmp_path_factory.mktemp("switched") / kind
-            edgepeft.export(model, folder, bits=32, rank=4, verify=False)
-            made[kind] = folder
-        return made[kind]
+        def write(folder: Path) -> None:
+            with sharing.measured():
+                edgepeft.export(builders[kind](), folder, bits=32, rank=4, verify=False)
+
+        return shared(f"switched/{kind}", write)
 
     return make

@@ -21,6 +21,7 @@ from edgepeft.runtime.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 
 from . import models
 from .conftest import Exported
+from .sharing import Shared
 
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.5}
 TOLERANCE = {32: 1e-4, 4: 1e-3}
@@ -38,15 +39,19 @@ def build() -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module", params=[32, pytest.param(4, marks=pytest.mark.slow)])
-def three(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+def three(request: pytest.FixtureRequest, shared: Shared) -> Exported:
     """A decoder with three adapters."""
-    root = tmp_path_factory.mktemp("three")
-    folders = {
-        name: models.save_adapter(build(), root / name, seed, task_type="CAUSAL_LM", **config)
-        for seed, (name, config) in enumerate(LORAS.items(), 1)
-    }
-    manifest = edgepeft.export(build(), root / "bundle", bits=request.param, adapters=folders, train=False)
-    return Exported(root / "bundle", manifest, folders, build)
+
+    def write(root: Path) -> None:
+        folders = {
+            name: models.save_adapter(build(), root / name, seed, task_type="CAUSAL_LM", **config)
+            for seed, (name, config) in enumerate(LORAS.items(), 1)
+        }
+        edgepeft.export(build(), root / "bundle", bits=request.param, adapters=folders, train=False)
+
+    root = shared(f"three/{request.param}", write)
+    manifest = open_bundle(root / "bundle").manifest
+    return Exported(root / "bundle", manifest, {name: root / name for name in LORAS}, build)
 
 
 def peft_model(three: Exported) -> peft.PeftModel:

@@ -25,6 +25,7 @@ from edgepeft.runtime.decoding.prompt_cache import origin
 from edgepeft.runtime.session import GraphSession
 
 from . import models, zoo
+from .sharing import Shared
 
 NAMES = ("a", "b", "c", "d")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -89,30 +90,26 @@ Make = Callable[[str, int], Exported]
 
 
 @pytest.fixture(scope="module")
-def decoders(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    made: dict[tuple[str, int], Exported] = {}
-
+def decoders(shared: Shared) -> Make:
     def make(family: str, bits: int) -> Exported:
-        if (family, bits) not in made:
-            root = tmp_path_factory.mktemp(family)
+        def write(root: Path) -> None:
             adapters = {
                 name: models.save_adapter(build(family), root / name, seed, task_type="CAUSAL_LM", **config)
                 for seed, (name, config) in enumerate(ADAPTERS.items())
             }
-            with zoo.traced_once():
-                for each in (32, 4):
-                    folder = root / f"{each}.edge"
-                    edgepeft.export(
-                        build(family),
-                        folder,
-                        bits=each,
-                        block_size=zoo.BLOCK_SIZE,
-                        adapters=adapters,
-                        train=False,
-                        verify=False,
-                    )
-                    made[family, each] = Exported(open_bundle(folder), adapters, family)
-        return made[family, bits]
+            for each in (32, 4):
+                edgepeft.export(
+                    build(family),
+                    root / f"{each}.edge",
+                    bits=each,
+                    block_size=zoo.BLOCK_SIZE,
+                    adapters=adapters,
+                    train=False,
+                    verify=False,
+                )
+
+        root = shared(f"decoders/{family}", write)
+        return Exported(open_bundle(root / f"{bits}.edge"), {name: root / name for name in ADAPTERS}, family)
 
     return make
 
@@ -362,8 +359,7 @@ def test_activations_of_eight_bits_are_near(decoders: Make) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["bloom", "gpt2"])
 def test_a_model_whose_positions_are_not_rotary_generates_as_before(tmp_path: Path, family: str) -> None:
-    with zoo.traced_once():
-        edgepeft.export(zoo.build(family), tmp_path / "bundle", bits=32, rank=2, train=False, verify=False)
+    edgepeft.export(zoo.build(family), tmp_path / "bundle", bits=32, rank=2, train=False, verify=False)
     with edgepeft.load(tmp_path / "bundle") as device:
         assert device.manifest.decoder is None
         assert len(device.generate_ids(tokens(5), max_new_tokens=3)) >= 1

@@ -107,6 +107,7 @@ def test_a_language_model(
         assert device.generate_ids(prompt, max_new_tokens=6) == expected[0, len(prompt) :].tolist()
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
     "name", [pytest.param("llama-q4-symmetric", marks=pytest.mark.slow), "llama-q4-asymmetric"]
 )
@@ -165,6 +166,7 @@ def test_an_encoder_is_pooled(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, expected.numpy(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("kind", ["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["int4", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_a_file_of_genai(

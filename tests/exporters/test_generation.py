@@ -19,6 +19,7 @@ from edgepeft.runtime.memory.inference import RESIDENT, STREAMED
 from edgepeft.runtime.model import Model
 
 from . import models, task_models
+from .sharing import Shared
 
 MIB = 2**20
 ENDS = [7, 300]
@@ -49,19 +50,17 @@ def decoder() -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def bundle(shared: Shared) -> Callable[[str], Path]:
     """`bundle(name)`: a decoder or an encoder-decoder at 32 bits, with a tokenizer."""
-    made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
-        if name not in made:
-            root = tmp_path_factory.mktemp(name)
+        def write(root: Path) -> None:
             model = decoder() if name == "decoder" else task_models.t5()
             model.save_pretrained(str(root / "model"))
             byte_level().save(str(root / "model" / "tokenizer.json"))
             edgepeft.export(str(root / "model"), root / "b", bits=32, rank=2, train=False, verify=False)
-            made[name] = root / "b"
-        return made[name]
+
+        return shared(f"generation/{name}", write) / "b"
 
     return make
 

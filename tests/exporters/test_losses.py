@@ -77,6 +77,7 @@ def test_a_loss_of_another_task_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("measured")
 def test_triplets_are_exported_and_learned(tmp_path: Path) -> None:
     """Gradients equal PyTorch's (the export verifies that); training brings negatives away from anchors."""
     manifest = edgepeft.export(models.bert_encoder(), tmp_path / "b", bits=32, rank=4, loss="triplet")
@@ -108,6 +109,7 @@ def test_gradients_with_a_drift_penalty_equal_pytorchs(kind: str, tmp_path: Path
     assert {"base_logits", "drift_weight"} <= {item.name for item in manifest.graphs["train"].inputs}
 
 
+@pytest.mark.usefixtures("measured")
 def test_a_heavier_penalty_keeps_the_model_closer(tmp_path: Path) -> None:
     edgepeft.export(models.bert_classifier(), tmp_path / "b", bits=32, rank=4, drift_penalty=True)
     rng = np.random.default_rng(0)

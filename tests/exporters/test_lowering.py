@@ -243,6 +243,25 @@ def test_a_past_that_is_joined_is_taken_away_and_any_other_is_empty() -> None:
     np.testing.assert_array_equal(got[1], [3, 2, 0, 4])
 
 
+def test_axes_lose_the_length_of_the_past_that_is_taken_away() -> None:
+    """And keep what is no plain sum, or has no past in it."""
+    graph = ir.Graph([], [], nodes=[], name="axes")
+    ids = graph_input(graph, "input_ids", ["batch", "sequence"], INT64)
+    mask = graph_input(graph, "attention_mask", ["batch", "total"], INT64)
+    graph_input(graph, "past_key_values.0.key", ["batch", 2, "past", 4])
+    shapes = (["batch", "sequence + past"], ["past + sequence", 3], ["batch*past", None], ["batch", "total"])
+    for shape in shapes:
+        graph.outputs.append(append(graph, "Identity", [ids], shape=shape, dtype=INT64))
+    drop_cache(graph)
+    assert mask.shape == ["batch", "sequence"]
+    assert [list(value.shape or ()) for value in graph.outputs] == [
+        ["batch", "sequence"],
+        ["sequence", 3],
+        ["batch*past", None],
+        ["batch", "sequence"],
+    ]
+
+
 @pytest.mark.parametrize("with_mask", [True, False])
 def test_positions_are_counted_from_the_mask(with_mask: bool) -> None:
     graph = ir.Graph([], [], nodes=[], name="positions")

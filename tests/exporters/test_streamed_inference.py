@@ -24,7 +24,7 @@ from edgepeft.runtime.memory.inference import RESIDENT, STREAMED, plan_forward, 
 from edgepeft.runtime.model import Model
 from edgepeft.runtime.streamed import StreamedModel
 
-from . import models, task_models
+from . import models, sharing, task_models
 
 MIB = 2**20
 Make = Callable[[str, int], Path]
@@ -39,20 +39,23 @@ TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def bundle(shared: sharing.Shared) -> Make:
     """`bundle(name, bits)`: exported without training graphs, with a trained adapter `mine`."""
-    made: dict[tuple[str, int], Path] = {}
 
     def make(name: str, bits: int) -> Path:
-        if (name, bits) not in made:
-            root = tmp_path_factory.mktemp(f"{name}-{bits}")
+        def write(root: Path) -> None:
             targets = TARGETS[name.partition("-")[0]]
             mine = models.save_adapter(BUILDERS[name](), root / "mine", 1, r=4, target_modules=targets)
-            edgepeft.export(
-                BUILDERS[name](), root / "b", bits=bits, adapters={"mine": mine}, train=False, verify=False
-            )
-            made[name, bits] = root / "b"
-        return made[name, bits]
+            with sharing.measured():
+                edgepeft.export(
+                    *(BUILDERS[name](), root / "b"),
+                    bits=bits,
+                    adapters={"mine": mine},
+                    train=False,
+                    verify=False,
+                )
+
+        return shared(f"streamed/{name}-{bits}", write) / "b"
 
     return make
 

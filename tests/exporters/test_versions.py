@@ -25,14 +25,14 @@ from edgepeft.exporters.sources import samples
 from edgepeft.exporters.sources.loading import load_source
 from edgepeft.exporters.sources.tracing import trace
 
-from . import models
 from .. import environments
+from . import models
 
 pytestmark = pytest.mark.versions
 
 DECISIONS = Path(__file__).parents[2] / "docs" / "decisions.md"
-#: Module, names and what changed in which version, of all that is not documented as stable. `docs/decisions.md` says
-#: what each is for.
+#: Module, names and what changed in which version, of all that is not documented as stable.
+#: `docs/decisions.md` says what each is for.
 LEANS = [
     (
         "transformers.exporters.exporter_onnx",
@@ -49,7 +49,7 @@ LEANS = [
     (
         "optimum.exporters.tasks",
         "TasksManager",
-        "infers no task of a local folder; imports requests undeclared (2.3)",
+        "no task of a folder; requests undeclared (2.3)",
     ),
     (
         "optimum.utils",
@@ -109,7 +109,7 @@ def interface(graph: ir.Graph, weights: int) -> tuple[list[tuple[str | None, str
 
 
 def test_inputs_and_caches_are_found_whatever_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.24 renamed `past_key_values.{i}` to `cache.{i}`: KeyError, and no decoder could be exported."""
+    """transformers 5.24 renamed `past_key_values.{i}` to `cache.{i}`: a KeyError ended every export."""
     expected = [("input_ids", "[batch,sequence]"), ("attention_mask", "[batch,total_sequence]")]
     names = [f"{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
     expected += [(f"past_key_values.{name}", "[batch,2,past_sequence,16]") for name in names]
@@ -141,12 +141,12 @@ def test_a_trace_with_other_inputs_is_refused_with_the_versions_that_were_run(
 
 
 def test_a_trace_without_its_presents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ExportError, match="returns 3 values behind its logits.*2 layers"):
+    with pytest.raises(ExportError, match=r"returns 3 values behind its logits.*2 layers"):
         traced_after(lambda graph: graph.outputs.pop(), monkeypatch)
 
 
 def test_both_kinds_of_result_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before 5.23 the exporter returned torch's ONNXProgram (`.model`), since then an ExportedModel (`.program`)."""
+    """Before 5.23 the exporter returned an ONNXProgram (`.model`), since then an ExportedModel."""
     export = OnnxExporter.export
     source = load_source(models.bert_classifier())
     graphs = []

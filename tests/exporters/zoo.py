@@ -18,7 +18,6 @@ import transformers
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
-from edgepeft.exporters import forward
 from edgepeft.exporters.sources import loading
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.loading import Source
@@ -201,21 +200,19 @@ def measure(family: str, folder: Path) -> Measured:
 
 @contextmanager
 def traced_once() -> Iterator[None]:
-    """Let exports of one model share its optimized traces, which take most of the time, and leave memory
+    """Let exports of one model share its trace, which takes most of the time, and leave memory
     unmeasured, which takes most of the rest."""
-    traces: dict[bool, Traced] = {}
-    trace, optimize = loading.trace, forward.optimize_forward
+    traces: list[Traced] = []
+    trace = loading.trace
 
     def trace_once(source: Source, *, with_past: bool = False) -> Traced:
-        if with_past not in traces:
-            traces[with_past] = trace(source, with_past=with_past)
-            optimize(traces[with_past].model)
-        kept = traces[with_past]
-        return Traced(kept.model.clone(), {name: weight.clone() for name, weight in kept.weights.items()})
+        if not traces:
+            traces.append(trace(source, with_past=with_past))
+        kept = traces[0].copy()
+        return Traced(kept.model, {name: weight.clone() for name, weight in kept.weights.items()})
 
     with (
         patch.object(loading, "trace", trace_once),
-        patch.object(forward, "optimize_forward", lambda _: None),
         patch("edgepeft.exporters.memory.measure_peaks", lambda *_: ()),
         patch("edgepeft.exporters.memory.measure_chain_peaks", lambda *_, **__: ()),
         patch("edgepeft.exporters.memory.with_session", lambda _, __, tensors, *___: tensors),

@@ -19,7 +19,10 @@ import errno
 import mmap
 import os
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 SYSTEM = os.environ["SIMULATED_SYSTEM"]
@@ -27,7 +30,7 @@ MISSING = {"windows": ("resource", "readline"), "macos": (), "bare": ("psutil",)
 HIDDEN = ("/proc/", "/sys/")
 LACKING = ("O_DIRECT", "posix_fallocate", "sync")
 LACKING_ON_WINDOWS = ("O_TMPFILE", "sched_getaffinity")
-_looking_around = False
+_thread = threading.local()
 
 
 class AdvisedMap(mmap.mmap):
@@ -41,7 +44,9 @@ class AdvisedMap(mmap.mmap):
 
 def refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """An audit hook (`sys.addaudithook`): raises what the simulated system would."""
-    if event == "open" and isinstance(arguments[0], str | bytes) and not _looking_around:
+    if getattr(_thread, "is_looking", False):
+        return
+    if event == "open" and isinstance(arguments[0], str | bytes):
         path = os.fsdecode(arguments[0])
         if path.startswith(HIDDEN) and not _asked_by_psutil():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -65,11 +70,28 @@ def _asked_by_psutil() -> bool:
     return frame is not None
 
 
+def _memory_info(process: Any) -> SimpleNamespace:
+    """What psutil tells of this process on Windows."""
+    del process
+    with _looking():
+        lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    sizes = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB")}
+    return SimpleNamespace(rss=sizes["VmRSS:"], peak_wset=sizes["VmHWM:"])
+
+
+@contextlib.contextmanager
+def _looking() -> Iterator[None]:
+    """Linux's files are there meanwhile, for this thread."""
+    _thread.is_looking = True
+    try:
+        yield
+    finally:
+        _thread.is_looking = False
+
+
 def _is_in_use(path: Path) -> bool:
     """Whether this process has a file open or mapped that is `path` or below it."""
-    global _looking_around
-    _looking_around = True
-    try:
+    with _looking():
         held = {
             line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text("utf-8").splitlines()
         }
@@ -78,8 +100,6 @@ def _is_in_use(path: Path) -> bool:
                 held.add(str(descriptor.readlink()))
         place = path.parent.resolve() / path.name
         return any(Path(name).is_relative_to(place) for name in held if name.startswith("/"))
-    finally:
-        _looking_around = False
 
 
 def _take_away() -> None:
@@ -94,7 +114,9 @@ def _take_away() -> None:
         import tempfile
 
         tempfile.TemporaryFile = tempfile.NamedTemporaryFile  # type: ignore[misc,assignment]
-        import psutil  # noqa: F401  (on Linux it needs `resource` itself)
+        import psutil  # on Linux it needs `resource` itself
+
+        psutil.Process.memory_info = _memory_info  # type: ignore[method-assign]
     for name in MISSING[SYSTEM]:
         sys.modules[name] = None  # type: ignore[assignment]
     sys.addaudithook(refuse)

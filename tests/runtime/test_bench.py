@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import pytest
 
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import CgroupError, MissingExtraError
-from edgepeft.runtime.bench import plot, run
+from edgepeft.errors import CgroupError, EdgePeftError, MissingExtraError
+from edgepeft.runtime.bench import machine, plot, run
+from edgepeft.runtime.bench.report import BenchReport, Measured, PhaseResult
 from edgepeft.runtime.bench.run import BenchOptions, bench
 from edgepeft.runtime.bench.synthetic import synthetic_adapter, synthetic_records
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
-from edgepeft.runtime.memory.process import read_memory
+from edgepeft.runtime.memory.process import Sample, read_memory
 from edgepeft.runtime.tasks import task_for
 
 from .test_cli import fails
@@ -23,6 +25,7 @@ from .test_cli import run as command
 
 MIB = 2**20
 FAST = BenchOptions(steps=2, max_new_tokens=4)
+TIMELINE = [Sample(seconds, MIB, MIB, MIB) for seconds in (0.1, 0.2)]
 LANGUAGE = ["load", "prefill", "decode", "train", "swap"]
 
 
@@ -119,9 +122,41 @@ def test_the_command_prints_a_table_or_json_and_draws(classifier: Path, tmp_path
     assert [row.split()[0] for row in rows] == ["load", "predict", "train", "swap", "2"]
     assert "measuring train" in text.stderr
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert not list(tmp_path.glob(".memory*"))
     report = json.loads(command("bench", classifier, *sizes[:6], "--json").stdout)
+    assert report["model"] == "tiny"
     assert [phase["name"] for phase in report["phases"]] == ["load", "predict", "train", "swap"]
     assert report["phases"][2]["measured"]["strategy"] == "resident"
+
+
+def test_a_picture_says_what_it_shows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The model, its budget, the machine and the engine, each no longer than a title is wide; no host's name,
+    and no character of a name is mathematics."""
+    monkeypatch.setattr(machine, "_CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(machine, "_BOARD", tmp_path / "board")
+    monkeypatch.setattr(platform, "node", lambda: pytest.fail("asks for the host's name"))
+    (tmp_path / "board").write_bytes(b"Raspberry Pi Zero 2 W Rev 1.0\0")
+    assert machine.machine_name().startswith("Raspberry Pi Zero 2 W Rev 1.0, ")
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nmodel name\t: A  CPU of $many_ words" + "!" * 90 + "\n"
+    )
+    name = machine.machine_name()
+    assert name.startswith("A CPU of $many_ words!!!")
+    assert name.split(", ")[1].endswith(" cores")
+    assert len(name) < 100
+    report = BenchReport(
+        *("0.1.0", "1.32.0", name, "a$model_" + "x" * 90, "bundle", "fill-mask", 2**28, "edgepeft", None),
+        *(16, 1, 1),
+        [PhaseResult("load", "ran", measured=Measured(0.1, 1, None, MIB, MIB, MIB, MIB, None, TIMELINE))],
+    )
+    first, second = plot.title(report).splitlines()
+    assert first == "a$model_" + "x" * 51 + "…: memory of every phase, budget 256.0 MiB"
+    assert second == f"{name}, onnxruntime 1.32.0"
+    assert "no budget" in plot.title(dataclasses.replace(report, budget_bytes=None))
+    plot.require_matplotlib()
+    plot.draw(report, tmp_path / "picture.png")
+    with pytest.raises(EdgePeftError, match="cannot be written"):
+        plot.draw(report, tmp_path / "none" / "picture.png")
 
 
 def test_a_budget_for_nothing_exits_3(classifier: Path) -> None:
@@ -136,9 +171,9 @@ def test_a_budget_for_nothing_exits_3(classifier: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--steps", 0), "steps is 0"),
-        (("--seq-len", 99), "seq_len is 99"),
-        (("--max-new-tokens", 16), "max_new_tokens is 16, expected 1 to 15"),
+        (("--steps", 0), "--steps is 0"),
+        (("--seq-len", 99), "--seq-len is 99"),
+        (("--max-new-tokens", 16), "--max-new-tokens is 16, expected 1 to 15"),
     ],
 )
 def test_sizes_that_cannot_be(language_model: Path, arguments: tuple[object, ...], message: str) -> None:

@@ -1,6 +1,7 @@
 """The commands: answers, one-line errors, exit codes, JSON."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+import edgepeft
 from edgepeft import cli
 from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.cli.options import adapter_spec
@@ -17,8 +19,8 @@ from edgepeft.runtime.training.sampling import split
 from . import tiny
 
 
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments])
+def run(*arguments: object, stdin: str | None = None) -> Result:
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=stdin)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
@@ -59,7 +61,15 @@ def test_the_group_lists_its_commands() -> None:
     """With version and help."""
     text = run("--help").output
     assert all(name in text for name in cli.COMMANDS)
-    assert run("--version").output.startswith("edgepeft, version ")
+    assert run("--version").output == f"edgepeft, version {edgepeft.__version__}\n"
+
+
+@pytest.mark.parametrize("command", [(), ("adapter",)])
+def test_commands_that_hold_commands_show_their_help(command: tuple[str, ...]) -> None:
+    """Alone, which is no error."""
+    alone, asked = run(*command), run(*command, "--help")
+    assert (alone.exit_code, alone.stdout, alone.stderr) == (0, asked.stdout, "")
+    assert "Commands:" in alone.stdout
 
 
 def test_inspect(classifier: Path) -> None:
@@ -130,8 +140,10 @@ def test_a_rejected_update_exits_4_with_its_report(classifier: Path, data: Path,
     arguments = ("adapt", classifier, "--data", data, "--budget", "4GiB", "--adapter", tmp_path / "good")
     rejected = run(*arguments, "-o", tmp_path / "bad", "--json", *FAST)
     assert rejected.exit_code == 4
-    assert "error: the update is rejected: held-out loss went from" in rejected.stderr
-    assert json.loads(rejected.stdout)["decision"] == "rejected"
+    told = json.loads(rejected.stdout)
+    assert told["decision"] == "rejected"
+    assert told["error"]["exit_code"] == 4
+    assert told["error"]["message"].startswith("the update is rejected: held-out loss went from")
     assert not (tmp_path / "bad").exists()
 
 
@@ -158,7 +170,12 @@ def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("exit_code", "arguments", "message"),
     [
-        (2, ("frobnicate",), "No such command"),
+        (2, ("frobnicate",), "No such command 'frobnicate': there are export, inspect, plan"),
+        (2, ("adaptt",), "No such command 'adaptt': did you mean adapt"),
+        (2, ("adapter", "lst"), "No such command 'lst': did you mean list? (see edgepeft adapter --help)"),
+        (2, ("adapt", "--stesp", "3"), "'--steps'"),
+        (2, ("adapter", "add", "--dtype"), "requires an argument. (see edgepeft adapter add --help)"),
+        (2, ("adapter", "add", "BUNDLE", "mine"), "mine: write NAME=PATH, such as mine=./my-adapter"),
         (2, ("adapt", "BUNDLE"), "Missing option '--data'"),
         (2, ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT"), "Missing option '--budget'"),
         (
@@ -177,6 +194,40 @@ def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:
             "--steps",
         ),
         (2, ("adapt", "BUNDLE", "--data", "DATA", "-o", "DATA", "--budget", "1GiB"), "exists and holds no"),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "BELOW", "--budget", "1GiB"),
+            "data.jsonl is no folder: give another path",
+        ),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "256"),
+            "--budget: '256' is 256 bytes: write a unit, such as 256MiB",
+        ),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "256M"),
+            "write 256MiB (powers of 1024) or 256MB",
+        ),
+        (
+            2,
+            ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "1GiB", "--accumulate", "0"),
+            "error: --accumulate is 0",
+        ),
+        (2, ("bench", "BUNDLE", "--plot", "BELOW"), "there is no folder"),
+        (2, ("plan", "BUNDLE"), "such as --budget 256MiB"),
+        (
+            2,
+            ("export", "DATA", "-o", "OUT"),
+            "is a file, expected a model's folder, hub id, GGUF or ONNX file",
+        ),
+        (2, ("export", "NONE", "-o", "OUT"), "no such model's folder or file"),
+        (2, ("export", "BUNDLE", "-o", "OUT"), "is a bundle already"),
+        (
+            2,
+            ("export", "some/model", "-o", "DATA"),
+            "exists and holds no manifest.json, so it is not replaced",
+        ),
         (3, ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "1MiB"), "holds 48.0 MiB without"),
         (3, ("adapt", "BUNDLE", "--data", "DATA", "-o", "OUT", "--budget", "50MiB"), "--budget "),
         (1, ("adapt", "BUNDLE", "--data", "NONE", "-o", "OUT", "--budget", "1GiB"), "cannot be read"),
@@ -184,7 +235,7 @@ def test_predict_embeddings(encoder: Path, tmp_path: Path) -> None:
         (1, ("inspect", "DATA"), "expected a bundle's folder"),
         (1, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "yours"), "has no adapter 'yours'"),
         (2, ("predict", "BUNDLE", "--data", "DATA", "--adapter", "mine=much"), "'much' is not a weight"),
-        (2, ("predict", "BUNDLE", "--data", "DATA", "--seq-len", "99"), "seq_len is 99"),
+        (2, ("predict", "BUNDLE", "--data", "DATA", "--seq-len", "99"), "--seq-len is 99"),
         (3, ("predict", "BUNDLE", "--data", "DATA", "--budget", "1MiB"), "the budget is 1.0 MiB"),
         (2, ("generate", "BUNDLE", "--prompt", "w1"), "use predict"),
     ],
@@ -194,6 +245,7 @@ def test_errors_are_one_line_with_their_exit_code(
 ) -> None:
     """Nothing is written, nothing is printed on stdout."""
     places = {"BUNDLE": classifier, "DATA": data, "OUT": tmp_path / "out", "NONE": tmp_path / "none"}
+    places["BELOW"] = data / "out"
     line = fails(exit_code, *(places.get(argument, argument) for argument in arguments))
     assert message in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.jsonl"]
@@ -205,11 +257,80 @@ def test_bad_data_names_its_line(classifier: Path, data: Path, tmp_path: Path) -
     for content, message in (
         ("\n".join([*lines[:2], '{"text": ', *lines[3:]]), "data.jsonl:3: is not JSON"),
         ("\n".join([*lines[:4], '{"text": "w1", "label": "mauve"}']), "data.jsonl:5: label 'mauve'"),
+        (
+            '{"text": "w1", "label": "mauve"}',
+            "knows 3: red, green, blue. Use these, or export the model with",
+        ),
+        ('{"txt": "w1", "lbl": "red"}', "1: has the fields 'txt', 'lbl', text-classification needs {"),
         ("", "holds no records"),
     ):
         data.write_text(content, "utf-8")
         line = fails(1, "adapt", classifier, "--data", data, "--budget", "1GiB", "-o", tmp_path / "out")
         assert message in line
+
+
+def test_records_from_standard_input(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same as from the file, for predictions and an update; a resumed one needs them once more."""
+    lines = data.read_text(encoding="utf-8")
+    for command in (
+        ("predict", classifier, "--json"),
+        ("adapt", classifier, "--budget", "4GiB", "-o", tmp_path / "out", *FAST, "--json"),
+    ):
+        piped, told = run(*command, "--data", "-", stdin=lines), run(*command, "--data", data)
+        assert piped.exit_code == told.exit_code == 0, piped.output
+        results = [json.loads(result.stdout) for result in (piped, told)]
+        names = ("records", "losses", "held_out_after")
+        assert [results[0].get(name) for name in names] == [results[1].get(name) for name in names]
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    adapt = ("adapt", classifier, "--data", "-", "--budget", "4GiB", "-o", tmp_path / "new", *FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr("edgepeft.cli.adapt._Steps.done", stop)
+        assert run(*adapt, stdin=lines).exit_code == 130
+    again = run(*adapt, "--resume", stdin="".join(lines.splitlines(keepends=True)[1:]))
+    assert again.exit_code == 2
+    assert "new.checkpoint: was made with data" in again.stderr
+    assert "(from standard input: once more all of those that it was given before)" in again.stderr
+    assert "holds no records" in run(*adapt, "--resume", stdin="").stderr
+    report = json.loads(run(*adapt, "--resume", "--json", stdin=lines).stdout)
+    assert report["resumed_from_step"] == 1
+    assert report["losses"] == results[0]["losses"]
+
+
+def test_a_checkpoint_that_is_not_resumed_is_mentioned(classifier: Path, data: Path, tmp_path: Path) -> None:
+    """Since the update overwrites it."""
+    (tmp_path / "out.checkpoint").write_bytes(b"")
+    result = run("adapt", classifier, "--data", data, "--budget", "4GiB", "-o", tmp_path / "out", *FAST)
+    assert result.exit_code == 0
+    note = f"note: {tmp_path / 'out.checkpoint'} is of an update that was not finished: --resume would go on"
+    assert result.stderr.startswith(note)
+
+
+def test_a_folder_named_like_an_adapter(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What `adapt -o my-adapter` has written is not in the bundle: its path is wanted."""
+    monkeypatch.chdir(tmp_path)
+    save_adapter(tiny.adapter(trained=True), tmp_path / "my-adapter")
+    line = fails(1, "predict", classifier, "--data", data, "--adapter", "my-adapter")
+    assert "has no adapter 'my-adapter', but a folder of that name is here: write ./my-adapter" in line
+    assert run("predict", classifier, "--data", data, "--adapter", "./my-adapter").exit_code == 0
+    (tmp_path / "empty").mkdir()
+    line = fails(1, "predict", classifier, "--data", data, "--adapter", "./empty")
+    assert "empty: holds no adapter_config.json; a PEFT adapter is a folder with that" in line
+
+
+def test_an_output_that_may_not_be_written(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Is refused before any work; what root may do, the system is not asked."""
+    monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+    line = fails(2, "adapt", classifier, "--data", data, "--budget", "4GiB", "-o", tmp_path / "new" / "out")
+    assert f"out: cannot be written, {tmp_path} may not be written to: give another path" in line
 
 
 def test_an_untrained_adapter_from_outside(classifier: Path, data: Path, tmp_path: Path) -> None:

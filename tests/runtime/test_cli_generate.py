@@ -81,7 +81,7 @@ def test_prompt_caches(bundle: Path, tmp_path: Path) -> None:
         ((), "there is no --prompt"),
         (("--chat",), "there is no --prompt"),  # standard input is no terminal
         (("--prompt", "w1", "--system", "w2"), "--system is part of a conversation: give --chat"),
-        (("--prompt", "w1", "--top-k", "3"), "top_k chooses among draws"),
+        (("--prompt", "w1", "--top-k", "3"), "--top-k chooses among draws"),
         (("--prompt", "w1", "--stop", ""), "expected texts that are not empty"),
     ],
 )

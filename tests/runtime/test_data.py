@@ -1,5 +1,7 @@
 """Records: what each task reads, and one error with its line for what it cannot."""
 
+import dataclasses
+import io
 import json
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgepeft.bundle.reader import open_bundle
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TensorSpec
+from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
 from edgepeft.runtime.data import records
 from edgepeft.runtime.tasks import Example, Task, task_for
@@ -51,6 +54,7 @@ def test_lines_come_one_at_a_time_with_their_numbers(tmp_path: Path) -> None:
         (b'{"text": "a"', "is not JSON"),
         (b"'text'", "is not JSON"),
         (b'["a"]', "is a JSON list"),
+        (b"[", r"write one object a line, as jq -c '\.\[\]' makes them of an array"),
         (b"3", "is a JSON int"),
         (b'{"text": "\xff"}', "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
@@ -74,6 +78,90 @@ def test_no_records_at_all(tmp_path: Path, content: bytes) -> None:
     for source in (path, str(path), []):
         with pytest.raises(DataError, match="holds no records"):
             list(records(source))
+
+
+def test_standard_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As `-`; a file of that name is `./-`, or a `Path`."""
+
+    def typed(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"))
+
+    typed(b'{"text": "a"}\n\n{"text": "b"}')
+    assert [(record.where, record.folder) for record in records("-")] == [
+        ("standard input:1", Path()),
+        ("standard input:3", Path()),
+    ]
+    for content, message in (
+        (b"", "standard input: holds no records"),
+        (b"{", "standard input:1: is not JSON"),
+    ):
+        typed(content)
+        with pytest.raises(DataError, match=message):
+            list(records("-"))
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(DataError, match="standard input: is closed"):
+        list(records("-"))
+    monkeypatch.chdir(tmp_path)
+    Path("-").write_text('{"text": "c"}', encoding="utf-8")
+    for source in ("./-", Path("-")):
+        assert [record.fields["text"] for record in records(source)] == ["c"]
+
+
+def picture_task(classifier: Path) -> Task:
+    """A classifier of images of 2 x 2 pixels, with nothing behind it."""
+    bundle = open_bundle(classifier)
+    inference = bundle.manifest.graphs["inference"]
+    pixels = TensorSpec("pixel_values", "float32", ("batch", 3, 2, 2))
+    manifest = dataclasses.replace(
+        bundle.manifest,
+        task="image-classification",
+        graphs={"inference": dataclasses.replace(inference, inputs=(pixels,))},
+        image_preprocessing=ImagePreprocessing("nearest", 1.0, (0.0,) * 3, (1.0,) * 3),
+    )
+    return task_for(Bundle(bundle.path, manifest))
+
+
+def recording_task(classifier: Path) -> Task:
+    """A classifier of recordings, with nothing behind it."""
+    bundle = open_bundle(classifier)
+    manifest = dataclasses.replace(
+        bundle.manifest, task="audio-classification", audio_preprocessing=AudioPreprocessing(8_000, False)
+    )
+    return task_for(Bundle(bundle.path, manifest))
+
+
+@pytest.mark.parametrize("field", ["image", "pixel_values", "audio", "input_values"])
+def test_files_are_found_from_the_data_files_folder(
+    classifier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str
+) -> None:
+    """Not from the working directory, but for standard input and for records from Python; an absolute path is
+    one from anywhere."""
+    task = picture_task(classifier) if field in ("image", "pixel_values") else recording_task(classifier)
+    shape = {"image": (2, 2, 3), "pixel_values": (3, 2, 2)}.get(field, (5,))
+    here, there = tmp_path / "here", tmp_path / "there"
+    for value, folder in enumerate((here, there / "files"), start=1):
+        folder.mkdir(parents=True)
+        np.save(folder / "x.npy", np.full(shape, value, np.uint8 if field == "image" else np.float32))
+    data = there / "data.jsonl"
+    monkeypatch.chdir(here)
+
+    def values(source: Any) -> list[float]:
+        examples = task.encode_all(records(source), 100, training=True)
+        return [float(np.unique(example.values)[0]) for example in examples if example.values is not None]
+
+    lines = [{field: str(path), "label": 0} for path in ("files/x.npy", here / "x.npy", "../here/x.npy")]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    assert values(data) == values(str(data)) == values("../there/data.jsonl") == [2, 1, 1]
+    assert values([{field: "x.npy", "label": 0}]) == [1]
+    monkeypatch.setattr(
+        sys,
+        "stdin",
+        io.TextIOWrapper(io.BytesIO(json.dumps({field: "x.npy", "label": 0}).encode()), encoding="utf-8"),
+    )
+    assert values("-") == [1]
+    data.write_text(json.dumps({field: "x.npy", "label": 0}))
+    with pytest.raises(DataError, match=rf"data\.jsonl:1: {field}.*there/x\.npy"):
+        values(data)
 
 
 def test_a_missing_file_and_a_wrong_record(tmp_path: Path) -> None:

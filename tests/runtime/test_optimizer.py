@@ -2,7 +2,7 @@
 
 import errno
 import os
-import tempfile
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +134,7 @@ def test_the_split_is_fixed_and_complete() -> None:
 
 
 def test_a_state_in_a_file_is_the_same_state(classifier: Path, tmp_path: Path) -> None:
-    """Bit for bit, also where gradients are added and the update is limited; the file has no name."""
+    """Bit for bit, also where gradients are added and the update is limited; the file goes with the state."""
     rng = np.random.default_rng(0)
     start = {"a": rng.standard_normal((70, 9), np.float32), "b": rng.standard_normal(5, np.float32)}
     states = TrainingState(start), TrainingState(start, file_in=tmp_path / "new")
@@ -153,9 +153,10 @@ def test_a_state_in_a_file_is_the_same_state(classifier: Path, tmp_path: Path) -
         np.testing.assert_array_equal(tensor, states[1].parameters[name])
     for optimizer in optimizers:
         optimizer.close()
-    if tempfile.TemporaryFile is tempfile.NamedTemporaryFile:  # Windows: the name goes with the file
-        del states, optimizers, state, optimizer, buffer, in_file
-    assert not list((tmp_path / "new").iterdir())
+    left = weakref.ref(states[1].buffers["param"])
+    del states, state, optimizers, optimizer, buffer, in_file, tensor
+    assert left() is None
+    assert not list((tmp_path / "new").iterdir())  # on Windows, where it has a name, it is gone now
 
 
 def test_a_folder_that_takes_no_file_is_named(tmp_path: Path) -> None:

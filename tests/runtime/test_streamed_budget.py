@@ -21,6 +21,8 @@ from ..other_systems import SYSTEMS, environment
 pytestmark = pytest.mark.slow
 MIB = 2**20
 BUDGET_BYTES = 112 * MIB
+# With psutil, and without giving back what malloc keeps.
+ELSEWHERE_BYTES = 124 * MIB
 
 SCRIPT = """
 import json, sys
@@ -132,14 +134,13 @@ def run_elsewhere(program: str, arguments: list[str], system: str) -> tuple[dict
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_other_systems_keep_the_budget(bundle: Path, tmp_path: Path, system: str) -> None:
     """Without Linux's advice on pages and its account of them, weights come and go, and give the same."""
+    assert open_bundle(bundle).manifest.files["weights.bin"].nbytes > ELSEWHERE_BYTES
     for program, result, label in ((SCRIPT, "tokens", "roles"), (TRAIN, "losses", "strategy")):
         whole, _ = run_elsewhere(program, [str(bundle), "0", str(tmp_path / "whole")], system)
-        staged, peak_bytes = run_elsewhere(
-            program, [str(bundle), str(BUDGET_BYTES), str(tmp_path / "staged")], system
-        )
+        arguments = [str(bundle), str(ELSEWHERE_BYTES), str(tmp_path / "staged")]
+        staged, peak_bytes = run_elsewhere(program, arguments, system)
         assert STREAMED in staged[label]
         assert STREAMED not in whole[label]
-        assert staged[result] == (
-            whole[result] if program is SCRIPT else pytest.approx(whole[result], rel=1e-5)
-        )
-        assert peak_bytes <= BUDGET_BYTES
+        expected = whole[result] if program is SCRIPT else pytest.approx(whole[result], rel=1e-5)
+        assert staged[result] == expected
+        assert peak_bytes <= ELSEWHERE_BYTES

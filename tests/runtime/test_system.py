@@ -16,7 +16,7 @@ from edgepeft.runtime.memory.huge_pages import gather_into_huge_pages
 from edgepeft.runtime.memory.mapped_pages import drop_mapped_pages
 
 from . import tiny
-from .test_memory import held, without_proc
+from .test_memory import falls, held, without_proc
 
 __all__ = ["without_proc"]  # the fixture
 MIB = 2**20
@@ -86,10 +86,10 @@ def test_whether_pages_are_given_back_is_tried(monkeypatch: pytest.MonkeyPatch) 
     system._discards.cache_clear()
 
 
+@falls
 @pytest.mark.usefixtures("without_proc")
 def test_a_budget_is_of_what_is_held_now(classifier: Path) -> None:
     """Memory that the process once had does not count: a budget that is too small beside it does later."""
-    pytest.importorskip("psutil")
     budget_bytes = process.read_memory().resident_bytes + 96 * MIB
     batch = {"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1, 1]]}
     with edgepeft.load(classifier, memory_budget=budget_bytes) as model:

@@ -19,7 +19,7 @@ from edgepeft.runtime.memory.process import read_memory
 from edgepeft.runtime.memory.read_weights import ReadWeights
 from edgepeft.runtime.memory.weights import MappedWeights, Weights
 
-from .test_memory import linux
+from .test_memory import falls, linux
 
 ROWS, COLUMNS, OFFSET = 16_384, 1024, 4096
 SPEC = TensorSpec("table", "float32", (ROWS, COLUMNS))
@@ -144,6 +144,7 @@ def test_looking_up_costs_its_rows(table: tuple[Bundle, np.ndarray], discards: b
     assert cast(int, after.file_bytes) - cast(int, before.file_bytes) < MIB
 
 
+@falls
 def test_released_weights_leave_the_process(table: tuple[Bundle, np.ndarray], discards: bool) -> None:
     """64 MiB of a map, by the system's account of the process; they come back as they were."""
     bundle, values = table
