@@ -6,9 +6,9 @@ import pytest
 
 from edgepeft.runtime.bench.run import BenchOptions, bench
 
-from ..exporters.conftest import Exported, exported
+from ..exporters.conftest import Exported, exported, shared
 
-__all__ = ["exported"]  # the fixture
+__all__ = ["exported", "shared"]  # the fixtures
 pytestmark = pytest.mark.slow
 CLASSIFIES = ["load", "predict", "train", "swap"]
 GENERATES = ["load", "prefill", "decode", "train", "swap"]

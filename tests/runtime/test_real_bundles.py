@@ -15,9 +15,9 @@ import torch
 import edgepeft
 
 from ..exporters import models
-from ..exporters.conftest import Exported, exported
+from ..exporters.conftest import Exported, exported, shared
 
-__all__ = ["exported"]  # the fixture
+__all__ = ["exported", "shared"]  # the fixtures
 pytestmark = pytest.mark.slow
 Make = Callable[[str, int], Exported]
 
