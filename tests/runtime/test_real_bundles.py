@@ -128,7 +128,7 @@ def test_the_suggested_budget_does(exported: Make, tmp_path: Path) -> None:
     command += ["--batch-size", "32", "--steps", "5", "--lr", "1e-3", "--seq-len", "32", "--json", "--budget"]
     refused = subprocess.run([*map(str, command), "50MiB"], capture_output=True, text=True, check=False)
     assert refused.returncode == 3, refused.stderr
-    budget = refused.stderr.split("--budget ")[1].split(",")[0]
+    budget = json.loads(refused.stdout)["error"]["message"].split("--budget ")[1].split(",")[0]
     done = subprocess.run([*map(str, command), budget], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     memory = json.loads(done.stdout)["memory"]
