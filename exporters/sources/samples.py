@@ -60,7 +60,7 @@ class Samples:
             if isinstance(value, torch.Tensor):
                 leaves.append(Leaf(name, value, self.axes[name]))
                 continue
-            names = {}
+            names: dict[int, str] = {}
             for index, layer in enumerate(value.layers):
                 names |= {id(layer.keys): f"{PAST}{index}.key", id(layer.values): f"{PAST}{index}.value"}
             leaves += [
@@ -178,16 +178,26 @@ def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
 
     Every layer keeps all positions, sliding windows too: the mask is what narrows them.
+
+    Raises:
+        ExportError: the model keeps something else than keys and values (a state-space model).
     """
     source.model.config.use_cache = True
     with torch.no_grad():
         output = source.model(**inputs)
-    filled = next(value for value in output.values() if isinstance(value, Cache))
-    cache = DynamicCache()
-    for index, layer in enumerate(filled.layers):
-        keys, values = (
-            torch.zeros(SAMPLE_BATCH, kept.shape[1], SAMPLE_PAST, kept.shape[3])
-            for kept in (layer.keys, layer.values)
+    filled = [value for value in output.values() if isinstance(value, Cache)]
+    kept = (
+        [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in filled[0].layers]
+        if filled
+        else []
+    )
+    if not kept or not all(part is not None and part.ndim == 4 for pair in kept for part in pair):
+        raise ExportError(
+            f"{source.name} ({source.architecture}) keeps something else than keys and values of every layer "
+            "while it writes, which edgepeft does not export: choose a model whose layers all have attention"
         )
+    cache = DynamicCache()
+    for index, pair in enumerate(kept):
+        keys, values = (torch.zeros(SAMPLE_BATCH, part.shape[1], SAMPLE_PAST, part.shape[3]) for part in pair)
         cache.update(keys, values, index)
     return cache

@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
@@ -44,10 +44,10 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
     config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
         with _quiet(), torch.no_grad():
-            exported = OnnxExporter().export(module, samples.inputs, config=config)
+            # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
+            exported: Any = OnnxExporter().export(module, samples.inputs, config=config)
     except Exception as error:  # torch.export raises whatever the model's own code raised
         raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
-    # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
     program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
     caches = _name_inputs(program.graph, samples, source.name)
     _name_presents(program.graph, caches, source.name)

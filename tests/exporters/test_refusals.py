@@ -154,3 +154,10 @@ def test_a_bundle_that_disagrees_with_pytorch_is_not_written(
         rank=2,
         targets=LORA_TARGETS["bert"],
     )
+
+
+def test_a_model_without_keys_and_values_is_refused(output: Path) -> None:
+    """A state-space model keeps states; there was a StopIteration."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 8}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
+    refuse("keeps something else than keys and values", edgepeft.ExportError, output, model)
