@@ -59,8 +59,10 @@ class Demo:
     def export(self) -> None:
         """Workstation: model in, bundle out."""
         began_s = time.perf_counter()
+        model = self.out / "all-MiniLM-L6-v2"  # the package calls its folder `model`
+        model.symlink_to(torch_side.MODEL)
         summary = self._edgepeft(
-            *("export", str(torch_side.MODEL), "-o", str(self.bundle), "--task", "text-classification"),
+            *("export", str(model), "-o", str(self.bundle), "--task", "text-classification"),
             *("--labels", ",".join(self.labels), "--bits", "4", "--rank", "8"),
             *("--targets", "query,key,value,dense", "--json"),
         )

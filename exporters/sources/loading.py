@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -225,8 +226,8 @@ def load_source(
 
 
 def _name(model: Path) -> str:
-    """A folder's own name, or a hub id."""
-    return model.resolve().name if model.is_dir() else str(model)
+    """A folder's name as it was given (a link's, not its target's), or a hub id."""
+    return os.path.basename(os.path.abspath(model)) if model.is_dir() else str(model)  # noqa: PTH100, PTH119
 
 
 def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any:

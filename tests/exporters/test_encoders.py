@@ -16,6 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 import edgepeft
 from edgepeft import cli
 from edgepeft.errors import DataError, ExportError, UsageError
+from edgepeft.exporters.sources.loading import load_source
 from edgepeft.exporters.sources.model_files import read_pooling
 
 from . import models, task_models
@@ -237,3 +238,11 @@ def test_recordings_are_read_from_files(tmp_path: Path) -> None:
             np.testing.assert_allclose(list(got["scores"].values()), expected, atol=1e-4)
         with pytest.raises(DataError, match=r"has 9 samples .* needs at least"):
             device.classify([samples[:9]])
+
+
+def test_a_model_is_called_what_its_folder_was_called(tmp_path: Path) -> None:
+    """A link keeps its own name: packages and caches have folders called `model` or a hash."""
+    task_models.save_with_words(models.bert_classifier(), tmp_path / "model")
+    (tmp_path / "topics").symlink_to(tmp_path / "model")
+    assert load_source(str(tmp_path / "topics")).name == "topics"
+    assert load_source(str(tmp_path / "model" / ".." / "topics")).name == "topics"
