@@ -11,6 +11,7 @@ import transformers
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
 @pytest.mark.parametrize("stage", ["differentiating and writing", "measuring memory", "verifying"])
 def test_nothing_is_left_behind(tmp_path: Path, stage: str) -> None:

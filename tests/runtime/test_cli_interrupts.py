@@ -22,7 +22,10 @@ from edgepeft.runtime.bench import run as bench
 from . import tiny
 from .test_cli import run
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+pytestmark = [
+    pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's"),
+    pytest.mark.usefixtures("ctrl_c"),
+]
 
 PROGRAM = [sys.executable, "-m", "edgepeft.cli"]
 STEPS = 600
