@@ -49,8 +49,9 @@ class Progress:
             if at_once:
                 self._say()
         if self._ticker is None:
-            self._ticker = threading.Thread(target=self._tick, daemon=True)
-            self._ticker.start()
+            ticker = threading.Thread(target=self._tick, daemon=True)
+            ticker.start()
+            self._ticker = ticker  # now: an interrupt before it has started leaves nothing to wait for
 
     def update(self, done: int, total: int, unit: str, note: str = "", *, at_once: bool = False) -> None:
         """So much of the stage is done.

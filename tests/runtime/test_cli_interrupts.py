@@ -231,7 +231,7 @@ def test_a_benchmark_ends_with_its_processes(folder: Path) -> None:
     """A real signal to a real one, in the middle of a phase."""
     process = start("bench", "tiny.edge", "--steps", 500, folder=folder)
     out, told = end(process, signal.SIGTERM, "measuring load")
-    assert (process.returncode, out) == (143, "")
+    assert (process.returncode, out) == (143, ""), told
     assert told.splitlines()[-1] == "error: interrupted (SIGTERM)"
     assert "Traceback" not in told
     assert sorted(path.name for path in folder.iterdir()) == ["anna's data.jsonl", "tiny.edge"]
