@@ -114,6 +114,10 @@ class _Steps:
                 f"note: {checkpoint} is of an update that was not finished: --resume would go on with it, "
                 "this one starts over"
             )
+        elif self._resume and not checkpoint.exists():
+            self._console.note(
+                f"note: {checkpoint} is not there: there is nothing to resume, so this one begins"
+            )
 
     def done(self, step: "Step") -> None:
         """A step is done.

@@ -51,7 +51,10 @@ def load_gguf(path: Path) -> tuple[Any, dict[str, bytes]]:
         raise MissingExtraError(error.name or "gguf", "export", "reading a GGUF file") from error
     except Exception as error:  # the reader raises whatever its parser ran into
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ExportError(f"transformers cannot read {path}: {reason}") from error
+        raise ExportError(
+            f"transformers cannot read {path} ({reason}): it is cut short or damaged, or of an architecture "
+            "that transformers does not read from GGUF; compare its size with where it came from"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="edgepeft-") as folder:
         tokenizer.save_pretrained(folder)
         return model, read_copied_files(folder)

@@ -116,7 +116,8 @@ def test_before_the_first_step_there_is_nothing_to_resume(
         "bring the same records again; go on with:"
     )
     assert command.endswith(f"--budget 4GiB -o {tmp_path / 'out'}")
-    error, command = run(*arguments, "--resume").stderr.splitlines()
+    note, error, command = run(*arguments, "--resume").stderr.splitlines()
+    assert note.endswith("out.checkpoint is not there: there is nothing to resume, so this one begins")
     assert "before another step; the checkpoint is as it was" in error
     assert command.endswith(f"-o {tmp_path / 'out'} --resume")
 
