@@ -186,7 +186,7 @@ def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     with torch.no_grad():
         output = source.model(**inputs)
     filled = [value for value in output.values() if isinstance(value, Cache)]
-    kept = (
+    kept: list[tuple[Any, Any]] = (
         [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in filled[0].layers]
         if filled
         else []
