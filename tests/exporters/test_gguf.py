@@ -38,7 +38,7 @@ def write(path: Path) -> transformers.PreTrainedModel:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(names)
     writer.add_token_types([3] * 3 + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["w 0"])
+    writer.add_token_merges(["w 0", "w1 0"])  # of one, transformers 5.14 makes a text
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
