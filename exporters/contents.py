@@ -130,6 +130,7 @@ def write_contents(
         image_preprocessing=source.image_preprocessing,
         audio_preprocessing=source.audio_preprocessing,
         decoder=None if inference.decoder is None else inference.decoder.wiring,
+        linear_head=inference.linear_head,
     )
 
 

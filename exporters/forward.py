@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
 from edgepeft.errors import ExportError
 
 from .decoder import Decoder, build_decoder
 from .graph import tidy
 from .model_info import default_targets
+from .passes.linear_head import add_features, find_linear_head
 from .passes.linears import find_linears, find_marked_linears, select, unpack
 from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
@@ -19,12 +20,14 @@ from .passes.quantize import Freezer
 from .passes.saved_modules import keep_saved_modules
 from .sources.base import ModelSource
 from .sources.pooling import append_pooling
+from .sources.tasks import CLASSIFICATION
 
 
 @dataclass
 class Forward:
     """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SavedModule.default`;
-    `decoder` is the graph that generates, where there is one."""
+    `decoder` is the graph that generates, where there is one, and `linear_head` the layer that makes a
+    classifier's outputs, if it is one."""
 
     model: ir.Model
     model_inputs: tuple[str, ...]
@@ -32,6 +35,7 @@ class Forward:
     saved_modules: tuple[SavedModule, ...]
     saved_values: dict[str, torch.Tensor]
     decoder: Decoder | None = None
+    linear_head: LinearHead | None = None
 
 
 def build_forward(
@@ -74,8 +78,19 @@ def build_forward(
     tidy(traced.model)
     values = {module.default: traced.weights[module.default] for module in saved}
     forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
+    if source.task in CLASSIFICATION:
+        forward.linear_head = _linear_head(graph)
     if plain is not None:
         forward.decoder = build_decoder(
             plain, traced.weights, traced.packed, chosen, freezer, source.max_length
         )
     return forward
+
+
+def _linear_head(graph: ir.Graph) -> LinearHead | None:
+    """The layer that makes the logits, whose features the graph puts out from now on."""
+    head = find_linear_head(graph.outputs[0])
+    if head is None:
+        return None
+    add_features(graph, head)
+    return LinearHead(head.weight.name or "", None if head.bias is None else head.bias.name)

@@ -70,6 +70,24 @@ class SavedModule:
 
 
 @dataclass(frozen=True)
+class LinearHead:
+    """The linear layer that makes a classifier's outputs: `logits = features @ weight.T + bias`.
+
+    `weight` and `bias` are inputs of saved modules, `[outputs, width]` and `[outputs]` (null: it has none).
+    The inference graph and the head of the chain put out `features` float32 `[batch, width]`, or `[batch,
+    sequence, width]` where every token has a label.
+    """
+
+    weight: str
+    bias: str | None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of both."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+@dataclass(frozen=True)
 class WeightTensor:
     """A tensor in `weights.bin`: raw little-endian bytes at a 64-aligned offset, on pages of its own (4096)
     but where several are parts of a larger one."""
@@ -243,3 +261,4 @@ class Manifest:
     image_preprocessing: ImagePreprocessing | None = None  # null: feed `pixel_values`
     audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`
     decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place
+    linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes

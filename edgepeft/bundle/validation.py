@@ -6,7 +6,14 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from edgepeft.bundle.decoder_validation import check_decoder
-from edgepeft.bundle.manifest import GraphSpec, ImagePreprocessing, Manifest, TensorSpec, WeightTensor
+from edgepeft.bundle.manifest import (
+    GraphSpec,
+    ImagePreprocessing,
+    LinearHead,
+    Manifest,
+    TensorSpec,
+    WeightTensor,
+)
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
 from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
@@ -102,6 +109,8 @@ def validate_manifest(manifest: Manifest) -> None:
     if manifest.audio_preprocessing is not None:
         rate = manifest.audio_preprocessing.sampling_rate
         _require(1 <= rate <= _MAX_RATE, f"audio_preprocessing.sampling_rate is {rate}")
+    if manifest.linear_head is not None:
+        _check_linear_head(manifest, manifest.linear_head)
     if manifest.streamed_inference is not None:
         check_streamed_inference(manifest, manifest.streamed_inference)
         _check_formula("streamed_inference", manifest.streamed_inference.memory)
@@ -267,6 +276,19 @@ def _check_adapters(manifest: Manifest) -> None:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             path = f"adapters/{name}/{file}"
             _require(path in manifest.files, f"adapter {name!r}: {path!r} is not in files")
+
+
+def _check_linear_head(manifest: Manifest, head: LinearHead) -> None:
+    """Both inputs belong to saved modules and have the sizes of the labels and of the features."""
+    outputs = {spec.name: spec for spec in manifest.graphs["inference"].outputs}
+    _require("features" in outputs, "linear_head: the inference graph has no output 'features'")
+    width, count = outputs["features"].shape[-1:], (len(manifest.model.labels),)
+    shapes = {saved.input: saved.shape for saved in manifest.saved_modules}
+    for name, expected in ((head.weight, (*count, *width)), (head.bias, count)):
+        _require(
+            name is None or shapes.get(name) == expected,
+            f"linear_head: {name!r} has shape {shapes.get(name or '')}, expected {expected}",
+        )
 
 
 def _check_training(manifest: Manifest) -> None:

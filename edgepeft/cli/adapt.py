@@ -32,13 +32,15 @@ if TYPE_CHECKING:
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
 @memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
-@click.option("--epochs", type=int, default=1, show_default=True, help="Passes over the records.")
+@click.option("--epochs", type=int, help="Passes over the records; their number decides unless given.")
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
+@click.option("--lr", "learning_rate", type=float, help="Peak learning rate; the task decides unless given.")
 @click.option(
-    "--lr", "learning_rate", type=float, default=2e-4, show_default=True, help="Peak learning rate."
+    "--warmup-steps",
+    type=int,
+    help="Steps of rising learning rate; a tenth of all, at most 100, unless given.",
 )
-@click.option("--warmup-steps", type=int, default=0, show_default=True, help="Steps of rising learning rate.")
 @click.option("--schedule", default="linear", show_default=True, help="linear, cosine or constant.")
 @click.option("--weight-decay", type=float, default=0.0, show_default=True, help="AdamW's weight decay.")
 @click.option(
@@ -174,10 +176,11 @@ def _table(report: dict[str, Any]) -> str:
             if report["exact_gradients"]
             else [["gradients", "estimated by forward passes: expect to need many more steps"]]
         ),
-        ["loss", f"{report['losses'][0]:.4f} to {report['losses'][-1]:.4f}"],
+        *([["loss", f"{report['losses'][0]:.4f} to {report['losses'][-1]:.4f}"]] if report["losses"] else []),
+        ["judged", _judged(report)],
         *(
             [
-                f"held-out {name}",
+                f"{report['judged_by']}: {name}",
                 f"{report['held_out_before'][name]:.4f} to {report['held_out_after'][name]:.4f}",
             ]
             for name in ("loss", "accuracy")
@@ -191,3 +194,14 @@ def _table(report: dict[str, Any]) -> str:
         ],
     ]
     return table(rows)
+
+
+def _judged(report: dict[str, Any]) -> str:
+    """What was chosen, and how sure its accuracy is."""
+    text = f"{report['chosen']} of {', '.join(item['name'] for item in report['candidates'])}"
+    if report["accuracy_interval"] is not None:
+        low, high = report["accuracy_interval"]
+        text += f"; accuracy {low:.2f} to {high:.2f} with 95 % confidence"
+    if report["trivial"] is not None and report["trivial"]["accuracy"] is not None:
+        text += f", {report['trivial']['accuracy']:.2f} by always saying the same"
+    return text

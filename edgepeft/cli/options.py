@@ -96,7 +96,7 @@ def memory_options() -> Decorator:
             "--trainable",
             default="all",
             show_default=True,
-            help="all, lora, lora_B (LoRA-FA) or modules_to_save.",
+            help="all, lora, lora_B (LoRA-FA), modules_to_save or head (a classifier's, in closed form).",
         ),
         click.option(
             "--top-blocks",

@@ -37,7 +37,7 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
     """Cut an inference graph into stages, equal ones sharing their graphs.
 
     Args:
-        forward: the graph, its weights frozen; its first output is the task's, the others are the cache.
+        forward: the graph, its weights frozen; its first output is the task's, the cache's parts are others.
         slice_output: run the output layer by slices of its rows where it is a product by a quantized matrix.
 
     Returns:
@@ -69,7 +69,7 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
             )
         )
     cached = [name for stage in stages for name in stage.cache.values()]
-    if sorted(cached) != sorted(name_of(value) for value in graph.outputs[1:]):
+    if sorted(cached) != sorted(filter(_is_cache, map(name_of, graph.outputs))):
         return None
     context, context_weights = build_context(graph, names, cut.weight_names)
     if context is not None:
@@ -95,5 +95,10 @@ def _presents(signature: Signature) -> list[tuple[tuple[int, int], ir.Value]]:
         ((place, output.index() or 0), output)
         for place, node in enumerate(signature.nodes)
         for output in node.outputs
-        if output.is_graph_output() and (output.name or "").startswith(PRESENT)
+        if output.is_graph_output() and _is_cache(name_of(output))
     ]
+
+
+def _is_cache(name: str) -> bool:
+    """Whether an output of this name is a part of the key/value cache."""
+    return name.startswith(PRESENT)

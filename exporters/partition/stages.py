@@ -3,7 +3,9 @@
     forward    hidden, context.*, weight.*, adapter.*                → kept.*
     output     the same and kept.*                                   → hidden.out
     backward   the same, kept.* and cotangent (of hidden.out)        → hidden.cotangent, grad.adapter.*
-    head       in the place of the last stage: hidden, …, labels     → loss (backward: the cotangents too)
+    head       in the place of the last stage: hidden, …, labels     → loss (forward: the output and, of a
+                                                                       linear head, its features too;
+                                                                       backward: the cotangents too)
 
 `kept.*` is what the backward pass needs of the forward pass: it is held until then, or computed anew by
 `forward` alone. A stage that nothing below trains, and one that keeps nothing, has no `output`: its
@@ -23,6 +25,7 @@ from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
 from ..passes.decode_late import decode_late
 from ..passes.decode_weights import decode_weights
+from ..passes.linear_head import add_features, find_linear_head
 from .copying import Copier
 from .cuts import Segment, ancestors
 from .saved import choose_saved
@@ -70,9 +73,12 @@ def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> St
     for with_gradients in (False, True):
         model, trained = _extract(piece, signature)
         output = model.graph.outputs[0]
+        head = find_linear_head(output)
         scalar = loss.build(model.graph, output)
         output.name = loss.output
         model.graph.outputs[:] = [scalar] if with_gradients else [scalar, output]
+        if head is not None and not with_gradients:
+            add_features(model.graph, head)
         tidy(model)
         if with_gradients:
             _add_gradients(model, scalar, None, trained, keep=[scalar])

@@ -24,6 +24,7 @@ from .model_files import read_copied_files, read_json, read_max_seq_length, read
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
 from .samples import sample_inputs
+from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import trace
 
@@ -232,6 +233,9 @@ def _name(model: Path) -> str:
 
 def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any:
     heads: dict[str, Any] = {}
+    if labels is not None and task == "text-classification" and is_sentence_encoder(model):
+        with quiet():
+            return load_sentence_classifier(model, labels)
     if labels is not None:
         heads = {
             "num_labels": len(labels),

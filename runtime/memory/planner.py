@@ -140,6 +140,13 @@ def _staged(
     ]
 
 
+def judging_alone(plan: Plan) -> Plan:
+    """The plan of an update that takes no step: it only judges, with a resident graph in a session of its own."""
+    if not plan.evaluation_bytes:
+        return plan
+    return dataclasses.replace(plan, session_bytes=0, activation_bytes=0)
+
+
 def _strided(plan: Plan, cost: ChainCost, stride: int, memory: MemoryFormula) -> Plan:
     held = dataclasses.replace(plan.held, stride=stride)
     spared_bytes = int((1 + memory.arena_gaps) * cost.spared_bytes(stride))

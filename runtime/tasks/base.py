@@ -16,6 +16,7 @@ from edgepeft.runtime.text import TOKENIZER_FILE, Text
 
 if TYPE_CHECKING:
     from edgepeft.runtime.chat import ChatTemplate
+    from edgepeft.runtime.tasks.targets import Targets
 
 Array = npt.NDArray[np.generic]
 Outputs = Mapping[str, npt.NDArray[np.float32]]
@@ -85,6 +86,8 @@ class Task(ABC):
     """Rows of a batch that one training record makes."""
     minimum_batch = 1
     """Records below which a batch has no gradient."""
+    targets: "Targets | None" = None
+    """What a classifier's labels are."""
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
@@ -137,6 +140,18 @@ class Task(ABC):
     @abstractmethod
     def results(self, outputs: Outputs, batch: Mapping[str, Array]) -> list[dict[str, Any]]:
         """What `predict` returns for each record of a batch."""
+
+    def labelled(
+        self, values: npt.NDArray[np.float32], batch: Mapping[str, Array]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]] | None:
+        """What of a classifier's output has a label: rows `[items, width]` and their targets `[items, labels]`,
+        see `Targets`; None for other tasks."""
+        del values, batch
+        return None
+
+    def label_count(self, examples: Sequence[Example]) -> int:
+        """Labels that `labelled` finds in examples."""
+        return len(examples)
 
     def correct(self, outputs: Outputs, batch: Mapping[str, Array]) -> int | None:
         """How many items of a labelled batch the model gets right; None where that is no question."""

@@ -4,6 +4,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
@@ -18,7 +21,7 @@ class Classifier(Task):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        self.targets = Targets(self.manifest)
+        self.targets: Targets = Targets(self.manifest)
 
     @abstractmethod
     def read(self, record: Record, max_length: int) -> Example:
@@ -50,6 +53,12 @@ class Classifier(Task):
         if example.label is not None:
             result["expected"] = self.targets.expected(example.label)
         return result
+
+    def labelled(
+        self, values: npt.NDArray[np.float32], batch: Mapping[str, Array]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Every row."""
+        return values, self.targets.encoded(batch["labels"])
 
     def correct(self, outputs: Outputs, batch: Mapping[str, Array]) -> int | None:
         """Rows that got their label."""

@@ -22,11 +22,16 @@ THRESHOLD = 0.5
 class Targets:
     """What a bundle's labels are.
 
+    As a target, a class is a 1 among 0s, classes that do not exclude each other a 0 or 1 each, and a regression's
+    numbers are themselves: float64 `[items, labels]`.
+
     Args:
         manifest: the bundle's manifest.
+        balanced: classes that exclude each other count alike, however many records they have.
     """
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, *, balanced: bool = True) -> None:
+        self.balanced = balanced
         self.names = manifest.model.labels
         self.problem_type = manifest.model.problem_type or "single_label_classification"
 
@@ -71,6 +76,68 @@ class Targets:
         """`labels` of a batch: int64 `[batch]`, or float32 `[batch, outputs]`."""
         single = self.problem_type == "single_label_classification"
         return np.array([example.label for example in examples], np.int64 if single else np.float32)
+
+    def encoded(self, labels: Array) -> npt.NDArray[np.float64]:
+        """The targets of a batch's labels."""
+        if self.problem_type == "single_label_classification":
+            return np.eye(len(self.names))[labels.astype(np.int64)]
+        return labels.astype(np.float64).reshape(len(labels), -1)
+
+    def decoded(self, targets: npt.NDArray[np.float64]) -> Array:
+        """The labels that `encoded` made targets of."""
+        if self.problem_type == "single_label_classification":
+            return targets.argmax(axis=1)
+        return targets.astype(np.float32)
+
+    def weights(self, targets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """What a record of each class counts, by label, with a mean of 1 over the records; 1 where records are
+        not of one class each, or count alike."""
+        if self.problem_type != "single_label_classification" or not self.balanced:
+            return np.ones(len(self.names))
+        counts = targets.sum(axis=0)
+        present = np.count_nonzero(counts)
+        found: npt.NDArray[np.float64] = len(targets) / (present * np.maximum(counts, 1.0))
+        return found
+
+    def weight_of(
+        self, targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """What each item counts, by the `weights` of the labels."""
+        if self.problem_type != "single_label_classification":
+            return np.ones(len(targets))
+        found: npt.NDArray[np.float64] = targets @ weights
+        return found
+
+    def losses(
+        self, scores: npt.NDArray[np.float64], targets: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """The loss of each item, as the loss graph has it of a batch of one: cross entropy, the mean binary
+        cross entropy, or the mean squared error."""
+        if self.problem_type == "regression":
+            return np.square(scores - targets).mean(axis=1)
+        if self.problem_type == "multi_label_classification":
+            return (np.logaddexp(0, scores) - scores * targets).mean(axis=1)
+        largest = scores.max(axis=1, keepdims=True)
+        total = np.log(np.exp(scores - largest).sum(axis=1)) + largest[:, 0]
+        found: npt.NDArray[np.float64] = total - (scores * targets).sum(axis=1)
+        return found
+
+    def constant(
+        self, targets: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """The scores `[labels]` of the best that says the same of every record.
+
+        Args:
+            targets: of the records it is made from.
+            weights: of these.
+        """
+        mean: npt.NDArray[np.float64] = weights @ targets / weights.sum()
+        if self.problem_type == "regression":
+            return mean
+        share = np.clip(mean, 1e-3, 1 - 1e-3)
+        if self.problem_type == "multi_label_classification":
+            return np.log(share) - np.log1p(-share)
+        return np.log(share)
 
     def results(self, logits: npt.NDArray[np.float32]) -> list[dict[str, Any]]:
         """What `predict` says of each row of logits `[batch, outputs]`."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError
@@ -29,7 +30,7 @@ class TokenClassification(TokenTask):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle)
-        self.targets = Targets(self.manifest)
+        self.targets: Targets = Targets(self.manifest, balanced=False)
 
     def encode(self, record: Record, max_length: int, *, training: bool) -> Example:
         """See `Task.encode`; labels are kept where there are any, and required for training."""
@@ -46,6 +47,18 @@ class TokenClassification(TokenTask):
         if training and (row.labels is None or not (row.labels != IGNORED_LABEL).any()):
             raise self.missing(record, '"labels" to learn, one a token, at least one of them not -100')
         return Example((row,), truncated=truncated)
+
+    def labelled(
+        self, values: npt.NDArray[np.float32], batch: Mapping[str, Array]
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """The tokens whose label counts."""
+        counted = batch["labels"] != IGNORED_LABEL
+        return values[counted], self.targets.encoded(batch["labels"][counted])
+
+    def label_count(self, examples: Sequence[Example]) -> int:
+        """Tokens whose label counts."""
+        rows = (example.rows[0].labels for example in examples)
+        return sum(int((labels != IGNORED_LABEL).sum()) for labels in rows if labels is not None)
 
     def items(self, batch: Mapping[str, Array]) -> int:
         """Labels that count."""

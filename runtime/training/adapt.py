@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, write_adapter
@@ -19,18 +20,41 @@ from edgepeft.runtime.data import RecordSource
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.session import shrink_shared_arena
-from edgepeft.runtime.tasks import Task
+from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.checkpoint import checkpoint_path, save_checkpoint
-from edgepeft.runtime.training.gate import Evaluation, evaluate
+from edgepeft.runtime.training.closed_form import ClosedForm, label_weights
+from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.preparation import Prepared, prepare
-from edgepeft.runtime.training.report import REPORT_FILE, AdaptReport, HeldOut, MemoryReport, StepDown
+from edgepeft.runtime.training.report import (
+    REPORT_FILE,
+    AdaptReport,
+    Candidate,
+    HeldOut,
+    MemoryReport,
+    StepDown,
+)
+from edgepeft.runtime.training.ridge import Fit
 from edgepeft.runtime.training.stepping_down import NEAR, cheaper
 from edgepeft.runtime.training.trainer import Schedule, Step, train
+from edgepeft.runtime.training.verdict import (
+    Judged,
+    Outcome,
+    by_label,
+    decide,
+    interval,
+    judged,
+    judged_earlier,
+)
 from edgepeft.sizes import format_size
 
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
+
+FROM, CLOSED_FORM, TRAINED = "start", "closed-form head", "trained"
+"""Names of candidates."""
+FEW_TO_SHUFFLE = 1000
+"""Records below which a head in closed form is compared with heads that are fitted to shuffled labels."""
 
 OnStep = Callable[[Step], None]
 
@@ -98,7 +122,8 @@ class Update:
 
         Raises:
             BudgetError: the budget cannot be met, before the first step or, with a checkpoint kept, later.
-            UpdateRejectedError: the new adapter is worse on the held-out records; nothing is written.
+            UpdateRejectedError: the new adapter is worse on the held-out records, or no better than guessing;
+                nothing is written.
             DataError: a record cannot be used, or there are too few.
             AdapterError: the starting adapter is damaged or does not fit.
         """
@@ -110,73 +135,104 @@ class Update:
             )
             self._plan = prepared.plan
             release_freed_memory()  # the adapter as it was read
-            progress = prepared.progress
-            resumed_from_step = progress.step
-            if progress.held_out_before is None:
-                first = self._judge(prepared)
-                progress.held_out_before = (first.loss, first.accuracy)
-            before = Evaluation(*progress.held_out_before)
-            self._train(prepared)
-            after = self._judge(prepared)
-            kept = after.is_no_worse_than(before)
-            report = AdaptReport(
-                edgepeft_version=edgepeft.__version__,
-                task=self._bundle.manifest.task,
-                model=self._bundle.manifest.model.name,
-                started_from=prepared.adapter.origin,
-                output=str(self._output),
-                decision="kept" if kept else "rejected",
-                strategy=self._present.label,
-                stepped_down=self._steps_down,
-                exact_gradients=prepared.plan.exact,
-                options=dataclasses.asdict(self._options),
-                trained_tensors=len(prepared.state.parameters),
-                trained_values=prepared.state.count,
-                records={
-                    "train": len(prepared.train_on),
-                    "held_out": len(prepared.held_out),
-                    "truncated": sum(item.truncated for item in (*prepared.train_on, *prepared.held_out)),
-                },
-                steps=progress.step,
-                resumed_from_step=resumed_from_step,
-                losses=progress.losses,
-                learning_rates=progress.learning_rates,
-                grad_norms=progress.grad_norms,
-                limited_steps=progress.limited_steps,
-                relative_change=prepared.state.relative_change(),
-                held_out_before=HeldOut(before.loss, before.accuracy),
-                held_out_after=HeldOut(after.loss, after.accuracy),
-                seconds={
-                    "total": time.perf_counter() - began_s,
-                    **self._seconds,
-                    "step": float(np.median(self._step_s)) if self._step_s else 0.0,
-                },
-                memory=self._memory_report(prepared.plan),
-            )
-            if kept:
+            resumed_from_step = prepared.progress.step
+            outcome = self._train(prepared) if prepared.total_steps else self._fit_head_alone(prepared)
+            report = self._report(prepared, outcome, resumed_from_step, began_s)
+            if outcome.rejected is None:
                 self._keep(prepared, report)
         self._checkpoint.unlink(missing_ok=True)
-        if not kept:
+        if outcome.rejected is not None:
             raise UpdateRejectedError(
-                f"the update is rejected: held-out loss went from {before.loss:.4f} to {after.loss:.4f} on "
-                f"{len(prepared.held_out)} records, so {self._output} is left as it was: use more data or "
-                "steps, or a lower learning rate",
+                f"the update is rejected: {outcome.rejected}, so {self._output} is left as it was: "
+                f"{outcome.remedy}",
                 report.to_dict(),
             )
         return report
 
-    def _judge(self, prepared: Prepared) -> Evaluation:
-        """Loss and accuracy of the adapter as it is now, on the held-out records."""
+    def _fit_head_alone(self, prepared: Prepared) -> Outcome:
+        """A classifier's head in closed form, each record judged by a head that was fitted without it."""
+        closed = self._closed_form(prepared)
+        weights = closed.label_weights
+        self._recorder.mark("fit the head")
+        before = self._judged(FROM, self._judge(prepared, prepared.train_on, closed.take), weights)
+        fit = closed.fit()
+        self._put_head(prepared, fit)
+        after = self._judged(CLOSED_FORM, closed.evaluation(fit), weights)
+        few = len(prepared.train_on) < FEW_TO_SHUFFLE
+        return decide(
+            before,
+            [after],
+            self._task.targets,
+            weights,
+            judged_by="leave-one-out",
+            says_something=closed.says_something(fit) if few else None,
+        )
+
+    def _train(self, prepared: Prepared) -> Outcome:
+        """Steps from the starting adapter, or from a head in closed form where that is better."""
+        progress, targets = prepared.progress, self._task.targets
+        weights = None if targets is None else label_weights(targets, prepared.train_on)
+        if progress.held_out_before is None:
+            first = self._judged(FROM, self._judge(prepared, prepared.held_out), weights)
+            progress.held_out_before = first.figures
+        before = judged_earlier(FROM, progress.held_out_before)
+        if prepared.head is not None and not progress.step:
+            self._start_from_head(prepared, before)
+        self._take_steps(prepared)
+        candidates = [self._judged(TRAINED, self._judge(prepared, prepared.held_out), weights)]
+        if progress.held_out_head is not None:
+            head = judged_earlier(CLOSED_FORM, progress.held_out_head)
+            if not candidates[0].loss <= head.loss:
+                prepared.state.return_to_start()
+                head = self._judged(CLOSED_FORM, self._judge(prepared, prepared.held_out), weights)
+            candidates.append(head)
+        return decide(before, candidates, targets, weights, judged_by="held-out records")
+
+    def _start_from_head(self, prepared: Prepared, before: Judged) -> None:
+        """Have training start from a head in closed form, if it is better than the one that is there."""
+        assert prepared.head is not None
+        closed, state = self._closed_form(prepared), prepared.state
+        present = {name: state.parameters[name].copy() for name in prepared.head.inputs}
+        self._recorder.mark("fit the head")
+        self._judge(prepared, prepared.train_on, closed.take)
+        self._put_head(prepared, closed.fit())
+        head = self._judged(CLOSED_FORM, self._judge(prepared, prepared.held_out), closed.label_weights)
+        if head.loss <= before.loss:
+            prepared.progress.held_out_head = head.figures
+            return
+        for name, values in present.items():
+            state.restart(name, values)
+
+    def _closed_form(self, prepared: Prepared) -> ClosedForm:
+        targets = self._task.targets
+        assert prepared.head is not None
+        assert targets is not None
+        width = prepared.state.parameters[prepared.head.weight].shape[1]
+        return ClosedForm(self._task, targets, prepared.train_on, width, self._options.seed)
+
+    @staticmethod
+    def _put_head(prepared: Prepared, fit: Fit) -> None:
+        assert prepared.head is not None
+        prepared.state.restart(prepared.head.weight, fit.weight)
+        if prepared.head.bias is not None:
+            prepared.state.restart(prepared.head.bias, fit.bias)
+
+    def _judged(self, name: str, evaluation: Evaluation, weights: npt.NDArray[np.float64] | None) -> Judged:
+        return judged(name, evaluation, self._task.targets, weights)
+
+    def _judge(self, prepared: Prepared, examples: Sequence[Example], sink: Sink | None = None) -> Evaluation:
+        """Loss and accuracy of the adapter as it is now."""
         self._recorder.mark("evaluate")
         began_s = time.perf_counter()
         result = evaluate(
             self._bundle,
             self._task,
             prepared.state.inputs(prepared.inputs),
-            prepared.held_out,
+            examples,
             self._options.batch_size,
             self._strategy(),
             self._threads,
+            sink,
         )
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
@@ -192,7 +248,7 @@ class Update:
         strategies = self._bundle.manifest.strategies
         return next(item for item in strategies if item.name == self._present.strategy)
 
-    def _train(self, prepared: Prepared) -> None:
+    def _take_steps(self, prepared: Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
         self._recorder.mark("train")
         began_s = last_s = time.perf_counter()
@@ -223,7 +279,7 @@ class Update:
                     prepared.inputs,
                     prepared.state,
                     progress,
-                    Schedule(self._options, prepared.total_steps, manifest.policy.max_relative_change),
+                    Schedule(prepared.options, prepared.total_steps, manifest.policy.max_relative_change),
                     after_step,
                     self._threads,
                     self._present.held,
@@ -285,6 +341,63 @@ class Update:
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
+
+    def _report(
+        self, prepared: Prepared, outcome: Outcome, resumed_from_step: int, began_s: float
+    ) -> AdaptReport:
+        progress, before, after = prepared.progress, outcome.before.evaluation, outcome.chosen.evaluation
+        targets, said, floor = self._task.targets, after.said, outcome.trivial
+        judged_items = 0 if said is None else len(said.targets)
+        held_out = len(prepared.held_out) if prepared.total_steps else 0
+        return AdaptReport(
+            edgepeft_version=edgepeft.__version__,
+            task=self._bundle.manifest.task,
+            model=self._bundle.manifest.model.name,
+            started_from=prepared.adapter.origin,
+            output=str(self._output),
+            decision="kept" if outcome.rejected is None else "rejected",
+            strategy=self._present.label,
+            stepped_down=self._steps_down,
+            exact_gradients=prepared.plan.exact,
+            options=dataclasses.asdict(prepared.options),
+            trained_tensors=len(prepared.state.parameters),
+            trained_values=prepared.state.count,
+            records={
+                "train": len(prepared.train_on),
+                "held_out": held_out,
+                "truncated": sum(
+                    item.truncated for item in (*prepared.train_on, *prepared.held_out[:held_out])
+                ),
+            },
+            steps=progress.step,
+            resumed_from_step=resumed_from_step,
+            losses=progress.losses,
+            learning_rates=progress.learning_rates,
+            grad_norms=progress.grad_norms,
+            limited_steps=progress.limited_steps,
+            relative_change=prepared.state.relative_change(),
+            judged_by=outcome.judged_by,
+            chosen=outcome.chosen.name,
+            candidates=[
+                Candidate(item.name, item.evaluation.loss, item.evaluation.accuracy, item.loss)
+                for item in (outcome.before, *outcome.candidates)
+            ],
+            held_out_before=HeldOut(before.loss, before.accuracy),
+            held_out_after=HeldOut(after.loss, after.accuracy),
+            trivial=None if floor is None else HeldOut(floor.loss, floor.accuracy),
+            accuracy_interval=(
+                interval(after.accuracy, judged_items)
+                if after.accuracy is not None and judged_items
+                else None
+            ),
+            by_label={} if said is None or targets is None else by_label(said, targets),
+            seconds={
+                "total": time.perf_counter() - began_s,
+                **self._seconds,
+                "step": float(np.median(self._step_s)) if self._step_s else 0.0,
+            },
+            memory=self._memory_report(prepared.plan),
+        )
 
     def _memory_report(self, plan: Plan) -> MemoryReport:
         parts = ("process_bytes", "session_bytes", "activation_bytes", "state_bytes", "evaluation_bytes")

@@ -211,6 +211,16 @@ class TrainingState:
         self.buffers |= moved
         self._name_tensors()
 
+    def restart(self, name: str, values: FloatArray) -> None:
+        """Have a tensor begin with other values."""
+        for kind in ("start", "param"):
+            self.buffers[kind].write(self._places[name][0], values.reshape(-1))
+
+    def return_to_start(self) -> None:
+        """Have every tensor as it began."""
+        for start, stop in self.pieces():
+            self.buffers["param"].write(start, self.buffers["start"].read(start, stop))
+
     def relative_change(self) -> float:
         """L2 norm of the update divided by that of what it started from."""
         norm = change = 0.0

@@ -1,6 +1,6 @@
 """The state of an interrupted update, in one file that is always whole.
 
-It holds the trained tensors, the optimizer's moments and where the run stands. Batches are a function of the
+It holds the trained tensors, what they began with, the optimizer's moments and where the run stands. Batches are a function of the
 seed and the step, so nothing else is needed to continue bit for bit.
 """
 
@@ -27,7 +27,9 @@ class Progress:
     Attributes:
         step: steps done.
         losses, learning_rates, grad_norms: one entry a step.
-        held_out_before: loss and accuracy of the starting adapter, so that they are computed once.
+        held_out_before: loss, accuracy and what `Judged` compares of the starting adapter, so that they are
+            computed once.
+        held_out_head: the same of a head in closed form, where there is one.
         limited_steps: steps after which the policy's bound scaled the update back.
     """
 
@@ -35,7 +37,8 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     learning_rates: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
-    held_out_before: tuple[float, float | None] | None = None
+    held_out_before: tuple[float, float | None, float] | None = None
+    held_out_head: tuple[float, float | None, float] | None = None
     limited_steps: int = 0
 
 
@@ -54,7 +57,7 @@ def save_checkpoint(
     """
     write_in_pieces(
         path,
-        {name: state.buffers[name] for name in ("param", *state.moments)},
+        {name: state.buffers[name] for name in ("param", "start", *state.moments)},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
     )
 
@@ -80,7 +83,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
                 f"{_REMEDIES.get(name, 'give what it was made with')}, or start over without --resume"
             )
-    for name in ("param", *state.moments):
+    for name in ("param", "start", *state.moments):
         buffer = state.buffers[name]
         try:
             saved_buffer = read_state(path, name)
@@ -91,8 +94,9 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
         buffer.write(0, saved_buffer)
     try:
         progress = Progress(**saved["progress"])
-        before = progress.held_out_before
-        progress.held_out_before = None if before is None else (before[0], before[1])
+        for name in ("held_out_before", "held_out_head"):
+            found = getattr(progress, name)
+            setattr(progress, name, None if found is None else (found[0], found[1], found[2]))
         if (
             not len(progress.losses)
             == len(progress.learning_rates)
@@ -100,7 +104,7 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
             == progress.step
         ):
             raise ValueError("its lists have different lengths")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
     return progress
 

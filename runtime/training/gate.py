@@ -1,6 +1,6 @@
 """Losses of an adapter without gradients, and judging it by them on held-out records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,17 +17,30 @@ from edgepeft.runtime.training.chain import Chain
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
+FEATURES = "features"
+"""Output that holds what a linear head reads."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a classifier said of labelled items: scores and targets `[items, labels]`, see `Targets`."""
+
+    scores: npt.NDArray[np.float64]
+    targets: npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss over the counted items, and the share of correct ones where the task has such a thing."""
+    """Mean loss over the counted items, and the share of correct ones where the task has such a thing; of a
+    classifier also what it said."""
 
     loss: float
     accuracy: float | None
+    said: Scores | None = None
 
-    def is_no_worse_than(self, other: "Evaluation") -> bool:
-        """Whether the loss is a number and not above the other's."""
-        return self.loss <= other.loss
+
+Sink = Callable[[Mapping[str, FloatArray], Mapping[str, Array]], None]
+"""Is given what the model put out for a batch, and the batch."""
 
 
 def evaluate(
@@ -38,6 +51,7 @@ def evaluate(
     batch_size: int,
     strategy: Strategy,
     threads: int = 0,
+    sink: Sink | None = None,
 ) -> Evaluation:
     """The loss and the share of correct items of examples; sessions are open only meanwhile.
 
@@ -49,10 +63,12 @@ def evaluate(
         batch_size: examples a run.
         strategy: how the adapter trains: in stages, it is judged in stages too.
         threads: threads of a session.
+        sink: is given every batch.
     """
     judge = open_judge(bundle, task, inputs, strategy, threads)
     total, items, correct = 0.0, 0, 0
     graded = True
+    said: list[tuple[FloatArray, npt.NDArray[np.float64]]] = []
     try:
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
@@ -66,16 +82,27 @@ def evaluate(
             right = task.correct(outputs, batch) if outputs else None
             graded = graded and right is not None
             correct += right or 0
+            labelled = task.labelled(outputs[task.output], batch) if task.output in outputs else None
+            if labelled is not None:
+                said.append(labelled)
+            if sink is not None:
+                sink(outputs, batch)
     finally:
         judge.close()
-    return Evaluation(loss=total / items, accuracy=correct / items if graded else None)
+    scores = None
+    if said:
+        scores = Scores(
+            np.concatenate([values for values, _ in said]).astype(np.float64),
+            np.concatenate([targets for _, targets in said]),
+        )
+    return Evaluation(total / items, correct / items if graded else None, scores)
 
 
 class Judge(Protocol):
     """Computes losses by forward passes; reads the adapter's inputs anew at every run."""
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
-        """The loss of a batch and, where it exists whole, the task's output."""
+        """The loss of a batch and, where it exists whole, the task's output; of a linear head the features too."""
 
     def close(self) -> None:
         """Free the sessions."""
@@ -115,18 +142,18 @@ class _ResidentJudge:
         *,
         exact_products: bool,
     ) -> None:
-        self._output = task.output
+        self._outputs = [task.output] if bundle.manifest.linear_head is None else [task.output, FEATURES]
         self._inference = GraphSession(bundle, "inference", threads, exact_products=exact_products)
         self._loss = GraphSession(bundle, "loss", threads=1)
         self._inference.bind(inputs)
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
-        """The loss of a batch and the task's output."""
+        """The loss of a batch, the task's output and a linear head's features."""
         inference, loss = self._inference, self._loss
         inference.bind({name: value for name, value in batch.items() if name in inference.inputs})
         inference.bind(empty_cache(inference.inputs, len(next(iter(batch.values())))))
-        outputs = inference.run_for([self._output])
-        loss.bind_values(outputs)
+        outputs = inference.run_for(self._outputs)
+        loss.bind_values({self._outputs[0]: outputs[self._outputs[0]]})
         loss.bind({name: value for name, value in batch.items() if name in loss.inputs})
         value = float(loss.run_for(["loss"])["loss"].numpy())
         return value, {name: output.numpy() for name, output in outputs.items()}

@@ -11,7 +11,7 @@ from edgepeft.runtime.training.schedule import SCHEDULES
 DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000
 """Ten seconds at 16 kHz."""
-TRAINABLE = ("all", "lora", "lora_B", "modules_to_save")
+TRAINABLE = ("all", "lora", "lora_B", "modules_to_save", "head")
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class TrainingOptions:
     Attributes:
         adapter: name (or path) of the adapter to start from; None takes the bundle's first.
         rank: start a fresh LoRA of this rank on every slot instead.
-        trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), or only
-            `modules_to_save`.
+        trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), only
+            `modules_to_save`, or a classifier's `head` in closed form, which takes no steps.
         top_blocks: train only the adapters of so many of the topmost transformer blocks, and saved modules.
         steps: optimizer steps; None derives them from `epochs`.
-        epochs: passes over the training records.
+        epochs: passes over the training records; None, as for the rate and the warm-up, leaves it to
+            `with_defaults`.
         batch_size: records (or pairs) that are computed at once.
         accumulation_steps: batches whose gradients make one step, as one batch of all their records would.
         seq_len: tokens a text is cut to, or samples a recording; None is 128 tokens or 160,000 samples, or
@@ -50,12 +51,12 @@ class TrainingOptions:
     trainable: str = "all"
     top_blocks: int | None = None
     steps: int | None = None
-    epochs: int = 1
+    epochs: int | None = None
     batch_size: int = 8
     accumulation_steps: int = 1
     seq_len: int | None = None
-    learning_rate: float = 2e-4
-    warmup_steps: int = 0
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
     schedule: str = "linear"
     weight_decay: float = 0.0
     strategy: str | None = None
@@ -86,7 +87,7 @@ class TrainingOptions:
             if value is not None and (type(value) is not int or value < low or value >= 2**31):
                 raise UsageError(f"{name} is {value!r}, expected a whole number of at least {low}")
         for name, number in (
-            ("learning_rate", self.learning_rate),
+            ("learning_rate", self.learning_rate or 0.0),
             ("weight_decay", self.weight_decay),
             ("drift_weight", self.drift_weight or 0.0),
             ("max_grad_norm", self.max_grad_norm),
@@ -114,6 +115,10 @@ class TrainingOptions:
         if self.rank is not None and self.adapter is not None:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
+            )
+        if self.trainable == "head" and (self.steps, self.epochs) != (None, None):
+            raise UsageError(
+                "trainable is 'head', which is fitted in closed form and takes no steps: leave out steps and epochs"
             )
         if self.drift_weight is not None and not has_drift_penalty(manifest):
             raise UsageError(

@@ -1,5 +1,6 @@
 """What an update knows before its first session is opened: the adapter, the records, the plan."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,20 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.adapters import Adapter
+from edgepeft.bundle.manifest import LinearHead
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.memory.plan import Plan
-from edgepeft.runtime.memory.planner import choose, plans
+from edgepeft.runtime.memory.planner import choose, judging_alone, plans
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.checkpoint import Progress, checkpoint_path, load_checkpoint
+from edgepeft.runtime.training.closed_form import trained_head
+from edgepeft.runtime.training.defaults import FEW, with_defaults
 from edgepeft.runtime.training.fingerprint import fingerprint
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
@@ -29,8 +33,12 @@ from edgepeft.runtime.training.workload import workload
 @dataclass(frozen=True)
 class Prepared:
     """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
-    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from."""
+    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from. `head` is
+    what can be fitted in closed form, and all there is to do where `total_steps` is 0: then all records are both
+    trained on and, one at a time, held out. In `options` nothing is left open."""
 
+    options: TrainingOptions
+    head: LinearHead | None
     adapter: Adapter
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
@@ -64,14 +72,36 @@ def prepare(
     names = trained_names(bundle.manifest, adapter, options)
     examples = task.encode_all(records(source), options.tokens(bundle.manifest), training=True)
     task.release()
-    train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
-    total_steps = _total_steps(bundle, task, options, len(train_on))
+    count = len(examples)
+    head = trained_head(bundle.manifest, names)
+    if head is not None and not _has_two(examples, task):
+        head = None
+    if options.trainable == "head" and head is None:
+        raise UsageError(
+            "trainable is 'head', which is for records of two or more labels and a bundle with a linear head that "
+            "its policy lets train without a bound: train modules_to_save instead"
+        )
+    alone = head is not None and (
+        options.trainable == "head"
+        or (options.trainable == "all" and options.steps is options.epochs is None and count < FEW)
+    )
+    if alone and head is not None:
+        names = [name for name in names if name in (head.weight, head.bias)]
+        train_on = held_out = np.arange(count)
+        total_steps = 0
+    else:
+        classes = _classes(examples, task)
+        train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
+        options = with_defaults(options, bundle.manifest, len(train_on), from_closed_form=head is not None)
+        total_steps = _total_steps(bundle, task, options, len(train_on))
     release_freed_memory()
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
     sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
     candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
+    if alone:
+        candidates = [judging_alone(item) for item in candidates]
     plan = choose(candidates, budget_bytes)
     inputs = graph_inputs(bundle, [(adapter, 1.0)])
     file_in = output.parent if plan.state_in_file else None
@@ -90,6 +120,8 @@ def prepare(
     # The trained tensors are in the state now, so the adapter's own go.
     untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
     return Prepared(
+        options=options,
+        head=head,
         adapter=adapter.with_tensors({}, adapter.origin),
         untrained=untrained,
         plan=plan,
@@ -104,9 +136,22 @@ def prepare(
     )
 
 
+def _classes(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64] | None:
+    """The class of each record, where it has one."""
+    if task.targets is None or not all(isinstance(example.label, int) for example in examples):
+        return None
+    return np.array([example.label for example in examples], np.int64)
+
+
+def _has_two(examples: Sequence[Example], task: Task) -> bool:
+    """Whether there are two records, and of classes that exclude each other two of them."""
+    classes = _classes(examples, task)
+    return len(examples) > 1 if classes is None else len(np.unique(classes)) > 1
+
+
 def _total_steps(bundle: Bundle, task: Task, options: TrainingOptions, count: int) -> int:
     per_epoch = steps_per_epoch(count, options.records_per_step, task.minimum_batch)
-    total = options.steps or options.epochs * per_epoch
+    total = options.steps or (options.epochs or 1) * per_epoch
     limit = bundle.manifest.policy.max_steps
     if limit is not None and total > limit:
         raise UsageError(

@@ -51,6 +51,16 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """What could have become the adapter: `compared` is the loss where classes count alike."""
+
+    name: str
+    loss: float
+    accuracy: float | None
+    compared: float
+
+
+@dataclass(frozen=True)
 class AdaptReport:
     """An update: what was done, what it cost and how it was judged.
 
@@ -72,7 +82,13 @@ class AdaptReport:
             estimate, its slope).
         limited_steps: steps after which the policy's `max_relative_change` scaled the update back.
         relative_change: L2 norm of the update divided by that of what it started from.
+        judged_by: `held-out records`, or `leave-one-out`: each record by a head that was fitted without it.
+        chosen: what became the adapter: `trained`, or `closed-form head`.
+        candidates: loss and accuracy of each on the judged records, with what they are compared by.
         held_out_before, held_out_after: the judgement.
+        trivial: the best that says the same of every record, where the task is a classifier's.
+        accuracy_interval: 95 % of `held_out_after`'s accuracy, from the number of judged records.
+        by_label: of each label the judged `items` and how many are `right`.
         seconds: `total`, `train`, `evaluate` and the median `step` of this process.
         memory: see `MemoryReport`.
     """
@@ -97,8 +113,14 @@ class AdaptReport:
     grad_norms: list[float]
     limited_steps: int
     relative_change: float
+    judged_by: str
+    chosen: str
+    candidates: list[Candidate]
     held_out_before: HeldOut
     held_out_after: HeldOut
+    trivial: HeldOut | None
+    accuracy_interval: tuple[float, float] | None
+    by_label: dict[str, dict[str, int]]
     seconds: dict[str, float]
     memory: MemoryReport = field(repr=False)
 

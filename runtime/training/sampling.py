@@ -11,7 +11,9 @@ Indices = npt.NDArray[np.int64]
 _SPLIT = 2**32 - 1
 
 
-def split(count: int, fraction: float, seed: int, minimum: int = 1) -> tuple[Indices, Indices]:
+def split(
+    count: int, fraction: float, seed: int, minimum: int = 1, classes: Indices | None = None
+) -> tuple[Indices, Indices]:
     """Indices of the records to train on, and of those held out to judge the update.
 
     Args:
@@ -19,6 +21,8 @@ def split(count: int, fraction: float, seed: int, minimum: int = 1) -> tuple[Ind
         fraction: share to hold out.
         seed: of `numpy.random.default_rng`.
         minimum: records that each side needs at least.
+        classes: int64 `[count]`, the class of each record: each side gets its share of every class, as far as
+            whole records allow.
 
     Raises:
         DataError: there are too few records for both.
@@ -30,7 +34,18 @@ def split(count: int, fraction: float, seed: int, minimum: int = 1) -> tuple[Ind
             f"held out to judge the update and {minimum} must remain to train on"
         )
     order = np.random.default_rng([seed, _SPLIT]).permutation(count)
+    if classes is not None:
+        order = _spread(order, classes)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def _spread(order: Indices, classes: Indices) -> Indices:
+    """The same records, so that every beginning has about its share of each class."""
+    place = np.empty(len(order))
+    for kind in np.unique(classes):
+        of = np.flatnonzero(classes[order] == kind)
+        place[of] = (np.arange(len(of)) + 0.5) / len(of)
+    return order[np.argsort(place, kind="stable")]
 
 
 def steps_per_epoch(count: int, batch_size: int, minimum: int = 1) -> int:

@@ -87,7 +87,15 @@ def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions
     factors_b = {slot.b_input for slot in manifest.lora_slots}
     factors = factors_b | {slot.a_input for slot in manifest.lora_slots}
     saved = {module.input for module in manifest.saved_modules}
-    chosen = {"all": factors | saved, "lora": factors, "lora_B": factors_b, "modules_to_save": saved}
+    head = manifest.linear_head
+    closed_form = saved & ({head.weight, head.bias} if head is not None else set())
+    chosen = {
+        "all": factors | saved,
+        "lora": factors,
+        "lora_B": factors_b,
+        "modules_to_save": saved,
+        "head": closed_form,
+    }
     names = [
         name
         for name in manifest.policy.trainable

@@ -1,0 +1,81 @@
+"""The head of a classifier in closed form: one forward pass over the records, then a ridge regression."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import LinearHead, Manifest
+from edgepeft.runtime.tasks import Example, Task
+from edgepeft.runtime.tasks.targets import Targets
+from edgepeft.runtime.training.gate import FEATURES, Evaluation, Scores
+from edgepeft.runtime.training.ridge import SCALES, Fit, Ridge
+
+Array = npt.NDArray[np.generic]
+FloatArray = npt.NDArray[np.float32]
+
+
+def trained_head(manifest: Manifest, names: Sequence[str]) -> LinearHead | None:
+    """The bundle's linear head, if all of it is among the tensors that train and may be replaced at once.
+
+    Where the policy bounds how far an update may go, it may not.
+    """
+    head = manifest.linear_head
+    if head is None or manifest.policy.max_relative_change is not None:
+        return None
+    return head if set(head.inputs) <= set(names) else None
+
+
+class ClosedForm:
+    """Gathers features of a classifier's records, batch by batch, and fits its head to them.
+
+    Args:
+        task: a classifier's.
+        targets: its labels.
+        examples: what it will be given, for the labels' numbers.
+        width: of the features.
+        seed: see `Ridge`.
+    """
+
+    def __init__(
+        self, task: Task, targets: Targets, examples: Sequence[Example], width: int, seed: int
+    ) -> None:
+        self._task, self._targets = task, targets
+        self.label_weights = label_weights(targets, examples)
+        self._ridge = Ridge(width, len(targets.names), task.label_count(examples), seed)
+        regression = targets.problem_type == "regression"
+        self._scales = (1.0,) if regression else SCALES
+        self._offset = 0.5 if targets.problem_type == "multi_label_classification" else 0.0
+
+    def take(self, outputs: Mapping[str, FloatArray], batch: Mapping[str, Array]) -> None:
+        """Count a batch in."""
+        found = self._task.labelled(outputs[FEATURES], batch)
+        assert found is not None
+        rows, targets = found
+        self._ridge.add(rows, targets, self._targets.weight_of(targets, self.label_weights))
+
+    def fit(self) -> Fit:
+        """The head that does best on records that it was not fitted to."""
+        return self._ridge.fit(self._targets.losses, self._scales, self._offset)
+
+    def says_something(self, fit: Fit) -> bool:
+        """Whether a fit is better than those to shuffled labels; all records must have been kept."""
+        return self._ridge.beats_shuffled(self._targets.losses, self._scales, self._offset, fit.loss)
+
+    def evaluation(self, fit: Fit) -> Evaluation:
+        """The fit, judged on its own records, each by a head that was fitted without it."""
+        targets = self._targets
+        right = targets.correct(fit.left_out.astype(np.float32), targets.decoded(fit.targets))
+        return Evaluation(
+            loss=float(targets.losses(fit.left_out, fit.targets).mean()),
+            accuracy=None if right is None else right / len(fit.targets),
+            said=Scores(fit.left_out, fit.targets),
+        )
+
+
+def label_weights(targets: Targets, examples: Sequence[Example]) -> npt.NDArray[np.float64]:
+    """What a record of each label counts; see `Targets.weights`."""
+    if not targets.balanced or targets.problem_type != "single_label_classification":
+        return np.ones(len(targets.names))
+    labels = np.array([example.label for example in examples], np.int64)
+    return targets.weights(targets.encoded(labels))
