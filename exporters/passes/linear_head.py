@@ -13,8 +13,8 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Head:
-    """`output = features @ weight.T (+ bias)`: `features` float32 `[…, width]`, `weight` `[outputs, width]` and
-    `bias` `[outputs]`, both graph inputs."""
+    """`output = features @ weight.T (+ bias)`: `features` float32 `[…, width]`, and two graph inputs,
+    `weight` `[outputs, width]` and `bias` `[outputs]`."""
 
     features: ir.Value
     weight: ir.Value
@@ -22,7 +22,7 @@ class Head:
 
 
 def find_linear_head(output: ir.Value) -> Head | None:
-    """The linear layer that makes `output`; None where it is made otherwise, or of weights that are frozen."""
+    """The linear layer that makes `output`; None where it is made otherwise, or of frozen weights."""
     node = output.producer()
     bias = None
     if node is not None and node.op_type == "Add":

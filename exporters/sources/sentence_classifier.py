@@ -17,8 +17,8 @@ from .model_files import read_json, read_pooling
 
 
 class SentenceClassifier(transformers.PreTrainedModel):
-    """`logits = classifier(pooled)`, where `pooled` `[batch, hidden]` is the encoder's sentence embedding before
-    its normalization, if it has one.
+    """`logits = classifier(pooled)`, where `pooled` `[batch, hidden]` is the encoder's sentence embedding,
+    before it is normalized.
 
     Its modules are named as in the encoder's own `…ForSequenceClassification`, so that a LoRA fits both.
 
@@ -49,7 +49,7 @@ class SentenceClassifier(transformers.PreTrainedModel):
         labels: torch.Tensor | None = None,
         **options: Any,
     ) -> SequenceClassifierOutput:
-        """Logits float32 `[batch, labels]` and, with `labels`, the loss; see the encoder for the arguments."""
+        """Logits float32 `[batch, labels]` and, with `labels`, the loss; arguments are the encoder's."""
         if token_type_ids is not None:
             options["token_type_ids"] = token_type_ids
         encoder = getattr(self, self.base_model_prefix)
@@ -87,12 +87,9 @@ def load_sentence_classifier(model: str, labels: Sequence[str]) -> SentenceClass
     Raises:
         ExportError: the model pools in a way that edgepeft does not know.
     """
-    names = dict(enumerate(labels))
+    numbers = {label: number for number, label in enumerate(labels)}
     config = transformers.AutoConfig.from_pretrained(
-        model,
-        num_labels=len(labels),
-        id2label=names,
-        label2id={label: index for index, label in names.items()},
+        model, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=numbers
     )
     encoder = transformers.AutoModel.from_pretrained(model, config=config, dtype=torch.float32)
     return SentenceClassifier(encoder, read_pooling(model)).eval()

@@ -141,7 +141,7 @@ def _staged(
 
 
 def judging_alone(plan: Plan) -> Plan:
-    """The plan of an update that takes no step: it only judges, with a resident graph in a session of its own."""
+    """The plan of an update that takes no step: it only judges, with a resident graph in its own session."""
     if not plan.evaluation_bytes:
         return plan
     return dataclasses.replace(plan, session_bytes=0, activation_bytes=0)

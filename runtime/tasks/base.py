@@ -144,8 +144,8 @@ class Task(ABC):
     def labelled(
         self, values: npt.NDArray[np.float32], batch: Mapping[str, Array]
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]] | None:
-        """What of a classifier's output has a label: rows `[items, width]` and their targets `[items, labels]`,
-        see `Targets`; None for other tasks."""
+        """What of a classifier's output has a label: rows `[items, width]`, and targets `[items, labels]` as
+        `Targets` has them; None for other tasks."""
         del values, batch
         return None
 

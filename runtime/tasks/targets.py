@@ -22,8 +22,8 @@ THRESHOLD = 0.5
 class Targets:
     """What a bundle's labels are.
 
-    As a target, a class is a 1 among 0s, classes that do not exclude each other a 0 or 1 each, and a regression's
-    numbers are themselves: float64 `[items, labels]`.
+    As a target, a class is a 1 among 0s, classes that do not exclude each other are a 0 or 1 each, and
+    numbers of a regression are themselves: float64 `[items, labels]`.
 
     Args:
         manifest: the bundle's manifest.
@@ -90,8 +90,8 @@ class Targets:
         return targets.astype(np.float32)
 
     def weights(self, targets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """What a record of each class counts, by label, with a mean of 1 over the records; 1 where records are
-        not of one class each, or count alike."""
+        """What a record of each class counts, by label, with a mean of 1 over the records; 1 where classes do
+        not exclude each other, or count what they have."""
         if self.problem_type != "single_label_classification" or not self.balanced:
             return np.ones(len(self.names))
         counts = targets.sum(axis=0)

@@ -1,7 +1,7 @@
 """The state of an interrupted update, in one file that is always whole.
 
-It holds the trained tensors, what they began with, the optimizer's moments and where the run stands. Batches are a function of the
-seed and the step, so nothing else is needed to continue bit for bit.
+It holds the trained tensors, what they began with, the optimizer's moments and where the run stands. Batches
+are a function of the seed and the step, so nothing else is needed to continue bit for bit.
 """
 
 import json

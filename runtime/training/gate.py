@@ -102,7 +102,7 @@ class Judge(Protocol):
     """Computes losses by forward passes; reads the adapter's inputs anew at every run."""
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
-        """The loss of a batch and, where it exists whole, the task's output; of a linear head the features too."""
+        """The loss of a batch, where it exists whole the task's output, and of a linear head its features."""
 
     def close(self) -> None:
         """Free the sessions."""

@@ -118,7 +118,8 @@ class TrainingOptions:
             )
         if self.trainable == "head" and (self.steps, self.epochs) != (None, None):
             raise UsageError(
-                "trainable is 'head', which is fitted in closed form and takes no steps: leave out steps and epochs"
+                "trainable is 'head', which is fitted in closed form and takes no steps: leave out steps and "
+                "epochs"
             )
         if self.drift_weight is not None and not has_drift_penalty(manifest):
             raise UsageError(

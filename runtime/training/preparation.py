@@ -33,9 +33,9 @@ from edgepeft.runtime.training.workload import workload
 @dataclass(frozen=True)
 class Prepared:
     """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
-    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from. `head` is
-    what can be fitted in closed form, and all there is to do where `total_steps` is 0: then all records are both
-    trained on and, one at a time, held out. In `options` nothing is left open."""
+    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from. `head`
+    is what can be fitted in closed form, and all there is to do where `total_steps` is 0: then all records
+    are trained on and, one at a time, held out. In `options` nothing is left open."""
 
     options: TrainingOptions
     head: LinearHead | None
@@ -78,8 +78,8 @@ def prepare(
         head = None
     if options.trainable == "head" and head is None:
         raise UsageError(
-            "trainable is 'head', which is for records of two or more labels and a bundle with a linear head that "
-            "its policy lets train without a bound: train modules_to_save instead"
+            "trainable is 'head', which is for records of two or more labels and a bundle with a linear head "
+            "that its policy lets train without a bound: train modules_to_save instead"
         )
     alone = head is not None and (
         options.trainable == "head"
@@ -90,7 +90,7 @@ def prepare(
         train_on = held_out = np.arange(count)
         total_steps = 0
     else:
-        classes = _classes(examples, task)
+        classes = classes_of(examples, task)
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on), from_closed_form=head is not None)
         total_steps = _total_steps(bundle, task, options, len(train_on))
@@ -136,7 +136,7 @@ def prepare(
     )
 
 
-def _classes(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64] | None:
+def classes_of(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64] | None:
     """The class of each record, where it has one."""
     if task.targets is None or not all(isinstance(example.label, int) for example in examples):
         return None
@@ -145,7 +145,7 @@ def _classes(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64] |
 
 def _has_two(examples: Sequence[Example], task: Task) -> bool:
     """Whether there are two records, and of classes that exclude each other two of them."""
-    classes = _classes(examples, task)
+    classes = classes_of(examples, task)
     return len(examples) > 1 if classes is None else len(np.unique(classes)) > 1
 
 

@@ -1,9 +1,9 @@
 """A linear head in closed form: ridge regression on features, judged by leaving one record out.
 
-With X the features and Y the targets, both centred, W the records' weights and S = Xᵀ W X = V Λ Vᵀ, the weights
-are V (Λ + α)⁻¹ Vᵀ Xᵀ W Y; the prediction for a record that was left out is y - (y - ŷ) / (1 - h), where
-h = w (1 / Σw + zᵀ (Λ + α)⁻¹ z) with z = Vᵀ x. Source: Golub, Heath and Wahba, "Generalized cross-validation as
-a method for choosing a good ridge parameter" (1979); what scikit-learn's `RidgeCV` does.
+With X the features and Y the targets, both centred, W the records' weights and S = Xᵀ W X = V Λ Vᵀ, the head
+is V (Λ + α)⁻¹ Vᵀ Xᵀ W Y; the prediction for a record that was left out is y - (y - ŷ) / (1 - h), where
+h = w (1 / Σw + zᵀ (Λ + α)⁻¹ z) with z = Vᵀ x. Source: Golub, Heath and Wahba, "Generalized cross-validation
+as a method for choosing a good ridge parameter" (1979); what scikit-learn's `RidgeCV` does.
 """
 
 from collections.abc import Callable, Sequence
@@ -85,9 +85,9 @@ class Ridge:
         if self._sums is not None:
             self._sums.add(features.astype(np.float64), targets, weights)
         for row, target, weight in zip(features, targets, weights, strict=True):
-            place = (
-                self._seen if self._seen < self._capacity else int(self._generator.integers(self._seen + 1))
-            )
+            place = self._seen
+            if place >= self._capacity:  # reservoir sampling: all are kept with the same probability
+                place = int(self._generator.integers(self._seen + 1))
             self._seen += 1
             if place < self._capacity:
                 self._features[place], self._targets[place], self._weights[place] = row, target, weight

@@ -12,6 +12,8 @@ from edgepeft.runtime.tasks.targets import Targets
 from edgepeft.runtime.training.gate import Evaluation, Scores
 
 FloatArray = npt.NDArray[np.float64]
+ENOUGH = 10
+"""Judged items from which on a classifier is compared with what says the same of every record."""
 _Z = 1.96  # a normal value is above it once in 40 times
 
 
@@ -21,8 +23,8 @@ class Judged:
 
     Attributes:
         name: what it is.
-        loss: by which candidates are compared: the mean loss over the judged items, where classes that exclude
-            each other count alike.
+        loss: by which candidates are compared: the mean loss over the judged items, where classes that
+            exclude each other count alike.
         evaluation: on the judged records.
     """
 
@@ -46,12 +48,10 @@ def judged(
     name: str, evaluation: Evaluation, targets: Targets | None, label_weights: FloatArray | None
 ) -> Judged:
     """A candidate; without targets or weights its loss is the evaluation's own."""
-    loss = evaluation.loss
-    if evaluation.said is not None and targets is not None and label_weights is not None:
-        weights = targets.weight_of(evaluation.said.targets, label_weights)
-        loss = float(
-            weights @ targets.losses(evaluation.said.scores, evaluation.said.targets) / weights.sum()
-        )
+    loss, said = evaluation.loss, evaluation.said
+    if said is not None and targets is not None and label_weights is not None and math.isfinite(loss):
+        weights = targets.weight_of(said.targets, label_weights)
+        loss = float(weights @ targets.losses(said.scores, said.targets) / weights.sum())
     return Judged(name, loss, evaluation)
 
 
@@ -62,16 +62,16 @@ class Trivial:
     Attributes:
         loss, accuracy: on the judged items.
         is_beaten: whether the classifier's loss is smaller, by more than chance explains (a one-sided test of
-            the differences item by item, wrong once in 40 times); with fewer than three items by anything.
+            the differences item by item, wrong once in 40 times); None where there are too few items to tell.
     """
 
     loss: float
     accuracy: float | None
-    is_beaten: bool
+    is_beaten: bool | None
 
 
 def trivial(said: Scores, targets: Targets, label_weights: FloatArray) -> Trivial:
-    """What a classifier is compared with: made of the judged items' own labels, so that it is hard to beat."""
+    """What a classifier is compared with, made of the judged items' labels: as hard to beat as it gets."""
     weights = targets.weight_of(said.targets, label_weights)
     scores = np.tile(targets.constant(said.targets, weights), (len(weights), 1))
     losses = targets.losses(scores, said.targets)
@@ -79,15 +79,15 @@ def trivial(said: Scores, targets: Targets, label_weights: FloatArray) -> Trivia
     better = losses - targets.losses(said.scores, said.targets)
     total, count = weights.sum(), len(weights)
     mean = float(weights @ better / total)
-    beaten = mean > 0
-    if count >= 3:
+    beaten = None
+    if count >= ENOUGH:
         spread = np.square(weights * (better - mean)).sum() * count / (count - 1)
-        beaten = beaten and mean > _critical(count - 1) * math.sqrt(spread) / total
-    return Trivial(float(losses.mean()), None if right is None else right / count, bool(beaten))
+        beaten = mean > _critical(count - 1) * math.sqrt(spread) / total
+    return Trivial(float(losses.mean()), None if right is None else right / count, beaten)
 
 
 def _critical(freedom: int) -> float:
-    """Student's t, to three digits from five degrees of freedom on (Cornish and Fisher's expansion)."""
+    """Student's t to three digits, from five degrees of freedom on (Cornish and Fisher's expansion)."""
     z = _Z
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
@@ -144,8 +144,8 @@ def decide(
     judged_by: str,
     says_something: bool | None = None,
 ) -> Outcome:
-    """Choose the best candidate, which is kept if it is no worse than `before` and, of a classifier, better than
-    what says the same of every record.
+    """Choose the best candidate, which is kept if it is no worse than `before` and, of a classifier, better
+    than what says the same of every record.
 
     Args:
         before: what the update started from.
@@ -158,19 +158,20 @@ def decide(
     chosen = min(candidates, key=lambda item: math.inf if math.isnan(item.loss) else item.loss)
     said = chosen.evaluation.said
     floor = None
-    if said is not None and targets is not None and label_weights is not None:
+    if chosen.loss <= before.loss and said is not None and targets is not None and label_weights is not None:
         floor = trivial(said, targets, label_weights)
         if says_something is not None:
-            floor = dataclasses.replace(floor, is_beaten=floor.is_beaten and says_something)
+            floor = dataclasses.replace(floor, is_beaten=says_something)
     rejected, remedy = None, ""
     if not chosen.loss <= before.loss:
-        rejected = f"the loss by {judged_by} went from {before.loss:.4f} to {chosen.loss:.4f}"
+        where = judged_by.removesuffix(" records")
+        rejected = f"{where} loss went from {before.loss:.4f} to {chosen.loss:.4f}"
         remedy = "use more data or steps, or a lower learning rate"
-    elif floor is not None and not floor.is_beaten:
+    elif floor is not None and floor.is_beaten is False:
         assert said is not None
         rejected = (
-            f"what it learned does no better by {judged_by} ({len(said.targets)}) than saying the same of every "
-            f"record (loss {chosen.evaluation.loss:.4f} and {floor.loss:.4f}"
+            f"what it learned does no better by {judged_by} ({len(said.targets)}) than saying the same of "
+            f"every record (loss {chosen.evaluation.loss:.4f} and {floor.loss:.4f}"
         )
         if chosen.evaluation.accuracy is not None and floor.accuracy is not None:
             rejected += f", accuracy {chosen.evaluation.accuracy:.2f} and {floor.accuracy:.2f}"

@@ -69,7 +69,8 @@ def torch_losses(model: torch.nn.Module, data: list[dict[str, Any]], steps: int 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, steps)
-    train_on, _ = split(len(data), 0.1, SEED)
+    classes = np.array([record["label"] for record in data]) if "label" in data[0] else None
+    train_on, _ = split(len(data), 0.1, SEED, classes=classes)
     losses = []
     for step in range(steps):
         chosen = [data[train_on[index]] for index in batch_indices(len(train_on), BATCH, SEED, step)]

@@ -21,6 +21,7 @@ from edgepeft.errors import BudgetError, DataError, EdgePeftError, UpdateRejecte
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory import process
 from edgepeft.runtime.tasks import task_for
+from edgepeft.runtime.training.preparation import classes_of
 from edgepeft.runtime.training.sampling import batch_indices, split
 from edgepeft.runtime.training.schedule import learning_rate
 from edgepeft.runtime.training.trainer import Step
@@ -54,7 +55,7 @@ def test_the_loss_curve_is_torchs(tmp_path: Path, task: str) -> None:
     optimizer = torch.optim.AdamW(reference.parameters.values(), weight_decay=0.05)
     encoder = task_for(open_bundle(bundle))
     examples = encoder.encode_all(records(data), 16, training=True)
-    train_on, _ = split(len(examples), 0.1, 3)
+    train_on, _ = split(len(examples), 0.1, 3, classes=classes_of(examples, encoder))
     expected, rates = [], []
     for step in range(50):
         chosen = [examples[train_on[index]] for index in batch_indices(len(train_on), 8, 3, step)]
@@ -161,16 +162,11 @@ def test_a_worse_update_is_rejected(classifier: Path, tmp_path: Path) -> None:
     with edgepeft.load(classifier) as model:
         model.adapt(tiny.records(), tmp_path / "out", **FAST)
         before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-        wrong = [
-            {**record, "label": (tiny.LABELS.index(record["label"]) + 1) % 3} for record in tiny.records(90)
-        ]
-        held_out = split(90, 0.1, 0)[1]
-        for index in held_out:
-            wrong[index] = tiny.records(90)[index]
+        thrown_off = {**FAST, "learning_rate": 5.0}
         with pytest.raises(
             UpdateRejectedError, match=r"held-out loss went from .* is left as it was"
         ) as caught:
-            model.adapt(wrong, tmp_path / "out", adapter=str(tmp_path / "out"), **FAST)
+            model.adapt(tiny.records(), tmp_path / "out", adapter=str(tmp_path / "out"), **thrown_off)
     assert caught.value.exit_code == 4
     assert caught.value.report is not None
     assert caught.value.report["decision"] == "rejected"
