@@ -5,22 +5,24 @@ Needs the `export` extra. `sources/` loads and traces, `passes/` rewrites, `auto
 compares it with PyTorch.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from edgepeft.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from .pipeline import export as export
+    from .sources.sentence_classifier import load_sentence_classifier as load_sentence_classifier
 
-__all__ = ["export"]
+_HOMES = {"export": ".pipeline", "load_sentence_classifier": ".sources.sentence_classifier"}
+__all__ = ["export", "load_sentence_classifier"]
 
 
 def __getattr__(name: str) -> Any:
     # Late, so that `edgepeft.exporters.training.probe` measures a process without torch.
-    if name != "export":
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .pipeline import export
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
     except ModuleNotFoundError as error:
         raise MissingExtraError(error.name or "torch", "export", "exporting a model") from error
-    return export

