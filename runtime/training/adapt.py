@@ -41,6 +41,7 @@ from edgepeft.runtime.training.verdict import (
     Judged,
     Outcome,
     by_label,
+    calibrate,
     decide,
     interval,
     judged,
@@ -179,7 +180,10 @@ class Update:
         if prepared.head is not None and not progress.step:
             self._start_from_head(prepared, before)
         self._take_steps(prepared)
-        candidates = [self._judged(TRAINED, self._judge(prepared, prepared.held_out), weights)]
+        trained = self._judge(prepared, prepared.held_out)
+        if prepared.head is not None and weights is not None:
+            trained = self._calibrate(prepared, trained, weights)
+        candidates = [self._judged(TRAINED, trained, weights)]
         if progress.held_out_head is not None:
             head = judged_earlier(CLOSED_FORM, progress.held_out_head)
             if not candidates[0].loss <= head.loss:
@@ -202,6 +206,18 @@ class Update:
             return
         for name, values in present.items():
             state.restart(name, values)
+
+    def _calibrate(
+        self, prepared: Prepared, trained: Evaluation, weights: npt.NDArray[np.float64]
+    ) -> Evaluation:
+        """Have a trained classifier be as sure of itself as the held-out records allow: as a rule it is too sure,
+        having seen its own records again and again."""
+        assert prepared.head is not None
+        assert self._task.targets is not None
+        scale, calibrated = calibrate(trained, self._task.targets, weights)
+        for name in prepared.head.inputs:
+            prepared.state.replace(name, np.float32(scale) * prepared.state.parameters[name])
+        return calibrated
 
     def _closed_form(self, prepared: Prepared) -> ClosedForm:
         targets = self._task.targets

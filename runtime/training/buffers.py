@@ -211,10 +211,14 @@ class TrainingState:
         self.buffers |= moved
         self._name_tensors()
 
+    def replace(self, name: str, values: FloatArray) -> None:
+        """Have a tensor have other values."""
+        self.buffers["param"].write(self._places[name][0], values.reshape(-1))
+
     def restart(self, name: str, values: FloatArray) -> None:
         """Have a tensor begin with other values."""
-        for kind in ("start", "param"):
-            self.buffers[kind].write(self._places[name][0], values.reshape(-1))
+        self.replace(name, values)
+        self.buffers["start"].write(self._places[name][0], values.reshape(-1))
 
     def return_to_start(self) -> None:
         """Have every tensor as it began."""

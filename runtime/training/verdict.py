@@ -14,6 +14,8 @@ from edgepeft.runtime.training.gate import Evaluation, Scores
 FloatArray = npt.NDArray[np.float64]
 ENOUGH = 10
 """Judged items from which on a classifier is compared with what says the same of every record."""
+TEMPERATURES = tuple(2.0 ** (exponent / 4) for exponent in range(-12, 5))
+"""Factors that a trained classifier's scores may be multiplied by."""
 _Z = 1.96  # a normal value is above it once in 40 times
 
 
@@ -53,6 +55,26 @@ def judged(
         weights = targets.weight_of(said.targets, label_weights)
         loss = float(weights @ targets.losses(said.scores, said.targets) / weights.sum())
     return Judged(name, loss, evaluation)
+
+
+def calibrate(
+    evaluation: Evaluation, targets: Targets, label_weights: FloatArray
+) -> tuple[float, Evaluation]:
+    """The factor for a classifier's scores with which its loss is smallest, and the evaluation with it.
+
+    A regression's is 1, as is that of scores that are no numbers. Source: temperature scaling (Guo et al.,
+    2017, arXiv 1706.04599).
+    """
+    said = evaluation.said
+    if said is None or targets.problem_type == "regression" or not math.isfinite(evaluation.loss):
+        return 1.0, evaluation
+    weights = targets.weight_of(said.targets, label_weights)
+    scale = min(
+        TEMPERATURES, key=lambda factor: float(weights @ targets.losses(factor * said.scores, said.targets))
+    )
+    scores = scale * said.scores
+    loss = float(targets.losses(scores, said.targets).mean())
+    return scale, Evaluation(loss, evaluation.accuracy, Scores(scores, said.targets))
 
 
 @dataclass(frozen=True)
