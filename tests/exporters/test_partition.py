@@ -265,3 +265,39 @@ def test_what_steps_down_gives_its_memory_back(tied_llama: Path) -> None:
     command = [sys.executable, "-c", LETS_GO, str(tied_llama)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10 * 2**20
+
+
+MIXED_LENGTHS = """
+import sys
+import numpy as np
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.memory.process import read_memory
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.chain import Chain
+
+bundle = open_bundle(sys.argv[1])
+inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
+state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+chain = Chain(bundle, inputs, threads=1)
+before = read_memory().anonymous_bytes
+for length in map(int, sys.argv[2:]):
+    ids = np.full((32, length), 5, np.int64)
+    chain.gradients({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, state)
+print(read_memory().anonymous_bytes - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory")
+def test_mixed_lengths_take_what_the_longest_takes(tied_llama: Path) -> None:
+    """Whatever came before it: the arena keeps no place for each size that it once had."""
+
+    def taken(*lengths: int) -> int:
+        command = [sys.executable, "-c", MIXED_LENGTHS, str(tied_llama), *map(str, lengths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+        return int(done.stdout)
+
+    longest = taken(256)
+    assert longest > 16 * 2**20
+    assert taken(*range(16, 257, 24), 256) < 1.1 * longest
