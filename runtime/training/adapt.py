@@ -16,6 +16,7 @@ from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import to_peft_layout
 from edgepeft.runtime.data import RecordSource
+from edgepeft.runtime.memory.chain_cost import ChainCost
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.session import shrink_shared_arena
@@ -151,7 +152,7 @@ class Update:
                     **self._seconds,
                     "step": float(np.median(self._step_s)) if self._step_s else 0.0,
                 },
-                memory=self._memory_report(prepared.plan),
+                memory=self._memory_report(),
             )
             if kept:
                 self._keep(prepared, report)
@@ -195,6 +196,7 @@ class Update:
     def _train(self, prepared: Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
         self._recorder.mark("train")
+        self._recorder.forget_peak()  # that of reading and judging is no reason to train in another way
         began_s = last_s = time.perf_counter()
 
         def after_step(loss: float) -> None:
@@ -235,6 +237,7 @@ class Update:
                 self._step_down(prepared, stepping.plan)
             else:
                 break
+        shrink_shared_arena(self._bundle)  # the judge has memory of its own
         release_freed_memory()
         self._seconds["train"] = time.perf_counter() - began_s
 
@@ -245,7 +248,9 @@ class Update:
         """Go on with a cheaper plan; the sessions of the last one are closed."""
         before, self._plan = self._present, plan
         peak_bytes = self._recorder.recent_peak_bytes
-        self._steps_down.append(StepDown(prepared.progress.step, peak_bytes, before.label, plan.label))
+        self._steps_down.append(
+            StepDown(prepared.progress.step, peak_bytes, before.peak_bytes, before.label, plan.label)
+        )
         if plan.updates_in_backward:
             prepared.state.pass_gradients()
         if plan.state_in_file and not before.state_in_file:
@@ -253,6 +258,11 @@ class Update:
         shrink_shared_arena(self._bundle)
         release_freed_memory()
         self._recorder.forget_peak()
+
+    def _cost(self, prepared: Prepared) -> ChainCost | None:
+        manifest = self._bundle.manifest
+        partition = manifest.partition
+        return None if partition is None else ChainCost(manifest, partition, prepared.sizes)
 
     def _enforce(self, prepared: Prepared) -> None:
         """Step down near the budget; over it with nothing cheaper left, stop with the work in the
@@ -262,7 +272,7 @@ class Update:
         peak_bytes = self._recorder.recent_peak_bytes
         if peak_bytes <= NEAR * self._budget_bytes:
             return
-        plan = cheaper(self._present, prepared.candidates)
+        plan = cheaper(self._present, prepared.candidates, self._cost(prepared))
         if plan is not None and prepared.progress.step < prepared.total_steps:
             raise _SteppingDown(plan)
         if peak_bytes <= self._budget_bytes:
@@ -286,13 +296,16 @@ class Update:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
 
-    def _memory_report(self, plan: Plan) -> MemoryReport:
+    def _memory_report(self) -> MemoryReport:
+        """Of the whole run, and the prediction for how it ended."""
+        plan = self._present
         parts = ("process_bytes", "session_bytes", "activation_bytes", "state_bytes", "evaluation_bytes")
         return MemoryReport(
             budget_bytes=self._budget_bytes,
             predicted_peak_bytes=plan.peak_bytes,
             predicted={name: getattr(plan, name) for name in parts},
             measured_peak_bytes=self._recorder.peak_bytes,
+            last_peak_bytes=self._recorder.recent_peak_bytes,
             peak_is_exact=self._recorder.peak_is_exact,
             timeline=list(self._recorder.samples),
             phases=list(self._recorder.phases),

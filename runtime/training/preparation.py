@@ -13,7 +13,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.memory.plan import Plan
+from edgepeft.runtime.memory.plan import Plan, Workload
 from edgepeft.runtime.memory.planner import choose, plans
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
@@ -29,12 +29,14 @@ from edgepeft.runtime.training.workload import workload
 @dataclass(frozen=True)
 class Prepared:
     """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
-    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from."""
+    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from, for
+    batches of `sizes`."""
 
     adapter: Adapter
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
     candidates: list[Plan]
+    sizes: Workload
     train_on: list[Example]
     held_out: list[Example]
     total_steps: int
@@ -66,10 +68,9 @@ def prepare(
     task.release()
     train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
     total_steps = _total_steps(bundle, task, options, len(train_on))
-    release_freed_memory()
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
     sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
-    candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
+    candidates = plans_now(bundle, sizes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
     plan = choose(candidates, budget_bytes)
@@ -94,6 +95,7 @@ def prepare(
         untrained=untrained,
         plan=plan,
         candidates=candidates,
+        sizes=sizes,
         train_on=[examples[index] for index in train_on],
         held_out=[examples[index] for index in held_out],
         total_steps=total_steps,
@@ -102,6 +104,16 @@ def prepare(
         fingerprint=known_by,
         progress=progress or Progress(),
     )
+
+
+def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:
+    """What every strategy would need in this process, which holds an adapter as it was read, and no session.
+
+    Raises:
+        UsageError: the bundle cannot be trained.
+    """
+    release_freed_memory()
+    return plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
 
 
 def _total_steps(bundle: Bundle, task: Task, options: TrainingOptions, count: int) -> int:

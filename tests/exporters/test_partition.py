@@ -230,6 +230,13 @@ def test_near_its_budget_an_update_steps_down_and_learns_the_same(
     assert set(ways) == {"checkpointed", "streamed"}
     assert [change.step for change in report.stepped_down] == list(range(1, len(ways) + 1))
     assert report.strategy == report.stepped_down[-1].after == "streamed, state in a file, 1 input in 4 kept"
+    # Each with its own prediction: the first plan's first, the last one's beside the last one's name.
+    predicted = [change.predicted_peak_bytes for change in report.stepped_down]
+    assert predicted[0] == pytest.approx(expected.memory.predicted_peak_bytes, rel=0.02)
+    first, last = expected.memory.predicted, report.memory.predicted
+    assert last["activation_bytes"] < first["activation_bytes"]
+    assert last["state_bytes"] != first["state_bytes"]
+    assert min(last.values()) >= 0
     np.testing.assert_allclose(report.losses, expected.losses, rtol=1e-4)
 
 
