@@ -155,6 +155,7 @@ class _Steps:
 
 def _table(report: dict[str, Any]) -> str:
     memory, seconds, records = report["memory"], report["seconds"], report["records"]
+    since = f" ({format_size(memory['last_peak_bytes'])} since)" if report["stepped_down"] else ""
     rows = [
         ["adapter", f"{report['output']} ({report['decision']}, started from {report['started_from']})"],
         [
@@ -165,7 +166,8 @@ def _table(report: dict[str, Any]) -> str:
         *(
             [
                 "stepped down",
-                f"after step {change['step']}, at {format_size(change['peak_bytes'])}: {change['before']} to "
+                f"after step {change['step']}, at {format_size(change['peak_bytes'])} "
+                f"({format_size(change['predicted_peak_bytes'])} predicted): {change['before']} to "
                 f"{change['after']}",
             ]
             for change in report["stepped_down"]
@@ -188,7 +190,7 @@ def _table(report: dict[str, Any]) -> str:
         ),
         [
             "peak memory",
-            f"{format_size(memory['measured_peak_bytes'])} measured, "
+            f"{format_size(memory['measured_peak_bytes'])} measured{since}, "
             f"{format_size(memory['predicted_peak_bytes'])} predicted ({report['strategy']}), budget "
             f"{format_size(memory['budget_bytes'])}",
         ],

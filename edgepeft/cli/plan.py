@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 from typing import Any
 
 import click
@@ -16,7 +17,7 @@ from edgepeft.cli.options import (
     table,
 )
 from edgepeft.devices import Device
-from edgepeft.errors import BudgetError, MissingExtraError, UsageError
+from edgepeft.errors import BudgetError, BundleError, MissingExtraError, UsageError
 from edgepeft.sizes import format_size
 
 
@@ -54,13 +55,17 @@ def plan(
       edgepeft plan model.edge --device pi-zero-2w
     """
     from edgepeft.bundle.reader import open_bundle
-    from edgepeft.runtime.memory.planner import choose, plans
-    from edgepeft.runtime.memory.process import read_memory
+    from edgepeft.runtime.memory.planner import choose
     from edgepeft.runtime.tasks import task_for
     from edgepeft.runtime.training.options import TrainingOptions
+    from edgepeft.runtime.training.preparation import plans_now
+    from edgepeft.runtime.training.sampling import batch_indices
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
     from edgepeft.runtime.training.workload import workload
 
+    # What a process holds is a part of the figures, and adapting brings these libraries in.
+    importlib.import_module("edgepeft.runtime.training.adapt")
+    batch_indices(2, 1, 0, 0)
     if device is not None:
         if budget is not None:
             raise UsageError("--budget and --device are both given: give one of them")
@@ -74,13 +79,16 @@ def plan(
     start = starting_adapter(opened, options)
     names = trained_names(opened.manifest, start, options)
     task = task_for(opened)
-    with contextlib.suppress(MissingExtraError):
-        if "tokenizer.json" in opened.manifest.files:
-            assert task.text  # adapting text loads it, and its libraries stay
-            task.release()
+    # So does reading text and conversations.
+    with contextlib.suppress(MissingExtraError, BundleError):
+        if task.has_text:
+            task.text.encode("text")
+        if opened.manifest.task == "text-generation":
+            assert task.chat
+    task.release()
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
-    candidates = plans(opened.manifest, sizes, read_memory().resident_bytes, budget)
+    candidates = plans_now(opened, sizes, budget)
     fits: str | None = None
     failure: BudgetError | None = None
     try:

@@ -11,6 +11,7 @@ from edgepeft.bundle.manifest import GraphSpec
 from edgepeft.bundle.memory_formula import MemoryTerm
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.wiring import Partition, Stage
+from edgepeft.runtime.memory.plan import Held
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
 from edgepeft.runtime.training.heads import slice_rows
@@ -26,8 +27,9 @@ def measure_chain_peaks(
 ) -> Peaks:
     """The sums of live tensors of a bundle's chain that are the largest for some batch, sequence and rank.
 
-    One stage of each kind runs; what the others hand on is added, unless the pass ends without going
-    `backward`. Sequences are multiples of `length_unit`, batches of `batch_unit`.
+    One stage of each kind runs, and the topmost that keeps anything for its backward pass is held; what the
+    others hand on is added, unless the pass ends without going `backward`. Sequences are multiples of
+    `length_unit`, batches of `batch_unit`.
     """
     bundle = open_bundle(folder)
     partition = bundle.manifest.partition
@@ -44,6 +46,7 @@ def measure_chain_peaks(
                 bundle,
                 {**inputs, **state.parameters},
                 threads=1,
+                held=_topmost(short),
                 partition=short,
                 profile=str(Path(scratch) / "profile"),
             )
@@ -82,6 +85,13 @@ def _shortened(bundle: Bundle, partition: Partition) -> Partition:
         rows = min(head.rows, 2 * slice_rows(_width(spec)))
         head = dataclasses.replace(head, rows=rows)
     return dataclasses.replace(partition, stages=stages, vocabulary_head=head)
+
+
+def _topmost(partition: Partition) -> Held:
+    """The last stages down to one that keeps anything: of what more are held, that is the part which is there
+    in any case, when the stage's own backward graph runs."""
+    keeps = [stage.output is not None for stage in reversed(partition.stages)]
+    return Held(stages=keeps.index(True) + 1 if any(keeps) else 0)
 
 
 def _handed_on(bundle: Bundle, stage: Stage) -> tuple[int | str, ...]:

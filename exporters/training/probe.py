@@ -27,9 +27,9 @@ from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
-#: Batch and sequence, in units, of the run that tells what a session takes, and of runs that tell what gaps
-#: an arena has: the first of those whose tensors are so much larger.
-SIZE, LARGER, LARGER_BYTES = (6, 4), ((6, 64), (18, 64)), 16 * 2**20
+#: Batch and sequence, in units, of runs that tell what a session takes and what gaps its arena has: a small
+#: one, and the first of the others whose tensors are so much larger and not too large.
+SIZE, LARGER, LARGER_BYTES, LARGEST_BYTES = (6, 4), ((18, 64), (6, 64)), 16 * 2**20, 256 * 2**20
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -65,19 +65,26 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
             raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         return int(done.stdout)
 
-    first_bytes, gaps, bend_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    larger = next((size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES), None)
-    if larger is not None:
-        slope = (resident_bytes(larger) - first_bytes) / (tensor_bytes(larger) - tensor_bytes(SIZE))
-        gaps = round(min(max(slope - 1, 0.0), MOST_GAPS), 3)
-        # What an arena asks for grows in leaps. A line through both ends would be far too low behind one of
-        # them, so it runs half as far above the ends.
+    first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
+    sizes = [size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES]
+    if sizes:
+        larger = next((size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES), sizes[-1])
         between = larger[0], larger[1] // BETWEEN
-        on_line_bytes = first_bytes + slope * (tensor_bytes(between) - tensor_bytes(SIZE))
-        bend_bytes = max(resident_bytes(between) - on_line_bytes, 0.0) / 2
-    formula = dataclasses.replace(tensors, arena_gaps=gaps)
-    arena_bytes = formula.arena_bytes(SIZE[0], SIZE[1] * length_unit, RANK)
-    return dataclasses.replace(formula, session_bytes=max(int(first_bytes + bend_bytes) - arena_bytes, 0))
+        if tensor_bytes(between) == tensor_bytes(larger):  # images have no length
+            between, between_bytes = SIZE, first_bytes
+        else:
+            between_bytes = resident_bytes(between)
+        larger_bytes = resident_bytes(larger)
+        slope = (larger_bytes - between_bytes) / (tensor_bytes(larger) - tensor_bytes(between))
+        gaps = round(min(max(slope - 1, 0.0), MOST_GAPS), 3)
+        held_bytes = max(
+            larger_bytes - (1 + gaps) * tensor_bytes(larger),
+            between_bytes - (1 + gaps) * tensor_bytes(between),
+        )
+    # Some graphs take more for the smallest batch than a line through the others says: it runs between.
+    small_bytes = first_bytes - (1 + gaps) * tensor_bytes(SIZE)
+    session_bytes = held_bytes + max(small_bytes - held_bytes, 0.0) / 2 if sizes else small_bytes
+    return dataclasses.replace(tensors, arena_gaps=gaps, session_bytes=max(int(session_bytes), 0))
 
 
 def sample_run(model: StreamedModel, manifest: Manifest, feeds: Mapping[str, np.ndarray], past: int) -> None:
@@ -146,10 +153,18 @@ def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     feeds = sample_feeds(bundle.manifest.graphs[role], sizes, rank=RANK)
     before_bytes = read_memory().resident_bytes
     # The inference graph's formula is also that of training, which opens it as it comes.
-    session = (open_whole if is_decoder(bundle.manifest, role) else GraphSession)(bundle, role)
+    if is_decoder(bundle.manifest, role):
+        session = open_whole(bundle, role)
+    else:
+        session = GraphSession(bundle, role, shared_arena=role in _trained_graphs(bundle.manifest))
     session.bind(feeds)
     session.run_for(list(session.outputs))
     return read_memory().resident_bytes - before_bytes
+
+
+def _trained_graphs(manifest: Manifest) -> set[str | None]:
+    """Graphs that compute gradients."""
+    return {strategy.graph for strategy in manifest.strategies}
 
 
 if __name__ == "__main__":

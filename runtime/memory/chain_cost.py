@@ -41,10 +41,22 @@ class ChainCost:
         return self._stage_bytes + self._head_bytes
 
     def held_bytes(self, held: Held) -> int:
-        """What `held.stages` takes."""
+        """What `held.stages` takes; the formula has that of the topmost stage that keeps anything."""
         count = len(self._partition.stages)
-        total = sum(self._kept_bytes(stage) for stage in self._partition.stages[count - held.stages :])
-        return int(_GAPS * total)
+        kept = [self._kept_bytes(stage) for stage in self._partition.stages[count - held.stages :]]
+        topmost = next((nbytes for nbytes in reversed(kept) if nbytes), 0)
+        return int(_GAPS * (sum(kept) - topmost))
+
+    def holding(self, plan: Plan, stages: int) -> Plan:
+        """A chain's plan with so many stages held instead."""
+        held = dataclasses.replace(plan.held, stages=stages)
+        more_bytes = self.held_bytes(held) - self.held_bytes(plan.held)
+        return dataclasses.replace(
+            plan,
+            held=held,
+            activation_bytes=plan.activation_bytes + more_bytes,
+            relative_step=self.relative_step(held),
+        )
 
     def spared_bytes(self, stride: int) -> int:
         """What is not kept of the inputs of stages where only one in `stride` is."""
@@ -55,23 +67,13 @@ class ChainCost:
 
     def filled(self, plan: Plan, budget_bytes: int | None) -> Plan:
         """A plan that uses what the budget leaves for stages, the last ones first."""
-
-        def holding(held: Held) -> Plan:
-            activation_bytes = plan.activation_bytes + self.held_bytes(held)
-            return dataclasses.replace(
-                plan, held=held, activation_bytes=activation_bytes, relative_step=self.relative_step(held)
-            )
-
-        def fits(held: Held) -> bool:
-            return budget_bytes is None or holding(held).peak_bytes <= budget_bytes
-
-        best = plan.held
+        best = self.holding(plan, 0)
         for stages in range(1, len(self._partition.stages) + 1):
-            more = dataclasses.replace(best, stages=stages)
-            if not fits(more):
+            more = self.holding(plan, stages)
+            if budget_bytes is not None and more.peak_bytes > budget_bytes:
                 break
             best = more
-        return holding(best)
+        return best
 
     def relative_step(self, held: Held) -> float:
         """Seconds of a step relative to one of the resident graph."""

@@ -18,9 +18,8 @@ CHUNK_VALUES = 2**16
 
 # The optimizer and norm sessions (about 0.3 MiB each, measured) and their intermediates of one chunk.
 _OPTIMIZER_BYTES = 2**20 + 12 * 4 * CHUNK_VALUES
-# A parameter and the value that it started from; the adapter's own, which the process holds when the plan is
-# made, is gone by then.
-_BYTES_PER_VALUE = 4 + 4 - 4
+# Of the adapter, while it trains: a value and what it started from, or PEFT's layout of what does not train.
+_BYTES_PER_VALUE = 4 + 4
 # A piece of the direction that forward-only training goes in.
 _DIRECTION_BYTES = 4 * CHUNK_VALUES
 # Where the state is in a file, what the optimizer reads of it at a time.
@@ -44,7 +43,8 @@ def plans(
     Args:
         manifest: the bundle's manifest.
         workload: the sizes.
-        process_bytes: what the process holds before any session is opened, the adapter's tensors included.
+        process_bytes: what the process holds before any session is opened, the adapter's tensors included as
+            they were read; those are gone when training begins, and its state is counted apart.
         budget_bytes: what there is; what a strategy leaves of it, it uses to save time. None: no limit.
 
     Raises:
@@ -52,6 +52,7 @@ def plans(
     """
     if not manifest.strategies:
         raise UsageError("the bundle was exported with --no-train: export it again without, to adapt it")
+    process_bytes = max(process_bytes - 4 * workload.adapter_values, 0)
     found = []
     for strategy in manifest.strategies:
         if strategy.graph is not None:
@@ -125,8 +126,7 @@ def _staged(
         session_bytes=bare.session_bytes + (ahead_bytes if ahead_bytes <= _READ_AHEAD_BYTES else 0),
         state_in_file=True,
         state_bytes=_READ_BYTES
-        + _adapter_bytes(workload)
-        - 2 * _BYTES_PER_VALUE * workload.trained_values
+        + _BYTES_PER_VALUE * (workload.adapter_values - workload.trained_values)
         + passing_bytes
         + _OPTIMIZER_BYTES
         + _batch_bytes(manifest, "train", workload),

@@ -17,6 +17,7 @@ from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import to_peft_layout
 from edgepeft.runtime.data import RecordSource
+from edgepeft.runtime.memory.chain_cost import ChainCost
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.session import shrink_shared_arena
@@ -210,8 +211,8 @@ class Update:
     def _calibrate(
         self, prepared: Prepared, trained: Evaluation, weights: npt.NDArray[np.float64]
     ) -> Evaluation:
-        """Have a trained classifier be as sure of itself as the held-out records allow: as a rule it is too sure,
-        having seen its own records again and again."""
+        """Have a trained classifier be as sure of itself as the held-out records allow: as a rule it is too
+        sure, having seen its own records again and again."""
         assert prepared.head is not None
         assert self._task.targets is not None
         scale, calibrated = calibrate(trained, self._task.targets, weights)
@@ -267,6 +268,7 @@ class Update:
     def _take_steps(self, prepared: Prepared) -> None:
         manifest, progress = self._bundle.manifest, prepared.progress
         self._recorder.mark("train")
+        self._recorder.forget_peak()  # that of reading and judging is no reason to train in another way
         began_s = last_s = time.perf_counter()
 
         def after_step(loss: float) -> None:
@@ -307,6 +309,7 @@ class Update:
                 self._step_down(prepared, stepping.plan)
             else:
                 break
+        shrink_shared_arena(self._bundle)  # the judge has memory of its own
         release_freed_memory()
         self._seconds["train"] = time.perf_counter() - began_s
 
@@ -317,7 +320,9 @@ class Update:
         """Go on with a cheaper plan; the sessions of the last one are closed."""
         before, self._plan = self._present, plan
         peak_bytes = self._recorder.recent_peak_bytes
-        self._steps_down.append(StepDown(prepared.progress.step, peak_bytes, before.label, plan.label))
+        self._steps_down.append(
+            StepDown(prepared.progress.step, peak_bytes, before.peak_bytes, before.label, plan.label)
+        )
         if plan.updates_in_backward:
             prepared.state.pass_gradients()
         if plan.state_in_file and not before.state_in_file:
@@ -325,6 +330,11 @@ class Update:
         shrink_shared_arena(self._bundle)
         release_freed_memory()
         self._recorder.forget_peak()
+
+    def _cost(self, prepared: Prepared) -> ChainCost | None:
+        manifest = self._bundle.manifest
+        partition = manifest.partition
+        return None if partition is None else ChainCost(manifest, partition, prepared.sizes)
 
     def _enforce(self, prepared: Prepared) -> None:
         """Step down near the budget; over it with nothing cheaper left, stop with the work in the
@@ -334,7 +344,7 @@ class Update:
         peak_bytes = self._recorder.recent_peak_bytes
         if peak_bytes <= NEAR * self._budget_bytes:
             return
-        plan = cheaper(self._present, prepared.candidates)
+        plan = cheaper(self._present, prepared.candidates, self._cost(prepared))
         if plan is not None and prepared.progress.step < prepared.total_steps:
             raise _SteppingDown(plan)
         if peak_bytes <= self._budget_bytes:
@@ -412,16 +422,19 @@ class Update:
                 **self._seconds,
                 "step": float(np.median(self._step_s)) if self._step_s else 0.0,
             },
-            memory=self._memory_report(prepared.plan),
+            memory=self._memory_report(),
         )
 
-    def _memory_report(self, plan: Plan) -> MemoryReport:
+    def _memory_report(self) -> MemoryReport:
+        """Of the whole run, and the prediction for how it ended."""
+        plan = self._present
         parts = ("process_bytes", "session_bytes", "activation_bytes", "state_bytes", "evaluation_bytes")
         return MemoryReport(
             budget_bytes=self._budget_bytes,
             predicted_peak_bytes=plan.peak_bytes,
             predicted={name: getattr(plan, name) for name in parts},
             measured_peak_bytes=self._recorder.peak_bytes,
+            last_peak_bytes=self._recorder.recent_peak_bytes,
             peak_is_exact=self._recorder.peak_is_exact,
             timeline=list(self._recorder.samples),
             phases=list(self._recorder.phases),

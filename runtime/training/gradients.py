@@ -72,7 +72,7 @@ class GradientSession:
         threads: int = 0,
     ) -> None:
         self._loss = np.zeros((), np.float32)
-        self._session = GraphSession(bundle, role, threads)
+        self._session = GraphSession(bundle, role, threads, shared_arena=True)
         self._session.bind({name: value for name, value in constants.items() if name not in state.parameters})
         self._session.bind(state.parameters)
         self._session.bind_outputs({"loss": self._loss})

@@ -15,7 +15,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.memory.plan import Plan
+from edgepeft.runtime.memory.plan import Plan, Workload
 from edgepeft.runtime.memory.planner import choose, judging_alone, plans
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
@@ -33,9 +33,9 @@ from edgepeft.runtime.training.workload import workload
 @dataclass(frozen=True)
 class Prepared:
     """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
-    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from. `head`
-    is what can be fitted in closed form, and all there is to do where `total_steps` is 0: then all records
-    are trained on and, one at a time, held out. In `options` nothing is left open."""
+    `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from, for
+    batches of `sizes`. `head` is what can be fitted in closed form, and all there is to do where there are no
+    steps: then all records are trained on and, one at a time, held out. In `options` nothing is left open."""
 
     options: TrainingOptions
     head: LinearHead | None
@@ -43,6 +43,7 @@ class Prepared:
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
     candidates: list[Plan]
+    sizes: Workload
     train_on: list[Example]
     held_out: list[Example]
     total_steps: int
@@ -94,10 +95,9 @@ def prepare(
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on), from_closed_form=head is not None)
         total_steps = _total_steps(bundle, task, options, len(train_on))
-    release_freed_memory()
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
     sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
-    candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
+    candidates = plans_now(bundle, sizes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
     if alone:
@@ -126,6 +126,7 @@ def prepare(
         untrained=untrained,
         plan=plan,
         candidates=candidates,
+        sizes=sizes,
         train_on=[examples[index] for index in train_on],
         held_out=[examples[index] for index in held_out],
         total_steps=total_steps,
@@ -146,7 +147,17 @@ def classes_of(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64]
 def _has_two(examples: Sequence[Example], task: Task) -> bool:
     """Whether there are two records, and of classes that exclude each other two of them."""
     classes = classes_of(examples, task)
-    return len(examples) > 1 if classes is None else len(np.unique(classes)) > 1
+    return len(examples) > 1 if classes is None else len(set(classes.tolist())) > 1
+
+
+def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:
+    """What every strategy would need in this process, which holds an adapter as it was read, and no session.
+
+    Raises:
+        UsageError: the bundle cannot be trained.
+    """
+    release_freed_memory()
+    return plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
 
 
 def _total_steps(bundle: Bundle, task: Task, options: TrainingOptions, count: int) -> int:

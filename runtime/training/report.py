@@ -16,9 +16,11 @@ class MemoryReport:
 
     Attributes:
         budget_bytes: the budget, None if there was none.
-        predicted_peak_bytes: the plan's figure, of which `predicted` gives the parts.
+        predicted_peak_bytes: the figure of the plan that the update ended with, of which `predicted` gives
+            the parts; those of the plans before it are in `AdaptReport.stepped_down`.
         measured_peak_bytes: the system's figure for the update; where `peak_is_exact` is false, the largest
             sample.
+        last_peak_bytes: the same since training began with the last plan.
         timeline: seconds since the update began, and resident, anonymous and file-backed bytes then.
         phases: `[seconds since the update began, what began then]`.
     """
@@ -27,6 +29,7 @@ class MemoryReport:
     predicted_peak_bytes: int
     predicted: dict[str, int]
     measured_peak_bytes: int
+    last_peak_bytes: int
     peak_is_exact: bool
     timeline: list[Sample]
     phases: list[tuple[float, str]]
@@ -34,10 +37,12 @@ class MemoryReport:
 
 @dataclass(frozen=True)
 class StepDown:
-    """A change to a cheaper plan after a step: the peak in bytes that led to it, and both plans' names."""
+    """A change to a cheaper plan after a step: the peak in bytes that led to it, what the plan before had
+    predicted, and both plans' names."""
 
     step: int
     peak_bytes: int
+    predicted_peak_bytes: int
     before: str
     after: str
 

@@ -230,6 +230,13 @@ def test_near_its_budget_an_update_steps_down_and_learns_the_same(
     assert set(ways) == {"checkpointed", "streamed"}
     assert [change.step for change in report.stepped_down] == list(range(1, len(ways) + 1))
     assert report.strategy == report.stepped_down[-1].after == "streamed, state in a file, 1 input in 4 kept"
+    # Each with its own prediction: the first plan's first, the last one's beside the last one's name.
+    predicted = [change.predicted_peak_bytes for change in report.stepped_down]
+    assert predicted[0] == pytest.approx(expected.memory.predicted_peak_bytes, rel=0.02)
+    first, last = expected.memory.predicted, report.memory.predicted
+    assert last["activation_bytes"] < first["activation_bytes"]
+    assert last["state_bytes"] != first["state_bytes"]
+    assert min(last.values()) >= 0
     np.testing.assert_allclose(report.losses, expected.losses, rtol=1e-4)
 
 
@@ -265,3 +272,39 @@ def test_what_steps_down_gives_its_memory_back(tied_llama: Path) -> None:
     command = [sys.executable, "-c", LETS_GO, str(tied_llama)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 10 * 2**20
+
+
+MIXED_LENGTHS = """
+import sys
+import numpy as np
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.memory.process import read_memory
+from edgepeft.runtime.training.buffers import TrainingState
+from edgepeft.runtime.training.chain import Chain
+
+bundle = open_bundle(sys.argv[1])
+inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
+state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+chain = Chain(bundle, inputs, threads=1)
+before = read_memory().anonymous_bytes
+for length in map(int, sys.argv[2:]):
+    ids = np.full((32, length), 5, np.int64)
+    chain.gradients({"input_ids": ids, "attention_mask": np.ones_like(ids), "labels": ids}, state)
+print(read_memory().anonymous_bytes - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory")
+def test_mixed_lengths_take_what_the_longest_takes(tied_llama: Path) -> None:
+    """Whatever came before it: the arena keeps no place for each size that it once had."""
+
+    def taken(*lengths: int) -> int:
+        command = [sys.executable, "-c", MIXED_LENGTHS, str(tied_llama), *map(str, lengths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stderr
+        return int(done.stdout)
+
+    longest = taken(256)
+    assert longest > 16 * 2**20
+    assert taken(*range(16, 257, 24), 256) < 1.1 * longest

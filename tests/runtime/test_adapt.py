@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,6 +285,22 @@ def test_a_budget_exceeded_on_the_way(
     assert report.resumed_from_step == 14
     assert report.losses == straight.losses
     assert same_adapter(tmp_path / "out", tmp_path / "straight")
+
+
+@pytest.mark.skipif(not process.reset_peak(), reason="the kernel counts no peak anew")
+def test_what_reading_took_does_not_stop_training(classifier: Path, tmp_path: Path) -> None:
+    """It is gone by then; the report tells of it."""
+
+    def reading() -> Iterator[dict[str, Any]]:
+        block = np.ones(160 * 2**20, np.uint8)
+        yield from tiny.records()
+        del block
+
+    budget_bytes = process.read_memory().resident_bytes + 96 * 2**20
+    with edgepeft.load(classifier, memory_budget=budget_bytes) as model:
+        report = model.adapt(reading(), tmp_path / "out", **FAST)
+    assert report.stepped_down == []
+    assert report.memory.last_peak_bytes < budget_bytes < report.memory.measured_peak_bytes
 
 
 def same_adapter(one: Path, other: Path) -> bool:

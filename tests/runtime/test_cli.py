@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,27 @@ def test_plan(classifier: Path) -> None:
     assert "does not fit" in refused.stdout
     assert refused.stderr.startswith("error: training needs")
     assert f"--budget {plan['smallest_budget_bytes'] // 2**20}MiB"[:10] in refused.stderr
+
+
+def test_plan_says_what_adapt_says(classifier: Path, tmp_path: Path) -> None:
+    """The same figure for the same sizes, but for what two processes differ by."""
+    data = tmp_path / "data.jsonl"
+    texts = [f"w{1 + n % 3} w4 w5 w6" for n in range(20)]
+    records = [{"text": text, "label": tiny.LABELS[n % 3]} for n, text in enumerate(texts)]
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    def told(command: str, *arguments: str) -> dict[str, Any]:
+        line = [sys.executable, "-m", "edgepeft.cli", command, str(classifier), "--budget", "1GiB", "--json"]
+        done = subprocess.run([*line, *arguments], capture_output=True, text=True, check=True)
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    memory = told("adapt", "--data", str(data), "-o", str(tmp_path / "out"), *FAST)["memory"]
+    assert min(memory["predicted"].values()) >= 0
+    planned = told("plan", "--seq-len", "5", "--batch-size", "4")["strategies"][0]
+    assert planned["peak_bytes"] == pytest.approx(memory["predicted_peak_bytes"], abs=2**20)
+    for part, nbytes in memory["predicted"].items():
+        assert planned[part] == pytest.approx(nbytes, abs=2**20)
 
 
 def test_adapt_predict_and_the_adapter_in_between(classifier: Path, data: Path, tmp_path: Path) -> None:
