@@ -25,6 +25,10 @@ Label = int | tuple[float, ...] | None
 """A class; or a number for every output of a regression or of classes that do not exclude each other."""
 
 
+class NothingToLearnError(DataError):
+    """Nothing of a record counts in the loss: an update leaves it out."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of tokens: int32, with token types and, for language models and token classifiers, labels.
@@ -126,6 +130,7 @@ class Task(ABC):
         """Turn a record into tokens, cut to `max_length`; with `training`, its labels are required.
 
         Raises:
+            NothingToLearnError: with `training`, nothing of it counts in the loss.
             DataError: the record lacks a field or has one that cannot be used; the message says where it
                 stands.
         """

@@ -277,11 +277,8 @@ def test_prompts_are_not_learned(
     ("fields", "message"),
     [
         ({"prompt": "w1"}, "has the fields 'prompt'"),
-        (
-            {"prompt": "w1 " * 20, "completion": "w2"},
-            "leaves nothing to learn in its first 16 tokens .it has 22",
-        ),
-        ({"input_ids": [4]}, "leaves nothing to learn"),
+        ({"input_ids": [4]}, "no token behind the first is to be learned"),
+        ({"input_ids": [1] * 20, "labels": [-100] * 20}, "no token behind the first"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels must be a list of 2"),
         ({"input_ids": [1, 2], "labels": [1, 24]}, "labels must be"),
         ({"input_ids": [1, 2], "labels": [1, -1]}, "labels must be"),
@@ -290,7 +287,7 @@ def test_prompts_are_not_learned(
     ],
 )
 def test_a_language_record_that_cannot_be_used(write: Task, fields: dict[str, Any], message: str) -> None:
-    """Including the one whose answer is cut off whole."""
+    """Including those that have nothing to learn."""
     with pytest.raises(DataError, match=rf"^record 1: .*{message}"):
         encode(write, fields)
 
