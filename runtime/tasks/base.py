@@ -163,13 +163,18 @@ class Task(ABC):
         Raises:
             DataError: see `encode`.
         """
-        examples = []
-        for record in records:
-            try:
-                examples.append(self.encode(record, max_length, training=training))
-            except UsageError as error:
-                raise DataError(f"{record.where}: {error}") from error
-        return examples
+        return [self.encode_record(record, max_length, training=training) for record in records]
+
+    def encode_record(self, record: Record, max_length: int, *, training: bool) -> Example:
+        """`encode`, giving the record's place where its text cannot be read.
+
+        Raises:
+            DataError: see `encode`.
+        """
+        try:
+            return self.encode(record, max_length, training=training)
+        except UsageError as error:
+            raise DataError(f"{record.where}: {error}") from error
 
     def missing(self, record: Record, expected: str) -> DataError:
         """The error for a record of another shape than the task's."""

@@ -1,5 +1,6 @@
 """What an update knows before its first session is opened: the adapter, the records, the plan."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.examples import Examples
 from edgepeft.runtime.memory.plan import Plan
 from edgepeft.runtime.memory.planner import choose, plans
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
@@ -35,8 +37,9 @@ class Prepared:
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
     candidates: list[Plan]
-    train_on: list[Example]
-    held_out: list[Example]
+    examples: Examples
+    train_on: Sequence[Example]
+    held_out: Sequence[Example]
     total_steps: int
     inputs: dict[str, npt.NDArray[np.float32]]
     state: TrainingState
@@ -62,13 +65,15 @@ def prepare(
     """
     adapter = starting_adapter(bundle, options)
     names = trained_names(bundle.manifest, adapter, options)
-    examples = task.encode_all(records(source), options.tokens(bundle.manifest), training=True)
+    # Beside the output: where a disk of memory is mounted for temporary files, they would be in memory.
+    folder = next(parent for parent in output.parents if parent.exists())
+    examples = Examples(task, records(source), options.tokens(bundle.manifest), folder)
     task.release()
     train_on, held_out = split(len(examples), options.eval_fraction, options.seed, task.minimum_batch)
     total_steps = _total_steps(bundle, task, options, len(train_on))
     release_freed_memory()
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
-    sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
+    sizes = workload(adapter, names, rows, examples.longest, options)
     candidates = plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
@@ -85,7 +90,7 @@ def prepare(
         passing=plan.updates_in_backward,
     )
     del start
-    known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
+    known_by = fingerprint(bundle, options, adapter, examples.digest, total_steps, plan.exact)
     progress = load_checkpoint(checkpoint_path(output), known_by, state) if options.resume else None
     # The trained tensors are in the state now, so the adapter's own go.
     untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
@@ -94,8 +99,9 @@ def prepare(
         untrained=untrained,
         plan=plan,
         candidates=candidates,
-        train_on=[examples[index] for index in train_on],
-        held_out=[examples[index] for index in held_out],
+        examples=examples,
+        train_on=examples.part(train_on),
+        held_out=examples.part(held_out),
         total_steps=total_steps,
         inputs=inputs,
         state=state,
