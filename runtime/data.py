@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +57,16 @@ def records(source: RecordSource) -> Iterator[Record]:
         raise DataError(
             f'{name}: holds no records: write one JSON object a line, such as {{"text": …, "label": …}}'
         )
+
+
+def count_records(source: RecordSource) -> int | None:
+    """How many records there are, broken ones included; None where only the end of reading tells."""
+    if isinstance(source, Sized) and not isinstance(source, str):
+        return len(source)
+    if not isinstance(source, str | Path) or source == STANDARD_INPUT or not Path(source).is_file():
+        return None
+    with Path(source).open("rb") as file:
+        return sum(bool(line.strip()) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
 
 
 def _mappings(source: Iterable[Mapping[str, Any]]) -> Iterator[Record]:

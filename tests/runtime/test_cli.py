@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from edgepeft import cli
 from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.cli.options import adapter_spec
 from edgepeft.errors import UsageError
+from edgepeft.runtime import prediction
 from edgepeft.runtime.training.sampling import split
 
 from . import tiny
@@ -110,6 +112,33 @@ def test_adapt_predict_and_the_adapter_in_between(classifier: Path, data: Path, 
     assert len(after["records"]) == 40
     text = run("predict", classifier, "--data", data, "--adapter", tmp_path / "out").stdout
     assert text.splitlines()[-1] == f"accuracy {after['accuracy']:.4f}"
+
+
+def test_results_are_written_as_they_come(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same whether they are few or many, at once or in parts; a record that cannot be used ends them."""
+    command = ("predict", classifier, "--batch-size", 4, "--data")
+    answer = json.loads(run(*command, data, "--json").stdout)
+    text = run(*command, data).stdout
+    monkeypatch.setattr(sys.modules["edgepeft.cli.predict"], "TOGETHER", 7)
+    monkeypatch.setattr(prediction, "WINDOW_BYTES", 5 * prediction.OVERHEAD_BYTES)
+    assert run(*command, data).stdout == text
+    found = json.loads(run(*command, data, "--json").stdout)
+    assert (found["task"], found["adapter"], found["accuracy"]) == (
+        "text-classification",
+        None,
+        answer["accuracy"],
+    )
+    for record, want in zip(found["records"], answer["records"], strict=True):
+        assert (record["label"], record["expected"]) == (want["label"], want["expected"])
+        assert record["score"] == pytest.approx(want["score"], rel=1e-5)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(data.read_text("utf-8") + '{"label": 0}\n')
+    told = run(*command, broken, "--json")
+    document = json.loads(told.stdout)
+    assert (told.exit_code, len(document["records"])) == (1, 35)
+    assert document["error"]["message"].startswith(f"{broken}:41: has the fields")
 
 
 def test_adapt_reports_in_json(classifier: Path, data: Path, tmp_path: Path) -> None:
