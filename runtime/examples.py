@@ -20,8 +20,6 @@ from edgepeft.runtime.tasks.base import NothingToLearnError
 
 HELD_BYTES = 2**20
 """Examples that take no more together are held in memory."""
-OVERHEAD_BYTES = 2**10
-"""What an example takes beside its arrays, about."""
 
 
 class Examples(Sequence[Example]):
@@ -116,7 +114,7 @@ class Examples(Sequence[Example]):
     def _add(self, example: Example) -> None:
         if self._file is None:
             self._held.append(example)
-            self._held_bytes += example.nbytes + OVERHEAD_BYTES
+            self._held_bytes += example.held_bytes
             if self._held_bytes <= HELD_BYTES:
                 return
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  (closed with its reader)

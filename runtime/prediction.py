@@ -19,8 +19,6 @@ that were read."""
 
 WINDOW_BYTES = 2**20
 """Encoded records that wait for their results take so much together, or are those of one batch."""
-OVERHEAD_BYTES = 2**10
-"""What an encoded record takes beside its arrays, about."""
 
 
 def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSource:
@@ -43,7 +41,7 @@ def windows(
     for record in records:
         example = task.encode_record(record, max_length, training=False)
         window.append(example)
-        nbytes += example.nbytes + OVERHEAD_BYTES
+        nbytes += example.held_bytes
         if nbytes > WINDOW_BYTES and len(window) % batch_size == 0:
             yield window
             window, nbytes = [], 0

@@ -158,7 +158,8 @@ def _note_left_out(console: Console, report: dict[str, Any]) -> None:
     count = report["records"]["left_out"]
     if count:
         console.progress.close()
-        console.note(f"note: nothing to learn in {count} records, the first: {report['first_left_out']}")
+        first = report["first_left_out"]
+        console.note(f"note: records with nothing to learn are left out ({count}), first {first}")
 
 
 def _table(report: dict[str, Any]) -> str:

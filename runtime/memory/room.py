@@ -54,9 +54,9 @@ def no_room(wanted_bytes: int, what: str) -> BudgetError | None:
         return None
     required_bytes = suggested_budget(held_bytes + wanted_bytes)
     return BudgetError(
-        f"{what} takes {format_size(wanted_bytes)} to read, the process holds {format_size(held_bytes)} and "
-        f"the budget is {format_size(budget_bytes)}: give --budget {required_bytes // 2**20}MiB at least, or "
-        "something smaller to read",
+        f"{what} takes {format_size(wanted_bytes)} of memory, the process holds {format_size(held_bytes)} "
+        f"and the budget is {format_size(budget_bytes)}: give --budget {required_bytes // 2**20}MiB at "
+        "least, or something smaller",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )

@@ -25,8 +25,8 @@ Label = int | tuple[float, ...] | None
 """A class; or a number for every output of a regression or of classes that do not exclude each other."""
 
 
-class NothingToLearnError(DataError):
-    """Nothing of a record counts in the loss: an update leaves it out."""
+class NothingToLearnError(Exception):
+    """Nothing of a record counts in the loss: an update leaves it out; a `DataError` where that cannot be."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Example:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays if array is not None)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the example takes, about: its arrays, and a kibibyte of objects."""
+        return self.nbytes + 2**10
 
 
 class Task(ABC):
@@ -163,12 +168,16 @@ class Task(ABC):
         Raises:
             DataError: see `encode`.
         """
-        return [self.encode_record(record, max_length, training=training) for record in records]
+        try:
+            return [self.encode_record(record, max_length, training=training) for record in records]
+        except NothingToLearnError as error:
+            raise DataError(str(error)) from error
 
     def encode_record(self, record: Record, max_length: int, *, training: bool) -> Example:
         """`encode`, giving the record's place where its text cannot be read.
 
         Raises:
+            NothingToLearnError: see `encode`.
             DataError: see `encode`.
         """
         try:

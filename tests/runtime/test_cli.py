@@ -122,7 +122,7 @@ def test_results_are_written_as_they_come(
     answer = json.loads(run(*command, data, "--json").stdout)
     text = run(*command, data).stdout
     monkeypatch.setattr(sys.modules["edgepeft.cli.predict"], "TOGETHER", 7)
-    monkeypatch.setattr(prediction, "WINDOW_BYTES", 5 * prediction.OVERHEAD_BYTES)
+    monkeypatch.setattr(prediction, "WINDOW_BYTES", 5 * 2**10)
     assert run(*command, data).stdout == text
     found = json.loads(run(*command, data, "--json").stdout)
     assert (found["task"], found["adapter"], found["accuracy"]) == (
@@ -139,6 +139,19 @@ def test_results_are_written_as_they_come(
     document = json.loads(told.stdout)
     assert (told.exit_code, len(document["records"])) == (1, 35)
     assert document["error"]["message"].startswith(f"{broken}:41: has the fields")
+
+
+def test_a_record_with_nothing_to_learn_is_told_of(language_model: Path, tmp_path: Path) -> None:
+    """On standard error, with its place; with and without JSON."""
+    data = tmp_path / "data.jsonl"
+    rows = [*tiny.sentences(8), {"input_ids": [3]}, *tiny.sentences(8)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = ("adapt", language_model, "--data", data, "--budget", "4GiB", "-o", tmp_path / "out")
+    note = f"note: records with nothing to learn are left out (1), first {data}:9: no token"
+    for options in ((), ("--json",)):
+        told = run(*command, "--steps", 2, "--lr", "1e-3", *options)
+        assert (told.exit_code, note in told.stderr) == (0, True), told.output
+    assert json.loads(told.stdout)["records"]["left_out"] == 1
 
 
 def test_adapt_reports_in_json(classifier: Path, data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
 from edgepeft.runtime.data import records
 from edgepeft.runtime.tasks import Example, Task, task_for
-from edgepeft.runtime.tasks.base import NothingToLearnError
 
 from . import tiny
 
@@ -334,14 +333,14 @@ def test_masks_behind_the_cut_are_not_asked_for(tmp_path: Path) -> None:
     row = encode(mask, {"text": "w1 w9 w2 w9", "labels": ["w3", "w4"]}, max_length=3).rows[0]
     assert row.labels is not None
     assert row.labels.tolist() == [-100, 3, -100]
-    with pytest.raises(NothingToLearnError, match="record 1: its first 3 tokens hold no mask to fill"):
+    with pytest.raises(DataError, match="record 1: its first 3 tokens hold no mask to fill"):
         encode(mask, {"text": "w1 w1 w1 w9", "labels": ["w3"]}, max_length=3)
     with pytest.raises(DataError, match="a list of 1 tokens, one a mask"):
         encode(mask, {"text": "w1 w9", "labels": ["w3", "w4"]})
     row = encode(words, {"tokens": ["w1"] * 3000, "labels": [0, 1, 2] * 1000}, max_length=3).rows[0]
     assert row.labels is not None
     assert row.labels.tolist() == [0, 1, 2]
-    with pytest.raises(NothingToLearnError, match="record 1: all labels of its first 3 tokens are -100"):
+    with pytest.raises(DataError, match="record 1: all labels of its first 3 tokens are -100"):
         encode(words, {"tokens": ["w1"] * 4, "labels": [-100, -100, -100, 1]}, max_length=3)
 
 

@@ -39,7 +39,7 @@ def test_they_are_what_the_task_makes_of_them(
     source = tiny.records(50)
     want = [content(item) for item in task.encode_all(records(source), 5, training=True)]
     held = read(task, source, tmp_path, 5)
-    monkeypatch.setattr(module, "HELD_BYTES", 20 * module.OVERHEAD_BYTES)
+    monkeypatch.setattr(module, "HELD_BYTES", 20 * 2**10)
     in_file = read(task, iter(source), tmp_path, 5)
     assert (held._file is None, in_file._file is None) == (True, False)
     for found in (held, in_file):

@@ -88,7 +88,7 @@ def test_an_image_that_is_decoded_whole_is_refused(
 ) -> None:
     """By its header; where there is room, what was asked for is enough."""
     wanted = photograph(tmp_path / name, **options).sum()
-    with room(16), pytest.raises(BudgetError, match=r"an image of .* takes .* to read"):
+    with room(16), pytest.raises(BudgetError, match=r"an image of .* takes .* of memory"):
         read_image(tmp_path / name, 3, 150)
     with room(180):
         assert read_image(tmp_path / name, 3, 150).sum() == wanted
@@ -182,5 +182,5 @@ def test_a_large_prompt_cache(language_model: Path, tmp_path: Path) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + 360 * MIB)
     manifest = open_bundle(language_model).manifest
-    with room(16), pytest.raises(BudgetError, match=r"the prompt cache takes 360\.0 MiB to read"):
+    with room(16), pytest.raises(BudgetError, match=r"the prompt cache takes 360\.0 MiB of memory"):
         open_prompt_cache(tmp_path / "prompt", manifest)
