@@ -64,6 +64,16 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     return tensors | _bfloat16(path, halves) if halves else tensors
 
 
+def count_values(path: Path) -> int:
+    """How many values the tensors of a safetensors file have, of which none is read.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    with _opened(Path(path)) as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
 def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
     """One tensor of a safetensors file as it is, float32 or uint8; None if there is no such tensor.
 

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import CONFIG_FILE, Adapter, fit, load_adapter
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit, load_adapter
 from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
+from edgepeft.runtime.memory.room import check_room
+from edgepeft.tensor_files import count_values
 
 FloatArray = npt.NDArray[np.float32]
 AdapterSpec = str | Path | Mapping[str, float] | None
@@ -124,7 +126,13 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
 
     Raises:
         AdapterError: it is missing, damaged or does not fit the base.
+        BudgetError: the memory budget has no room for it.
     """
+    folder = Path(name) if is_path(name) else bundle.path / "adapters" / name
+    if (folder / TENSOR_FILE).is_file():
+        # As float32, and meanwhile as pages of the file or, afterwards, as the graphs take it.
+        wanted_bytes = 2 * 4 * count_values(folder / TENSOR_FILE)
+        check_room(wanted_bytes, f"{folder}: the adapter")
     if not is_path(name) and name not in bundle.adapter_names() and (Path(name) / CONFIG_FILE).is_file():
         raise AdapterError(
             f"{bundle.path}: has no adapter {name!r}, but a folder of that name is here: write ./{name}"

@@ -2,12 +2,14 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgepeft.errors import DataError
+from edgepeft.errors import BudgetError, DataError
+from edgepeft.runtime.memory.room import no_room
+from edgepeft.sizes import format_size
 
 RecordSource = str | Path | Iterable[Mapping[str, Any]]
 """A JSONL file by path, standard input as `-`, or the records themselves."""
@@ -15,6 +17,9 @@ RecordSource = str | Path | Iterable[Mapping[str, Any]]
 STANDARD_INPUT = "-"
 
 _MAX_LINE_BYTES = 2**24
+_PIECE_BYTES = 2**16
+_PARSED = 10
+"""Bytes that a record takes for each of its line's, while it is parsed and encoded."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,16 @@ def records(source: RecordSource) -> Iterator[Record]:
         )
 
 
+def count_records(source: RecordSource) -> int | None:
+    """How many records there are, broken ones included; None where only the end of reading tells."""
+    if isinstance(source, Sized) and not isinstance(source, str):
+        return len(source)
+    if not isinstance(source, str | Path) or source == STANDARD_INPUT or not Path(source).is_file():
+        return None
+    with Path(source).open("rb") as file:
+        return sum(bool(line.strip()) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
+
+
 def _mappings(source: Iterable[Mapping[str, Any]]) -> Iterator[Record]:
     for number, fields in enumerate(source, start=1):
         if not isinstance(fields, Mapping):
@@ -85,13 +100,39 @@ def _standard_input() -> Iterator[Record]:
 
 def _lines(file: BinaryIO, name: str, folder: Path) -> Iterator[Record]:
     number = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
+    while line := file.readline(_PIECE_BYTES):
         number += 1
         where = f"{name}:{number}"
-        if len(line) > _MAX_LINE_BYTES:
-            raise DataError(f"{where}: the line is longer than {_MAX_LINE_BYTES:,} B: split the record")
+        if len(line) == _PIECE_BYTES and not line.endswith(b"\n"):
+            line += _rest(file, where)
         if line.strip():
             yield Record(where, _parse(line, where), folder)
+
+
+def _rest(file: BinaryIO, where: str) -> bytes:
+    """What follows the first piece of a line.
+
+    Raises:
+        DataError: the line is longer than any may be.
+        BudgetError: the budget has no room for its record.
+    """
+    rest = bytearray()
+    refusal: BudgetError | None = None
+    nbytes = _PIECE_BYTES
+    while nbytes <= _MAX_LINE_BYTES and (piece := file.readline(_PIECE_BYTES)):
+        nbytes += len(piece)
+        refusal = no_room(_PARSED * nbytes, f"{where}: a record of {format_size(nbytes)}")
+        if refusal is None:
+            rest += piece
+        else:
+            rest.clear()
+        if piece.endswith(b"\n"):
+            break
+    if nbytes > _MAX_LINE_BYTES:
+        raise DataError(f"{where}: the line is longer than {_MAX_LINE_BYTES:,} B: split the record")
+    if refusal is not None:  # only now, as its end had to be found to say how much it takes
+        raise refusal
+    return bytes(rest)
 
 
 def _parse(line: bytes, where: str) -> Mapping[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -11,8 +12,9 @@ from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime import prediction
 from edgepeft.runtime.activation import AdapterSpec
-from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.data import RecordSource, count_records, records
 from edgepeft.runtime.loaded import FloatArray, LoadedBundle
+from edgepeft.runtime.memory.room import within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
 from edgepeft.runtime.tasks import Example
@@ -205,10 +207,62 @@ class Model(LoadedBundle):
             DataError: a record cannot be used.
             UsageError: the task predicts nothing a record.
         """
+        return list(self.predictions(source, adapter, batch_size, seq_len, on_progress=on_progress))
+
+    def predictions(
+        self,
+        source: RecordSource,
+        adapter: AdapterSpecs = None,
+        batch_size: int = 8,
+        seq_len: int | None = None,
+        *,
+        on_progress: prediction.OnProgress | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """As `predict`, one result after the other: for more records than memory has room for.
+
+        Args:
+            source: as for `predict`.
+            adapter: as for `predict`; with a list, the records are all read first.
+            batch_size: as for `predict`.
+            seq_len: as for `predict`.
+            on_progress: as for `predict`.
+
+        Raises:
+            EdgePeftError: as `predict`, when the first result is asked for; of a record that cannot be used,
+                after the results of many that stand before it.
+        """
+        windows = self._predicted(source, adapter, batch_size, seq_len, on_progress)
+        while True:
+            with self._lock, within(self._budget_bytes):
+                window = next(windows, None)
+            if window is None:
+                return
+            yield from window
+
+    def _predicted(
+        self,
+        source: RecordSource,
+        adapter: AdapterSpecs,
+        batch_size: int,
+        seq_len: int | None,
+        on_progress: prediction.OnProgress | None,
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The results of as many records at a time as are read at once."""
         if self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
-        examples = self._examples(source, adapter, batch_size, seq_len)
-        return prediction.results(self._task, self.forward, examples, adapter, batch_size, on_progress)
+        windows: Iterable[list[Example]]
+        if isinstance(adapter, list | tuple):
+            windows = [self._examples(source, adapter, batch_size, seq_len)]
+        else:
+            length = self._length(batch_size, seq_len)
+            windows = prediction.windows(self._task, records(source), length, batch_size)
+        total = count_records(source) if on_progress is not None else None
+        done = 0
+        for examples in windows:
+            read = max(total or 0, done + len(examples))
+            tell = None if on_progress is None else partial(_tell, on_progress, done, read)
+            yield prediction.results(self._task, self.forward, examples, adapter, batch_size, tell)
+            done += len(examples)
 
     def classify(
         self,
@@ -273,11 +327,15 @@ class Model(LoadedBundle):
     def _examples(
         self, source: RecordSource, adapter: AdapterSpecs, batch_size: int, seq_len: int | None
     ) -> list[Example]:
-        TrainingOptions(seq_len=seq_len, batch_size=batch_size).check(self.manifest)
-        length = self.manifest.model.max_length if seq_len is None else seq_len
+        length = self._length(batch_size, seq_len)
         examples = self._task.encode_all(records(source), length, training=False)
         check_rows(adapter, len(examples), "records")
         return examples
+
+    def _length(self, batch_size: int, seq_len: int | None) -> int:
+        """Tokens a text is cut to, or samples a recording; both are checked."""
+        TrainingOptions(seq_len=seq_len, batch_size=batch_size).check(self.manifest)
+        return self.manifest.model.max_length if seq_len is None else seq_len
 
     @one_at_a_time
     def adapt(
@@ -320,6 +378,10 @@ class Model(LoadedBundle):
             self._threads,
             on_step,
         ).run()
+
+
+def _tell(on_progress: prediction.OnProgress, before: int, total: int, done: int) -> None:
+    on_progress(before + done, total)
 
 
 def load(

@@ -1,20 +1,24 @@
 """Running a task over many examples: in batches of similar lengths that the memory budget can hold."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepeft.errors import BudgetError
-from edgepeft.runtime.data import RecordSource
+from edgepeft.runtime.data import Record, RecordSource
 from edgepeft.runtime.registry import AdapterSpecs, part_of
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.tasks.base import Array, Outputs
 
 Forward = Callable[[Mapping[str, object], AdapterSpecs], dict[str, npt.NDArray[np.float32]]]
 OnProgress = Callable[[int, int], None]
-"""Is told how many records of how many are done."""
+"""Is told how many records of how many are done; where only the end tells how many there are, of how many
+that were read."""
+
+WINDOW_BYTES = 2**20
+"""Encoded records that wait for their results take so much together, or are those of one batch."""
 
 
 def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSource:
@@ -22,6 +26,27 @@ def as_records(task: Task, source: RecordSource | Sequence[object]) -> RecordSou
     if isinstance(source, str) or not isinstance(source, Sequence):
         return source
     return [item if isinstance(item, Mapping) else {task.field: item} for item in source]
+
+
+def windows(
+    task: Task, records: Iterable[Record], max_length: int, batch_size: int
+) -> Iterator[list[Example]]:
+    """The records encoded, in their order, as many at a time as `WINDOW_BYTES` hold; whole batches of them.
+
+    Raises:
+        DataError: a record cannot be used.
+    """
+    window: list[Example] = []
+    nbytes = 0
+    for record in records:
+        example = task.encode_record(record, max_length, training=False)
+        window.append(example)
+        nbytes += example.held_bytes
+        if nbytes > WINDOW_BYTES and len(window) % batch_size == 0:
+            yield window
+            window, nbytes = [], 0
+    if window:
+        yield window
 
 
 def batches(
@@ -66,15 +91,16 @@ def results(
     examples: Sequence[Example],
     adapter: AdapterSpecs,
     batch_size: int,
-    on_progress: OnProgress | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """What the task says of each example, in their order; see `batches`."""
+    """What the task says of each example, in their order; see `batches`. `on_batch` is told how many are
+    done."""
     found: dict[int, dict[str, Any]] = {}
     for indices, batch, outputs in batches(task, forward, examples, adapter, batch_size):
         for index, result in zip(indices, task.results(outputs, batch), strict=True):
             found[index] = task.finish(result, examples[index])
-        if on_progress is not None:
-            on_progress(len(found), len(examples))
+        if on_batch is not None:
+            on_batch(len(found))
     return [found[index] for index in range(len(examples))]
 
 

@@ -62,7 +62,7 @@ class AdapterRegistry:
         if name in self._loaded:
             raise UsageError(f"an adapter {name!r} is loaded already: unload it first")
         if path is None:
-            adapter = self._bundle.adapter(name)
+            adapter = find_adapter(self._bundle, name)
         elif name in self._bundle.adapter_names():
             raise UsageError(f"the bundle has an adapter {name!r} of its own: load this one by another name")
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import UsageError
+from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.activation import AdapterSpec, group_bytes, inputs_taken, is_decoder
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
@@ -112,7 +112,13 @@ class Sessions:
         bound = next((entry for entry in self._open.values() if entry.stamp == stamp), None)
         inputs: dict[str, FloatArray] | None = None
         if bound is None:
-            inputs = self.registry.inputs(adapter, check_effect=check_effect)
+            try:
+                inputs = self.registry.inputs(adapter, check_effect=check_effect)
+            except BudgetError:
+                if not self._open or self._borrowers:
+                    raise
+                self.close()  # what is open may have taken the room
+                inputs = self.registry.inputs(adapter, check_effect=check_effect)
             size = self._size(inputs)
         else:
             size = bound.size

@@ -1,11 +1,36 @@
-"""Text to tokens and back, with the tokenizer the base model shipped (the `text` extra)."""
+"""Text to tokens and back, with the tokenizer the base model shipped (the `text` extra).
 
-from typing import Any
+`tokenizers` takes about a hundred bytes for each character that it is given, and cuts afterwards. So a text
+of which only some tokens are wanted is cut before: to a part that is lengthened until the tokens that are
+wanted are those of the whole text.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError, MissingExtraError, UsageError
 
 TOKENIZER_FILE = "tokenizer.json"
+
+MOST_CHARACTERS = 2**14
+"""Characters of a text, at least, after which no more tokens are looked for: nobody's words, nor the spaces
+between them, are that long."""
+_PER_TOKEN = 8
+"""Characters that are read for each token at first: more than those of most languages have."""
+_FIRST = 2**10
+_MARGIN = 256
+"""Characters at a cut whose tokens the cut may have changed: more than any special token has."""
+
+
+class Cut(NamedTuple):
+    """A text's token ids, special ones included, their types, the characters `[first, last)` that each of
+    them is ((0, 0): a special token), and whether the text was cut."""
+
+    ids: list[int]
+    type_ids: list[int]
+    spans: list[tuple[int, int]]
+    truncated: bool
 
 
 class Text:
@@ -34,65 +59,132 @@ class Text:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
-    def encode(
-        self, text: str, max_length: int | None = None, special_tokens: bool = True
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and token type ids of a text, special tokens included, cut to `max_length` tokens.
+    def encode(self, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[int]]:
+        """Token ids and token type ids of a whole text, special tokens included.
 
         Raises:
             UsageError: the text is not valid Unicode.
         """
-        encoding = self._encoding(text, max_length, special_tokens)
+        encoding = self._encoding(text, special_tokens=special_tokens)
         return list(encoding.ids), list(encoding.type_ids)
 
-    def _encoding(self, text: str, max_length: int | None, special_tokens: bool) -> Any:
-        if max_length is None:
-            self._tokenizer.no_truncation()
-        else:
-            self._tokenizer.enable_truncation(max_length)
+    def cut(self, text: str, max_length: int) -> Cut:
+        """A text's tokens, of which those on the right are left out where there are more than `max_length`;
+        special tokens stay.
+
+        Raises:
+            UsageError: what is read of the text is not valid Unicode.
+        """
+        *tries, most = _sizes(len(text), max_length)
+        found = (size for size in tries if _settled(self._encoding(text[:size]), size) > max_length)
+        size = next(found, most)
+        self._tokenizer.enable_truncation(max_length)
         try:
-            text.encode("utf-8")
+            encoding = self._encoding(text[:size])
+        finally:
+            self._tokenizer.no_truncation()
+        spans = [
+            (0, 0) if special else span
+            for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
+        ]
+        truncated = size < len(text) or bool(encoding.overflowing)
+        return Cut(list(encoding.ids), list(encoding.type_ids), spans, truncated)
+
+    def first(self, text: str, count: int, *, special_tokens: bool = True) -> list[int]:
+        """The first `count` of a text's token ids.
+
+        Raises:
+            UsageError: what is read of the text is not valid Unicode.
+        """
+        *tries, most = _sizes(len(text), count)
+        found = (size for size in tries if _settled(self._encoding(text[:size]), size) >= count)
+        return self.encode(text[: next(found, most)], special_tokens=special_tokens)[0][:count]
+
+    def last(self, text: str, count: int, *, special_tokens: bool = True) -> list[int]:
+        """The last `count` of a text's token ids, `count` being at least 1.
+
+        Raises:
+            UsageError: what is read of the text is not valid Unicode.
+        """
+        *tries, most = _sizes(len(text), count)
+        found = (size for size in tries if _settled_behind(self._encoding(text[-size:])) >= count)
+        return self.encode(text[-next(found, most) :], special_tokens=special_tokens)[0][-count:]
+
+    def encode_words(
+        self, words: list[str], max_length: int
+    ) -> tuple[list[int], list[int], list[int | None], bool]:
+        """Token ids, token type ids and the number of each token's word (None: a special token) of a text in
+        words, `max_length` tokens at most; and whether it was cut.
+
+        Raises:
+            UsageError: what is read of a word is not valid Unicode.
+        """
+        characters = sum(map(len, words))
+        for size in _sizes(characters, max_length):
+            read = _first_characters(words, size)
+            encoding = self._encoding(read)
+            # Words know nothing of each other, so all but the last are what they are in the whole text.
+            if sum(word is not None and word < len(read) - 1 for word in encoding.word_ids) > max_length:
+                break
+        truncated = size < characters or len(encoding.ids) > max_length
+        kept = slice(max_length)
+        return encoding.ids[kept], encoding.type_ids[kept], encoding.word_ids[kept], truncated
+
+    def _encoding(self, text: str | list[str], *, special_tokens: bool = True) -> Any:
+        try:
+            ("".join(text) if isinstance(text, list) else text).encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
-        return self._tokenizer.encode(text, add_special_tokens=special_tokens)
-
-    def encode_words(self, words: list[str]) -> tuple[list[int], list[int], list[int | None]]:
-        """Token ids, token type ids and the number of each token's word (None: a special token) of a text in
-        words.
-
-        Raises:
-            UsageError: a word is not valid Unicode.
-        """
-        self._tokenizer.no_truncation()
-        try:
-            "".join(words).encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(f"the text is not valid Unicode ({error.reason})") from error
-        encoding = self._tokenizer.encode(words, is_pretokenized=True)
-        return list(encoding.ids), list(encoding.type_ids), list(encoding.word_ids)
+        return self._tokenizer.encode(
+            text, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
+        )
 
     def token(self, token: int) -> str:
         """The text of a single token, special or not."""
         return str(self._tokenizer.decode([token], skip_special_tokens=False))
 
-    def encode_with_offsets(
-        self, text: str, max_length: int
-    ) -> tuple[list[int], list[int], list[tuple[int, int]], bool]:
-        """As `encode`, with the characters `[first, last)` of the text that each token is ((0, 0): a special
-        token), and whether the text was cut.
-
-        Raises:
-            UsageError: the text is not valid Unicode.
-        """
-        encoding = self._encoding(text, max_length, special_tokens=True)
-        spans = [
-            (0, 0) if special else span
-            for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
-        ]
-        return list(encoding.ids), list(encoding.type_ids), spans, bool(encoding.overflowing)
-
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _sizes(characters: int, tokens: int) -> Iterator[int]:
+    """How many characters to read of a text in search of so many tokens: more and more, up to the most."""
+    most = min(characters, max(MOST_CHARACTERS, 4 * _PER_TOKEN * tokens))
+    size = max(_FIRST, _PER_TOKEN * tokens)
+    while size < most:
+        yield size
+        size *= 2
+    yield most
+
+
+def _settled(encoding: Any, size: int) -> int:
+    """Tokens that are the same whatever follows the `size` characters: not those of the last two words, as
+    tokenizers split a text, nor those near the end."""
+    words = encoding.word_ids
+    last = max((word for word in words if word is not None), default=0)
+    return sum(
+        word is not None and word < last - 1 and end <= size - _MARGIN
+        for word, (_, end) in zip(words, encoding.offsets, strict=True)
+    )
+
+
+def _settled_behind(encoding: Any) -> int:
+    """Tokens that are the same whatever stands before the text: see `_settled`."""
+    return sum(
+        word is not None and word > 1 and start >= _MARGIN
+        for word, (start, _) in zip(encoding.word_ids, encoding.offsets, strict=True)
+    )
+
+
+def _first_characters(words: list[str], size: int) -> list[str]:
+    """The first words of a text, `size` characters together; of the last one maybe a part."""
+    read = []
+    for word in words:
+        read.append(word[:size])
+        size -= len(word)
+        if size <= 0:
+            break
+    return read

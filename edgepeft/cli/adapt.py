@@ -84,9 +84,12 @@ def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str,
             try:
                 report = model.adapt(data, output, on_step=steps.done, **options).to_dict()
             except UpdateRejectedError as error:
-                if console.as_json and error.report is not None:
-                    console.show(error.report, _table)
+                if error.report is not None:
+                    _note_left_out(console, error.report)
+                    if console.as_json:
+                        console.show(error.report, _table)
                 raise
+    _note_left_out(console, report)
     console.show(report, _table)
 
 
@@ -153,6 +156,14 @@ class _Steps:
         interrupted.go_on = self._console.command_line(*(["--resume"] if self._last else []))
 
 
+def _note_left_out(console: Console, report: dict[str, Any]) -> None:
+    count = report["records"]["left_out"]
+    if count:
+        console.progress.close()
+        first = report["first_left_out"]
+        console.note(f"note: records with nothing to learn are left out ({count}), first {first}")
+
+
 def _table(report: dict[str, Any]) -> str:
     memory, seconds, records = report["memory"], report["seconds"], report["records"]
     since = f" ({format_size(memory['last_peak_bytes'])} since)" if report["stepped_down"] else ""
@@ -161,7 +172,7 @@ def _table(report: dict[str, Any]) -> str:
         [
             "records",
             f"{records['train']} trained on, {records['held_out']} held out, {records['truncated']} cut "
-            "short",
+            f"short, {records['left_out']} left out",
         ],
         *(
             [

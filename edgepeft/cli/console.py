@@ -37,6 +37,7 @@ class Console:
         self.arguments = list(arguments)
         self._result: Any = None
         self._indent: int | None = 1
+        self._list_is_open = False  # of the JSON document, whose beginning is written
 
     def __enter__(self) -> Self:
         self.interrupts.__enter__()
@@ -60,6 +61,29 @@ class Console:
         else:
             click.echo(text(result))
 
+    def write_items(self, items: Sequence[Any], name: str, before: dict[str, Any]) -> None:
+        """Write some more items of a list that JSON has at the end of its document, for results that are too
+        many to be held.
+
+        Args:
+            items: JSON values.
+            name: of the list.
+            before: what the document has before the list.
+        """
+        text = json.dumps(items)[1:-1]
+        if not self._list_is_open:
+            text = f'{json.dumps(before)[:-1]}, "{name}": [{text}'
+        elif text:
+            text = f", {text}"
+        self._list_is_open, self._indent = True, None
+        click.echo(text, nl=False)
+
+    def write_text(self, text: str) -> None:
+        """Write some of a result that people read; at a terminal there is no more progress beside it."""
+        if sys.stdout.isatty():
+            self.progress.close()
+        click.echo(text)
+
     def note(self, text: str) -> None:
         """Say something beside the result."""
         click.echo(text, err=True)
@@ -67,7 +91,7 @@ class Console:
     def finish(self) -> None:
         """Write the JSON document of a command that has gone well."""
         if self._result is not None:
-            click.echo(json.dumps(self._result, indent=self._indent))
+            self._write_json(self._result)
 
     def fail(self, error: BaseException) -> int:
         """Say why a command failed; returns the exit code."""
@@ -75,11 +99,16 @@ class Console:
         told = _told(error)
         if self.as_json:
             result = self._result if isinstance(self._result, dict) else {}
-            click.echo(json.dumps({**result, "error": told}, indent=self._indent))
+            self._write_json({**result, "error": told})
         else:
             go_on = f"; go on with:\n{told['go_on']}" if "go_on" in told else ""
             click.echo(f"error: {told['message']}{go_on}", err=True)
         return int(told["exit_code"])
+
+    def _write_json(self, document: Any) -> None:
+        """Write the document, or what follows its list."""
+        text = json.dumps(document, indent=self._indent)
+        click.echo(f"], {text[1:]}" if self._list_is_open else text)
 
     def command_line(self, *more: str) -> str:
         """The command line of this run, for a shell, with options put in that it lacks."""

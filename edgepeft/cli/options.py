@@ -200,8 +200,17 @@ def adapter_spec(values: Sequence[str]) -> str | dict[str, float] | None:
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) -> str:
     """Columns aligned by their widest cell."""
-    lines = [list(header), *map(list, rows)] if header else [list(row) for row in rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines = [header, *rows] if header else rows
+    return aligned(lines, column_widths(lines))
+
+
+def column_widths(lines: Sequence[Sequence[str]]) -> list[int]:
+    """That of the widest cell of each column."""
+    return [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+
+
+def aligned(lines: Sequence[Sequence[str]], widths: Sequence[int]) -> str:
+    """Lines of cells, padded to the widths of their columns."""
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
         for line in lines

@@ -1,6 +1,7 @@
 """`edgepeft predict`: classify or embed the records of a file."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -9,13 +10,17 @@ from edgepeft.cli.console import Console
 from edgepeft.cli.options import (
     adapter_spec,
     adapters_option,
+    aligned,
     budget_option,
     bundle_argument,
     check_floor,
+    column_widths,
     data_option,
     json_option,
-    table,
 )
+
+TOGETHER = 256
+"""Results that are written at a time; as wide as these are the columns of a table."""
 
 
 @click.command(short_help="Classify or embed records.")
@@ -60,12 +65,54 @@ def predict(
 
     with load(bundle, memory_budget=budget) as model:
         progress.stage("predicting")
-        records = model.predict(data, spec, batch_size, seq_len, on_progress=done)
         task = model.manifest.task
-    graded = [right for record in records for right in _graded(task, record)]
-    accuracy = sum(graded) / len(graded) if graded else None
-    result = {"task": task, "adapter": spec, "accuracy": accuracy, "records": records}
-    console.show(result, _table, indent=None)
+        listing = _Listing(console, task, spec)
+        for record in model.predictions(data, spec, batch_size, seq_len, on_progress=done):
+            listing.add(record)
+        listing.close()
+
+
+class _Listing:
+    """Writes results some at a time, so that any number of them takes no memory."""
+
+    def __init__(self, console: Console, task: str, adapter: Any) -> None:
+        self._console = console
+        self._head = {"task": task, "adapter": adapter}
+        self._task = task
+        self._waiting: list[dict[str, Any]] = []
+        self._count = self._right = self._graded = 0
+        self._header: list[str] = []  # of the table that is being written
+        self._widths: list[int] = []
+
+    def add(self, record: dict[str, Any]) -> None:
+        """One more result."""
+        graded = _graded(self._task, record)
+        self._right += sum(graded)
+        self._graded += len(graded)
+        self._waiting.append(record)
+        if len(self._waiting) == TOGETHER:
+            self._write()
+
+    def close(self) -> None:
+        """That was the last; with labels, how many are right."""
+        if self._waiting:
+            self._write()
+        accuracy = self._right / self._graded if self._graded else None
+        if self._console.as_json or accuracy is not None:
+            self._console.show({"accuracy": accuracy}, lambda told: f"accuracy {told['accuracy']:.4f}")
+
+    def _write(self) -> None:
+        if self._console.as_json:
+            self._console.write_items(self._waiting, "records", self._head)
+        else:
+            header, rows = _rows(self._task, self._waiting, self._count + 1)
+            lines = rows
+            if header != self._header:
+                lines = [header, *rows]
+                self._header, self._widths = header, column_widths(lines)
+            self._console.write_text(aligned(lines, self._widths))
+        self._count += len(self._waiting)
+        self._waiting = []
 
 
 def _graded(task: str, record: dict[str, Any]) -> list[bool]:
@@ -87,8 +134,9 @@ def _labels(record: dict[str, Any]) -> list[str]:
     return labels
 
 
-def _table(result: dict[str, Any]) -> str:
-    if any("entities" in record for record in result["records"]):
+def _rows(task: str, records: Sequence[dict[str, Any]], first: int) -> tuple[list[str], list[list[str]]]:
+    """A table's header and rows; `first` is the first record's number."""
+    if any("entities" in record for record in records):
         rows = [
             [
                 str(number),
@@ -97,11 +145,11 @@ def _table(result: dict[str, Any]) -> str:
                 f"{item['start']}-{item['end']}",
                 item["text"],
             ]
-            for number, record in enumerate(result["records"], start=1)
+            for number, record in enumerate(records, start=first)
             for item in record.get("entities", ())
         ]
-        return table(rows, ["record", "label", "score", "characters", "text"])
-    if result["task"] == "feature-extraction":
+        return ["record", "label", "score", "characters", "text"], rows
+    if task == "feature-extraction":
         rows = [
             [
                 str(number),
@@ -109,17 +157,14 @@ def _table(result: dict[str, Any]) -> str:
                 f"{math.hypot(*record['embedding']):.4f}",
                 ", ".join(f"{value:.4f}" for value in record["embedding"][:4]) + ", …",
             ]
-            for number, record in enumerate(result["records"], start=1)
+            for number, record in enumerate(records, start=first)
         ]
-        return table(rows, ["record", "width", "norm", "embedding (use --json for all of it)"])
+        return ["record", "width", "norm", "embedding (use --json for all of it)"], rows
     rows = [
         [str(number), _shown(record), _score(record), _shown({"label": record.get("expected", "")})]
-        for number, record in enumerate(result["records"], start=1)
+        for number, record in enumerate(records, start=first)
     ]
-    text = table(rows, ["record", "label", "score", "expected"])
-    if result["accuracy"] is not None:
-        text += f"\naccuracy {result['accuracy']:.4f}"
-    return text
+    return ["record", "label", "score", "expected"], rows
 
 
 def _shown(record: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.decoding.base import Array
+from edgepeft.runtime.memory.room import check_room
 from edgepeft.tensor_files import TensorFile, write_tensors
 
 _KEY = "edgepeft_prompt"
@@ -127,12 +128,14 @@ def open_prompt_cache(path: Path, manifest: Manifest) -> PromptCache:
 
     Raises:
         UsageError: the file is missing, damaged, or no prompt cache of a model like this one.
+        BudgetError: the memory budget has no room for it.
     """
     try:
         file = TensorFile(path)
         made_by = json.loads(file.metadata.get(_KEY, "null"))
     except (AdapterError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: is no prompt cache ({error}): make it again") from error
+    check_room(path.stat().st_size, f"{path}: the prompt cache")
     ids = _checked_ids(path, made_by, manifest)
     expected = {
         name: (np.dtype(spec.dtype), (int(spec.shape[1]), len(ids), int(spec.shape[3])))

@@ -8,8 +8,12 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import AudioPreprocessing
 from edgepeft.errors import DataError
+from edgepeft.runtime.memory.room import check_room
 
 FloatArray = npt.NDArray[np.float32]
+
+_NUMBER_BYTES = 12
+"""What turning a sample into a number takes."""
 
 
 def read_audio(value: object, settings: AudioPreprocessing, limit: int) -> FloatArray:
@@ -23,6 +27,7 @@ def read_audio(value: object, settings: AudioPreprocessing, limit: int) -> Float
 
     Raises:
         DataError: it cannot be read, or has another sampling rate.
+        BudgetError: the memory budget has no room for it.
     """
     if isinstance(value, str | Path):
         path = Path(value)
@@ -60,7 +65,13 @@ def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
                 raise DataError(
                     f"{path} has {rate} samples a second, the model takes {sampling_rate}: convert it first"
                 )
-            data = file.readframes(min(limit, file.getnframes()))
+            there = path.stat().st_size // (channels * width)  # a header may say anything
+            count = min(limit, file.getnframes(), there)
+            check_room(
+                count * channels * (width + _NUMBER_BYTES),
+                f"{path}, {count:,} samples of {channels} channels,",
+            )
+            data = file.readframes(count)
     except (OSError, EOFError, wave.Error) as error:
         raise DataError(f"{path} is no WAV file with PCM samples ({error})") from error
     data = data[: len(data) - len(data) % (channels * width)]

@@ -2,33 +2,45 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.manifest import ImagePreprocessing
-from edgepeft.errors import DataError, MissingExtraError
+from edgepeft.errors import BudgetError, DataError, MissingExtraError
+from edgepeft.runtime.memory.room import check_room, no_room
 from edgepeft.runtime.preprocessing.resample import Pixels, resize
 
+if TYPE_CHECKING:
+    import PIL.Image
+
+_ROWS = 64
 MAX_PIXELS = 2**26
 """Largest image that is opened: 67 million pixels."""
 
 
-def read_image(value: object, channels: int) -> Pixels:
+def read_image(value: object, channels: int, edge: int | None = None) -> Pixels:
     """An image as uint8 `[height, width, channels]`.
+
+    A JPEG file that the memory budget has no room for is decoded at a half, a quarter or an eighth of its
+    size.
 
     Args:
         value: an array of numbers from 0 to 255, or a path: of a .npy file with such an array, or of a PNG,
             PPM or JPEG file, which Pillow reads.
         channels: 3 for colors, 1 for grey.
+        edge: pixels of its shorter side that are of use, so that a JPEG file may be decoded to twice that;
+            None if all of them are.
 
     Raises:
+        BudgetError: the memory budget has no room for it.
         DataError: it cannot be read, or is no image.
         MissingExtraError: Pillow is not installed.
     """
     if isinstance(value, str | Path):
         path = Path(value)
-        array = _mapped(path) if path.suffix == ".npy" else _decoded(path, channels)
+        array = _mapped(path) if path.suffix == ".npy" else _decoded(path, channels, edge)
     else:
         try:
             array = np.asarray(value)
@@ -40,6 +52,9 @@ def read_image(value: object, channels: int) -> Pixels:
         raise DataError(f"has shape {list(array.shape)}, expected [height, width, {channels}]")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
         raise DataError(f"has {array.shape[0] * array.shape[1]:,} pixels, at most {MAX_PIXELS:,} are read")
+    if isinstance(array, np.memmap) or array.dtype != np.uint8:
+        copied_bytes = 0 if array.dtype == np.uint8 else array.size
+        check_room(array.nbytes + copied_bytes, f"an image of {array.shape[0]} x {array.shape[1]} pixels")
     whole = array.dtype.kind in "iu"
     if not whole or (array.dtype != np.uint8 and (int(array.min()) < 0 or int(array.max()) > 255)):
         raise DataError(f"is of dtype {array.dtype}, expected uint8: whole numbers from 0 to 255")
@@ -77,6 +92,12 @@ def _center_crop(image: Pixels, height: int, width: int) -> Pixels:
     return image[top : top + height, left : left + width]
 
 
+def _no_room(path: Path, image: "PIL.Image.Image", channels: int, beside_bytes: int) -> BudgetError | None:
+    """The error, where the budget has no room for an image: Pillow takes four bytes a pixel."""
+    wanted_bytes = (4 + channels) * image.width * image.height + beside_bytes
+    return no_room(wanted_bytes, f"{path}, an image of {image.height} x {image.width} pixels,")
+
+
 def _mapped(path: Path) -> npt.NDArray[np.generic]:
     try:
         array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
@@ -85,7 +106,7 @@ def _mapped(path: Path) -> npt.NDArray[np.generic]:
     return array
 
 
-def _decoded(path: Path, channels: int) -> Pixels:
+def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:
     try:
         from PIL import Image
     except ImportError as error:
@@ -96,6 +117,19 @@ def _decoded(path: Path, channels: int) -> Pixels:
                 raise DataError(
                     f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read"
                 )
-            return np.array(image.convert("RGB" if channels == 3 else "L"), np.uint8)
+            mode = "RGB" if channels == 3 else "L"
+            # Of a progressive JPEG all coefficients are held, two bytes each, whatever size it is decoded at.
+            beside_bytes = 6 * image.width * image.height if image.info.get("progressive") else 0
+            refusal = _no_room(path, image, channels, beside_bytes)
+            if refusal is not None and image.format == "JPEG" and edge is not None:
+                image.draft(mode, (2 * edge, 2 * edge))
+                refusal = _no_room(path, image, channels, beside_bytes)
+            if refusal is not None:
+                raise refusal
+            pixels = np.empty((image.height, image.width, channels), np.uint8)
+            for top in range(0, image.height, _ROWS):  # so that it is not there three times
+                rows = image.crop((0, top, image.width, min(top + _ROWS, image.height))).convert(mode)
+                pixels[top : top + _ROWS] = np.asarray(rows).reshape(-1, image.width, channels)
+            return pixels
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no PNG, PPM or JPEG image that can be read ({error})") from error

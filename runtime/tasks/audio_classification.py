@@ -31,8 +31,8 @@ class AudioClassification(Classifier):
         if self.field in record.fields:
             values, truncated = self._prepared(record, max_length)
         elif FIELD in record.fields:
-            whole = read_values(record, FIELD, [None])
-            values, truncated = whole[:max_length], len(whole) > max_length
+            read = read_values(record, FIELD, [None], max_length + 1)
+            values, truncated = read[:max_length], len(read) > max_length
         else:
             raise self.missing(record, '{"audio", "label"} (or "input_values" instead of "audio")')
         least = self.manifest.model.min_length

@@ -26,6 +26,10 @@ Label = int | tuple[float, ...] | None
 """A class; or a number for every output of a regression or of classes that do not exclude each other."""
 
 
+class NothingToLearnError(Exception):
+    """Nothing of a record counts in the loss: an update leaves it out; a `DataError` where that cannot be."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of tokens: int32, with token types and, for language models and token classifiers, labels.
@@ -73,6 +77,11 @@ class Example:
     def nbytes(self) -> int:
         """Bytes of the arrays."""
         return sum(array.nbytes for array in self.arrays if array is not None)
+
+    @property
+    def held_bytes(self) -> int:
+        """What the example takes, about: its arrays, and a kibibyte of objects."""
+        return self.nbytes + 2**10
 
 
 class Task(ABC):
@@ -129,6 +138,7 @@ class Task(ABC):
         """Turn a record into tokens, cut to `max_length`; with `training`, its labels are required.
 
         Raises:
+            NothingToLearnError: with `training`, nothing of it counts in the loss.
             DataError: the record lacks a field or has one that cannot be used; the message says where it
                 stands.
         """
@@ -173,13 +183,22 @@ class Task(ABC):
         Raises:
             DataError: see `encode`.
         """
-        examples = []
-        for record in records:
-            try:
-                examples.append(self.encode(record, max_length, training=training))
-            except UsageError as error:
-                raise DataError(f"{record.where}: {error}") from error
-        return examples
+        try:
+            return [self.encode_record(record, max_length, training=training) for record in records]
+        except NothingToLearnError as error:
+            raise DataError(str(error)) from error
+
+    def encode_record(self, record: Record, max_length: int, *, training: bool) -> Example:
+        """`encode`, giving the record's place where its text cannot be read.
+
+        Raises:
+            NothingToLearnError: see `encode`.
+            DataError: see `encode`.
+        """
+        try:
+            return self.encode(record, max_length, training=training)
+        except UsageError as error:
+            raise DataError(f"{record.where}: {error}") from error
 
     def missing(self, record: Record, expected: str) -> DataError:
         """The error for a record of another shape than the task's."""

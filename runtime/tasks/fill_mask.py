@@ -12,7 +12,7 @@ import numpy as np
 from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, shown
+from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
 from edgepeft.runtime.tasks.targets import softmax
 from edgepeft.runtime.tasks.tokens import TokenTask
 
@@ -35,9 +35,12 @@ class FillMask(TokenTask):
         labels = None
         if "labels" in record.fields:
             whole = field == "input_ids"
-            labels = self._labels(record, None if whole else masks, row.input_ids)[:max_length]
-        if training and (labels is None or not (labels != IGNORED_LABEL).any()):
+            found = self._labels(record, None if whole else masks, row.input_ids, truncated=truncated)
+            labels = found[:max_length]
+        if training and labels is None:
             raise self.missing(record, '"labels" to learn, one a mask')
+        if training and labels is not None and not (labels != IGNORED_LABEL).any():
+            raise NothingToLearnError(f"{record.where}: its first {max_length} tokens hold no mask to fill")
         if not training and not masks.size:
             raise DataError(f"{record.where}: {field} holds no mask token in its first {max_length} tokens")
         return Example((Row(row.input_ids, row.type_ids, labels),), truncated=truncated)
@@ -83,17 +86,19 @@ class FillMask(TokenTask):
     def _shown(self, token: int) -> str:
         return self.text.token(token) if self.has_text else str(token)
 
-    def _labels(self, record: Record, masks: Array | None, ids: Array) -> np.ndarray:
-        """Labels as long as the tokens, given for each of `masks` or, where None, for each token."""
+    def _labels(self, record: Record, masks: Array | None, ids: Array, *, truncated: bool) -> np.ndarray:
+        """Labels as long as the tokens, given for each of `masks` (and, where the text is cut, for those that
+        were behind the cut) or, where None, for each token."""
         value = record.fields["labels"]
         value = value.tolist() if isinstance(value, np.ndarray) else value
         count = len(record.fields["input_ids"]) if masks is None else len(masks)
-        if not isinstance(value, list | tuple) or len(value) != count:
+        cut = masks is not None and truncated
+        if not isinstance(value, list | tuple) or len(value) < count or (len(value) > count and not cut):
             raise DataError(
                 f"{record.where}: labels is {shown(value)}, expected a list of {count} tokens, one a "
                 f"{'token (-100: nothing to learn)' if masks is None else 'mask'}"
             )
-        numbers = np.array([self._number(record, item) for item in value], np.int32)
+        numbers = np.array([self._number(record, item) for item in value[:count]], np.int32)
         if masks is None:
             return numbers
         labels = np.full(len(ids), IGNORED_LABEL, np.int32)
@@ -103,7 +108,7 @@ class FillMask(TokenTask):
     def _number(self, record: Record, value: object) -> int:
         limit = self.manifest.model.vocab_size
         if isinstance(value, str):
-            ids = self.text.encode(value, special_tokens=False)[0]
+            ids = self.text.first(value, 2, special_tokens=False)
             if len(ids) == 1:
                 return ids[0]
         elif type(value) is int and (value == IGNORED_LABEL or 0 <= value < limit):

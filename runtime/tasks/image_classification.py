@@ -45,7 +45,8 @@ class ImageClassification(Classifier):
                 "pixel_values, or export a folder with a preprocessor_config.json"
             )
         try:
-            return preprocess(read_image(record.located(self.field), len(settings.mean)), settings)
+            edge = settings.shortest_edge or max(settings.height or 0, settings.width or 0) or None
+            return preprocess(read_image(record.located(self.field), len(settings.mean), edge), settings)
         except DataError as error:
             raise DataError(f"{record.where}: image: {error}") from error
 

@@ -12,7 +12,7 @@ import numpy as np
 from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, shown
+from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
 from edgepeft.runtime.tasks.tokens import TokenTask
 
 
@@ -36,7 +36,7 @@ class Text2Text(TokenTask):
             labels = self._labels(record)
             kept = np.array(labels[:max_length], np.int32)
             if not (kept != IGNORED_LABEL).any():
-                raise DataError(f"{record.where}: leaves nothing to learn in its first {max_length} labels")
+                raise NothingToLearnError(f"{record.where}: its first {max_length} labels are all -100")
             return Example(
                 (Row(source.input_ids, source.type_ids, kept),), None, cut or len(labels) > max_length
             )

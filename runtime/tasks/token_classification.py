@@ -14,7 +14,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Row, shown
+from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
 from edgepeft.runtime.tasks.targets import Targets, softmax
 from edgepeft.runtime.tasks.tokens import TokenTask
 
@@ -44,8 +44,10 @@ class TokenClassification(TokenTask):
             row = Row(row.input_ids, row.type_ids, None if given is None else given[:max_length])
         else:
             raise self.missing(record, '{"tokens", "labels"} (or "input_ids" instead of "tokens")')
-        if training and (row.labels is None or not (row.labels != IGNORED_LABEL).any()):
-            raise self.missing(record, '"labels" to learn, one a token, at least one of them not -100')
+        if training and row.labels is None:
+            raise self.missing(record, '"labels" to learn, one a token')
+        if training and row.labels is not None and not (row.labels != IGNORED_LABEL).any():
+            raise NothingToLearnError(f"{record.where}: all labels of its first {max_length} tokens are -100")
         return Example((row,), truncated=truncated)
 
     def labelled(
@@ -99,9 +101,10 @@ class TokenClassification(TokenTask):
         text = record.fields[self.field]
         if not isinstance(text, str) or not text:
             raise DataError(f"{record.where}: text is {shown(text)}, expected a text")
-        ids, types, spans, truncated = self.text.encode_with_offsets(text, max_length)
+        ids, types, spans, truncated = self.text.cut(text, max_length)
+        read = text[: max((end for _, end in spans), default=0)]
         row = Row(
-            np.array(ids, np.int32), np.array(types, np.int32), spans=np.array(spans, np.int32), text=text
+            np.array(ids, np.int32), np.array(types, np.int32), spans=np.array(spans, np.int32), text=read
         )
         return row, truncated
 
@@ -113,23 +116,16 @@ class TokenClassification(TokenTask):
             or not all(isinstance(item, str) for item in words)
         ):
             raise DataError(f"{record.where}: tokens is {shown(words)}, expected a list of words")
-        ids, types, owners = self.text.encode_words(list(words))
+        ids, types, owners, truncated = self.text.encode_words(list(words), max_length)
         first = {owner: index for index, owner in reversed(list(enumerate(owners))) if owner is not None}
-        positions = sorted(index for index in first.values() if index < max_length)
         given = self._given(record, len(words))
         labels = None
         if given is not None:
             labels = np.full(len(ids), IGNORED_LABEL, np.int32)
             for owner, index in first.items():
                 labels[index] = given[owner]
-            labels = labels[:max_length]
-        row = Row(
-            np.array(ids[:max_length], np.int32),
-            np.array(types[:max_length], np.int32),
-            labels,
-            np.array(positions, np.int32),
-        )
-        return row, len(ids) > max_length
+        positions = np.array(sorted(first.values()), np.int32)
+        return Row(np.array(ids, np.int32), np.array(types, np.int32), labels, positions), truncated
 
     def _given(self, record: Record, count: int) -> np.ndarray | None:
         field = next((name for name in NAMES if name in record.fields), None)

@@ -48,11 +48,8 @@ class TokenTask(Task):
         """
         value = record.fields.get(field)
         if isinstance(value, str):
-            ids, types = self.text.encode(value, max_length + 1)
-            if len(ids) > max_length:
-                ids, types = self.text.encode(value, max_length)
-                return _row(record, field, ids, types), True
-            return _row(record, field, ids, types), False
+            cut = self.text.cut(value, max_length)
+            return _row(record, field, cut.ids, cut.type_ids), cut.truncated
         ids = self.token_list(record, field)
         types = (
             self.token_list(record, "token_type_ids") if "token_type_ids" in record.fields else [0] * len(ids)

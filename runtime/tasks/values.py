@@ -8,12 +8,15 @@ import numpy.typing as npt
 
 from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
+from edgepeft.runtime.memory.room import check_room
 from edgepeft.runtime.tasks.base import shown
 
 FloatArray = npt.NDArray[np.float32]
 
 
-def read_values(record: Record, field: str, shape: Sequence[int | None]) -> FloatArray:
+def read_values(
+    record: Record, field: str, shape: Sequence[int | None], limit: int | None = None
+) -> FloatArray:
     """A field's numbers as float32.
 
     An array in a .npy file is mapped, not read: only the batches that need it load it.
@@ -22,10 +25,12 @@ def read_values(record: Record, field: str, shape: Sequence[int | None]) -> Floa
         record: the record.
         field: its field.
         shape: sizes of the axes; None for any.
+        limit: of the first axis, so much is read at most; None for all.
 
     Raises:
         DataError: the field is missing, cannot be read, holds something else than finite numbers, or has
             another shape.
+        BudgetError: the memory budget has no room for them.
     """
     value = record.located(field)
     if value is None:
@@ -45,6 +50,12 @@ def read_values(record: Record, field: str, shape: Sequence[int | None]) -> Floa
     )
     if not fits or not array.size:
         raise DataError(f"{record.where}: {field} has shape {list(array.shape)}, expected {wanted}")
+    array = array[:limit]
+    copied_bytes = 0 if array.dtype == np.float32 else 4 * array.size
+    mapped_bytes = array.nbytes if isinstance(array, np.memmap) else 0
+    check_room(
+        mapped_bytes + copied_bytes + array.size, f"{record.where}: {field} of shape {list(array.shape)}"
+    )
     if not np.isfinite(array).all():
         raise DataError(f"{record.where}: {field} holds a value that is no finite number")
     return array.astype(np.float32, copy=False)

@@ -391,10 +391,10 @@ class Update:
             records={
                 "train": len(prepared.train_on),
                 "held_out": held_out,
-                "truncated": sum(
-                    item.truncated for item in (*prepared.train_on, *prepared.held_out[:held_out])
-                ),
+                "truncated": prepared.examples.truncated,
+                "left_out": prepared.examples.left_out,
             },
+            first_left_out=prepared.examples.first_left_out,
             steps=progress.step,
             resumed_from_step=resumed_from_step,
             losses=progress.losses,

@@ -2,13 +2,11 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
-from edgepeft.runtime.tasks import Example
 from edgepeft.runtime.training.options import TrainingOptions
 
 # Known by what they lead to: the adapter's content, the data's tokens, the number of steps; strategies with
@@ -20,7 +18,7 @@ def fingerprint(
     bundle: Bundle,
     options: TrainingOptions,
     adapter: Adapter,
-    examples: Sequence[Example],
+    data: str,
     total_steps: int,
     exact_gradients: bool,
 ) -> dict[str, Any]:
@@ -30,28 +28,19 @@ def fingerprint(
         bundle: known by its manifest, which holds the hashes of everything else.
         options: of the update.
         adapter: that it starts from.
-        examples: all records, encoded.
+        data: the digest of all records, encoded.
         total_steps: optimizer steps.
         exact_gradients: whether they are computed or estimated.
     """
     chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in _DERIVED}
     return {
         "bundle": hash_file(bundle.path / MANIFEST_FILE).sha256,
-        "data": _of_examples(examples),
+        "data": data,
         "adapter": _of_adapter(adapter),
         "steps": total_steps,
         "exact_gradients": exact_gradients,
         **chosen,
     }
-
-
-def _of_examples(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        for array in example.arrays:
-            digest.update(b"-" if array is None else array.tobytes() + b"/")
-        digest.update(str(example.label).encode())
-    return digest.hexdigest()
 
 
 def _of_adapter(adapter: Adapter) -> str:

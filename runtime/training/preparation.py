@@ -15,6 +15,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
+from edgepeft.runtime.examples import Examples
 from edgepeft.runtime.memory.plan import Plan, Workload
 from edgepeft.runtime.memory.planner import choose, judging_alone, plans
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
@@ -44,8 +45,9 @@ class Prepared:
     plan: Plan
     candidates: list[Plan]
     sizes: Workload
-    train_on: list[Example]
-    held_out: list[Example]
+    examples: Examples
+    train_on: Sequence[Example]
+    held_out: Sequence[Example]
     total_steps: int
     inputs: dict[str, npt.NDArray[np.float32]]
     state: TrainingState
@@ -71,11 +73,14 @@ def prepare(
     """
     adapter = starting_adapter(bundle, options)
     names = trained_names(bundle.manifest, adapter, options)
-    examples = task.encode_all(records(source), options.tokens(bundle.manifest), training=True)
+    # Beside the output: where a disk of memory is mounted for temporary files, they would be in memory.
+    folder = next(parent for parent in output.parents if parent.exists())
+    examples = Examples(task, records(source), options.tokens(bundle.manifest), folder)
     task.release()
     count = len(examples)
     head = trained_head(bundle.manifest, names)
-    if head is not None and not _has_two(examples, task):
+    classes = classes_of(examples, task)
+    if count < 2 or (classes is not None and len(set(classes.tolist())) < 2):
         head = None
     if options.trainable == "head" and head is None:
         raise UsageError(
@@ -91,12 +96,11 @@ def prepare(
         train_on = held_out = np.arange(count)
         total_steps = 0
     else:
-        classes = classes_of(examples, task)
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on), from_closed_form=head is not None)
         total_steps = _total_steps(bundle, task, options, len(train_on))
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
-    sizes = workload(adapter, names, rows, max(example.length for example in examples), options)
+    sizes = workload(adapter, names, rows, examples.longest, options)
     candidates = plans_now(bundle, sizes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
@@ -115,7 +119,7 @@ def prepare(
         passing=plan.updates_in_backward,
     )
     del start
-    known_by = fingerprint(bundle, options, adapter, examples, total_steps, plan.exact)
+    known_by = fingerprint(bundle, options, adapter, examples.digest, total_steps, plan.exact)
     progress = load_checkpoint(checkpoint_path(output), known_by, state) if options.resume else None
     # The trained tensors are in the state now, so the adapter's own go.
     untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
@@ -127,8 +131,9 @@ def prepare(
         plan=plan,
         candidates=candidates,
         sizes=sizes,
-        train_on=[examples[index] for index in train_on],
-        held_out=[examples[index] for index in held_out],
+        examples=examples,
+        train_on=examples.part(train_on),
+        held_out=examples.part(held_out),
         total_steps=total_steps,
         inputs=inputs,
         state=state,
@@ -142,12 +147,6 @@ def classes_of(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64]
     if task.targets is None or not all(isinstance(example.label, int) for example in examples):
         return None
     return np.array([example.label for example in examples], np.int64)
-
-
-def _has_two(examples: Sequence[Example], task: Task) -> bool:
-    """Whether there are two records, and of classes that exclude each other two of them."""
-    classes = classes_of(examples, task)
-    return len(examples) > 1 if classes is None else len(set(classes.tolist())) > 1
 
 
 def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:

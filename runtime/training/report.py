@@ -81,7 +81,9 @@ class AdaptReport:
         exact_gradients: whether gradients were computed, or estimated from losses along random directions.
         options: the training options.
         trained_tensors, trained_values: what trained.
-        records: counts of `train`, `held_out` and `truncated` records.
+        records: counts of `train`, `held_out`, `truncated` and `left_out` records, the last having nothing to
+            learn.
+        first_left_out: what is said of the first record that was left out; None if there is none.
         steps: optimizer steps; `resumed_from_step` of them were done by an earlier process.
         losses, learning_rates, grad_norms: one entry a step, the norm before clipping (of an
             estimate, its slope).
@@ -111,6 +113,7 @@ class AdaptReport:
     trained_tensors: int
     trained_values: int
     records: dict[str, int]
+    first_left_out: str | None
     steps: int
     resumed_from_step: int
     losses: list[float]

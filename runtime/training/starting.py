@@ -11,6 +11,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import find_adapter
+from edgepeft.runtime.memory.room import check_room
 from edgepeft.runtime.training.options import TrainingOptions
 
 # PEFT has none for images and recordings.
@@ -41,10 +42,16 @@ def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     """A LoRA on every slot as PEFT initializes it (A uniform as `kaiming_uniform_(a=sqrt(5))`, B zero, alpha
     = 2 r), and the base's own saved modules.
+
+    Raises:
+        UsageError: the bundle has no slots.
+        BudgetError: the memory budget has no room for it.
     """
     manifest = bundle.manifest
     if not manifest.lora_slots:
         raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
+    values = sum(rank * (slot.in_features + slot.out_features) for slot in manifest.lora_slots)
+    check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
     tensors = {}
     for slot in manifest.lora_slots:

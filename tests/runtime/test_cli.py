@@ -16,6 +16,7 @@ from edgepeft import cli
 from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.cli.options import adapter_spec
 from edgepeft.errors import UsageError
+from edgepeft.runtime import prediction
 
 from . import tiny
 
@@ -132,6 +133,46 @@ def test_adapt_predict_and_the_adapter_in_between(classifier: Path, data: Path, 
     assert len(after["records"]) == 40
     text = run("predict", classifier, "--data", data, "--adapter", tmp_path / "out").stdout
     assert text.splitlines()[-1] == f"accuracy {after['accuracy']:.4f}"
+
+
+def test_results_are_written_as_they_come(
+    classifier: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same whether they are few or many, at once or in parts; a record that cannot be used ends them."""
+    command = ("predict", classifier, "--batch-size", 4, "--data")
+    answer = json.loads(run(*command, data, "--json").stdout)
+    text = run(*command, data).stdout
+    monkeypatch.setattr(sys.modules["edgepeft.cli.predict"], "TOGETHER", 7)
+    monkeypatch.setattr(prediction, "WINDOW_BYTES", 5 * 2**10)
+    assert run(*command, data).stdout == text
+    found = json.loads(run(*command, data, "--json").stdout)
+    assert (found["task"], found["adapter"], found["accuracy"]) == (
+        "text-classification",
+        None,
+        answer["accuracy"],
+    )
+    for record, want in zip(found["records"], answer["records"], strict=True):
+        assert (record["label"], record["expected"]) == (want["label"], want["expected"])
+        assert record["score"] == pytest.approx(want["score"], rel=1e-5)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text(data.read_text("utf-8") + '{"label": 0}\n')
+    told = run(*command, broken, "--json")
+    document = json.loads(told.stdout)
+    assert (told.exit_code, len(document["records"])) == (1, 35)
+    assert document["error"]["message"].startswith(f"{broken}:41: has the fields")
+
+
+def test_a_record_with_nothing_to_learn_is_told_of(language_model: Path, tmp_path: Path) -> None:
+    """On standard error, with its place; with and without JSON."""
+    data = tmp_path / "data.jsonl"
+    rows = [*tiny.sentences(8), {"input_ids": [3]}, *tiny.sentences(8)]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    command = ("adapt", language_model, "--data", data, "--budget", "4GiB", "-o", tmp_path / "out")
+    note = f"note: records with nothing to learn are left out (1), first {data}:9: no token"
+    for options in ((), ("--json",)):
+        told = run(*command, "--steps", 2, "--lr", "1e-3", *options)
+        assert (told.exit_code, note in told.stderr) == (0, True), told.output
+    assert json.loads(told.stdout)["records"]["left_out"] == 1
 
 
 def test_adapt_reports_in_json(classifier: Path, data: Path, tmp_path: Path) -> None:

@@ -274,14 +274,82 @@ def test_prompts_are_not_learned(
 
 
 @pytest.mark.parametrize(
+    ("prompt", "completion", "kept", "learned"),
+    [
+        (4, 20, 4, 12),  # the completion loses its end
+        (20, 3, 12, 4),  # the prompt its beginning
+        (20, 20, 8, 8),  # each half
+        (10, 20, 8, 8),
+        (500, 1, 14, 2),
+        (13, 2, 13, 3),  # all of it fits
+    ],
+)
+def test_what_is_too_long_is_cut_so_that_something_is_learned(
+    write: Task, prompt: int, completion: int, kept: int, learned: int
+) -> None:
+    """A prompt keeps its end, a completion its beginning; of texts, of token ids, and of labels given with
+    them."""
+    prompt_ids = [1 + index % 11 for index in range(prompt)]
+    completion_ids = [12 + index % 11 for index in range(completion)]
+    whole = [*completion_ids, 23]
+    labels = [-100] * prompt + whole
+    for fields in (
+        {"prompt": prompt_ids, "completion": completion_ids},
+        {
+            name: " ".join(f"w{one}" for one in ids)
+            for name, ids in (("prompt", prompt_ids), ("completion", completion_ids))
+        },
+        {"input_ids": prompt_ids + whole, "labels": labels},
+    ):
+        example = encode(write, fields)
+        row = example.rows[0]
+        assert row.labels is not None
+        assert row.input_ids.tolist() == prompt_ids[prompt - kept :] + whole[:learned]
+        assert row.labels.tolist() == [-100] * kept + whole[:learned]
+        assert example.truncated == (prompt + len(whole) > 16)
+
+
+def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(write: Task) -> None:
+    """The model has seen no text without it."""
+    model = dataclasses.replace(write.manifest.model, bos_token_id=1)
+    task = task_for(Bundle(write.bundle.path, dataclasses.replace(write.manifest, model=model)))
+    for prompt in ("w1 " + "w5 " * 3000 + "w6", [1, *[5] * 30, 6]):
+        row = encode(task, {"prompt": prompt, "completion": "w2"}).rows[0]
+        assert row.input_ids.tolist() == [1, *[5] * 12, 6, 2, 23]
+    row = encode(task, {"prompt": "w2 w3 w4 w5 w6", "completion": "w2"}, max_length=4).rows[0]
+    assert row.input_ids.tolist() == [5, 6, 2, 23]
+
+
+def test_masks_behind_the_cut_are_not_asked_for(tmp_path: Path) -> None:
+    """Nor are the labels of words there, where one before it has one."""
+    bundle = open_bundle(tiny.write_bundle(tmp_path / "b", tokenizer=tiny.word_tokenizer()))
+    model = dataclasses.replace(bundle.manifest.model, mask_token_id=9)
+    manifest = dataclasses.replace(bundle.manifest, model=model)
+
+    def task(name: str) -> Task:
+        return task_for(Bundle(bundle.path, dataclasses.replace(manifest, task=name)))
+
+    mask, words = task("fill-mask"), task("token-classification")
+    row = encode(mask, {"text": "w1 w9 w2 w9", "labels": ["w3", "w4"]}, max_length=3).rows[0]
+    assert row.labels is not None
+    assert row.labels.tolist() == [-100, 3, -100]
+    with pytest.raises(DataError, match="record 1: its first 3 tokens hold no mask to fill"):
+        encode(mask, {"text": "w1 w1 w1 w9", "labels": ["w3"]}, max_length=3)
+    with pytest.raises(DataError, match="a list of 1 tokens, one a mask"):
+        encode(mask, {"text": "w1 w9", "labels": ["w3", "w4"]})
+    row = encode(words, {"tokens": ["w1"] * 3000, "labels": [0, 1, 2] * 1000}, max_length=3).rows[0]
+    assert row.labels is not None
+    assert row.labels.tolist() == [0, 1, 2]
+    with pytest.raises(DataError, match="record 1: all labels of its first 3 tokens are -100"):
+        encode(words, {"tokens": ["w1"] * 4, "labels": [-100, -100, -100, 1]}, max_length=3)
+
+
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"prompt": "w1"}, "has the fields 'prompt'"),
-        (
-            {"prompt": "w1 " * 20, "completion": "w2"},
-            "leaves nothing to learn in its first 16 tokens .it has 22",
-        ),
-        ({"input_ids": [4]}, "leaves nothing to learn"),
+        ({"input_ids": [4]}, "no token behind the first is to be learned"),
+        ({"input_ids": [1] * 20, "labels": [-100] * 20}, "no token behind the first"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels must be a list of 2"),
         ({"input_ids": [1, 2], "labels": [1, 24]}, "labels must be"),
         ({"input_ids": [1, 2], "labels": [1, -1]}, "labels must be"),
@@ -290,7 +358,7 @@ def test_prompts_are_not_learned(
     ],
 )
 def test_a_language_record_that_cannot_be_used(write: Task, fields: dict[str, Any], message: str) -> None:
-    """Including the one whose answer is cut off whole."""
+    """Including those that have nothing to learn."""
     with pytest.raises(DataError, match=rf"^record 1: .*{message}"):
         encode(write, fields)
 

@@ -1,0 +1,62 @@
+"""What the memory budget of the call that runs has left for what comes in: records, images, adapters.
+
+What a file takes is known from its header, so it is refused before any of its content is read. The budget is
+that of the thread's present call, so that readers of files need not be handed it through every layer.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from edgepeft.errors import BudgetError
+from edgepeft.runtime.memory.plan import suggested_budget
+from edgepeft.runtime.memory.process import read_memory
+from edgepeft.sizes import format_size
+
+SMALL_BYTES = 2**20
+"""What takes less is left to the plan of what is done with it, whose refusal says how much that takes."""
+
+_budget: ContextVar[int | None] = ContextVar("budget", default=None)
+
+
+@contextlib.contextmanager
+def within(budget_bytes: int | None) -> Iterator[None]:
+    """Read what comes in inside this budget, in bytes; None for no limit."""
+    token = _budget.set(budget_bytes)
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def check_room(wanted_bytes: int, what: str) -> None:
+    """Refuse what the budget has no room for.
+
+    Args:
+        wanted_bytes: memory that is about to be taken.
+        what: takes it.
+
+    Raises:
+        BudgetError: it would be too much.
+    """
+    refusal = no_room(wanted_bytes, what)
+    if refusal is not None:
+        raise refusal
+
+
+def no_room(wanted_bytes: int, what: str) -> BudgetError | None:
+    """The error that `check_room` raises; None where there is room, or where plans have enough to spare."""
+    budget_bytes = _budget.get()
+    if budget_bytes is None or wanted_bytes < SMALL_BYTES:
+        return None
+    held_bytes = read_memory().resident_bytes
+    if held_bytes + wanted_bytes <= budget_bytes:
+        return None
+    required_bytes = suggested_budget(held_bytes + wanted_bytes)
+    return BudgetError(
+        f"{what} takes {format_size(wanted_bytes)} of memory, the process holds {format_size(held_bytes)} "
+        f"and the budget is {format_size(budget_bytes)}: give --budget {required_bytes // 2**20}MiB at "
+        "least, or something smaller",
+        budget_bytes=budget_bytes,
+        required_bytes=required_bytes,
+    )
