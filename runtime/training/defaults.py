@@ -14,29 +14,27 @@ FEW = 500
 """Records below which a classifier learns its head in closed form and nothing else: more than that needs
 records to be judged by."""
 STEPS = 60
-"""Steps that an update takes at least, within `MOST_EPOCHS`."""
-MOST_EPOCHS = 10
+"""Steps that an update takes at least, if `MOST_EPOCHS` are enough for so many."""
+LEAST_EPOCHS, MOST_EPOCHS = 2, 10
 _GENERATION = ("text-generation", "text2text-generation", "fill-mask")
 
 
-def with_defaults(
-    options: TrainingOptions, manifest: Manifest, count: int, *, from_closed_form: bool
-) -> TrainingOptions:
+def with_defaults(options: TrainingOptions, manifest: Manifest, count: int) -> TrainingOptions:
     """The options with a number for everything that was left open.
 
     Args:
         options: as the caller chose them.
         manifest: of the bundle.
         count: records to train on.
-        from_closed_form: training starts from a head that was fitted.
     """
     rate = options.learning_rate
     if rate is None:
-        rate = 1e-3 if manifest.task in _GENERATION or from_closed_form else 2e-3
+        rate = 1e-3
     epochs = options.epochs
     per_epoch = max(steps_per_epoch(count, options.records_per_step), 1)
     if epochs is None:
-        epochs = min(max(math.ceil(STEPS / per_epoch), 2), MOST_EPOCHS)
+        least = LEAST_EPOCHS if manifest.task in _GENERATION else LEAST_EPOCHS + 1
+        epochs = min(max(math.ceil(STEPS / per_epoch), least), MOST_EPOCHS)
     total = options.steps or epochs * per_epoch
     warmup = options.warmup_steps if options.warmup_steps is not None else min(total // 10, 100)
     return dataclasses.replace(options, learning_rate=rate, epochs=epochs, warmup_steps=warmup)

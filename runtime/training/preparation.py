@@ -97,7 +97,7 @@ def prepare(
         total_steps = 0
     else:
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
-        options = with_defaults(options, bundle.manifest, len(train_on), from_closed_form=head is not None)
+        options = with_defaults(options, bundle.manifest, len(train_on))
         total_steps = _total_steps(bundle, task, options, len(train_on))
     rows = min(options.batch_size, len(examples)) * task.rows_per_record
     sizes = workload(adapter, names, rows, examples.longest, options)
