@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import CONFIG_FILE, Adapter, fit, load_adapter
+from edgepeft.adapters import CONFIG_FILE, Adapter, load_adapter
 from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
@@ -123,7 +123,7 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
     """An adapter of the bundle by name, or a PEFT folder elsewhere by path (see `is_path`).
 
     Raises:
-        AdapterError: it is missing, damaged or does not fit the base.
+        AdapterError: it is missing, damaged, does not fit the base or was trained on another.
     """
     if not is_path(name) and name not in bundle.adapter_names() and (Path(name) / CONFIG_FILE).is_file():
         raise AdapterError(
@@ -131,7 +131,7 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
         )
     if is_path(name):
         adapter = load_adapter(name)
-        fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
+        bundle.check_fit(adapter)
         return adapter
     return bundle.adapter(str(name))
 

@@ -13,6 +13,7 @@ from edgepeft.cli.options import (
     bundle_argument,
     check_floor,
     data_option,
+    force_option,
     json_option,
     table,
 )
@@ -22,6 +23,7 @@ from edgepeft.cli.options import (
 @bundle_argument()
 @data_option('JSON lines such as {"text": …}; - reads them from standard input.')
 @adapters_option()
+@force_option()
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a run.")
 @click.option(
     "--seq-len",
@@ -37,6 +39,7 @@ def predict(
     bundle: str,
     data: str,
     adapters: tuple[str, ...],
+    force: bool,
     batch_size: int,
     seq_len: int | None,
     budget: int | None,
@@ -58,7 +61,7 @@ def predict(
     def done(count: int, total: int) -> None:
         progress.update(count, total, "records")
 
-    with load(bundle, memory_budget=budget) as model:
+    with load(bundle, memory_budget=budget, force=force) as model:
         progress.stage("predicting")
         records = model.predict(data, spec, batch_size, seq_len, on_progress=done)
         task = model.manifest.task
