@@ -20,7 +20,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_folder, atomic_write
-from edgepeft.tensor_files import read_tensors, write_tensors
+from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
 """What tensors are written as; read are all floats, as float32."""
@@ -28,6 +28,9 @@ StoredDtype: TypeAlias = Literal["float16", "float32"]
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+BASE_KEY = "edgepeft_base"
+"""Where the tensors' file has the base, in its metadata: PEFT ignores what it does not know there, and warns
+of what it does not know in the configuration."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _MAX_CONFIG_BYTES = 2**20
@@ -64,11 +67,13 @@ class Adapter:
         config: `adapter_config.json` as PEFT wrote it, unknown keys included.
         tensors: float32 arrays by PEFT's state-dict key, in PEFT's layout.
         origin: where it came from, for messages.
+        base: fingerprint of the base it was trained on (`Manifest.base`); None where that is not recorded.
     """
 
     config: dict[str, Any]
     tensors: dict[str, npt.NDArray[np.float32]]
     origin: str = "adapter"
+    base: str | None = None
     _scalings: dict[str, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -258,7 +263,9 @@ def load_adapter(folder: Path | str) -> Adapter:
             f"{folder}: holds a pickle (adapter_model.bin), which is never opened: save it again with "
             "save_pretrained(..., safe_serialization=True)"
         )
-    return Adapter(config=config, tensors=read_tensors(folder / TENSOR_FILE), origin=str(folder))
+    tensors = read_tensors(folder / TENSOR_FILE)
+    base = read_metadata(folder / TENSOR_FILE).get(BASE_KEY)
+    return Adapter(config=config, tensors=tensors, origin=str(folder), base=base)
 
 
 def rounded(adapter: Adapter, dtype: StoredDtype) -> Adapter:
@@ -284,7 +291,8 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32"
     config = json.dumps(adapter.config, indent=2, sort_keys=True).encode()
     atomic_write(folder / CONFIG_FILE, config)
     stored = {key: tensor.astype(dtype, copy=False) for key, tensor in adapter.tensors.items()}
-    write_tensors(folder / TENSOR_FILE, stored)
+    metadata = {"format": "pt"} | ({} if adapter.base is None else {BASE_KEY: adapter.base})
+    write_tensors(folder / TENSOR_FILE, stored, metadata)
 
 
 def save_adapter(adapter: Adapter, folder: Path | str) -> None:
@@ -337,3 +345,22 @@ def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[Sav
                 f"adapter, {list(saved.shape)} in this bundle: the adapter was made for another base or "
                 "other labels"
             )
+
+
+def check_base(adapter: Adapter, base: str | None) -> None:
+    """Refuse an adapter that was trained on another base than this one; what records no base is taken.
+
+    Args:
+        adapter: the adapter.
+        base: fingerprint of the base (`Manifest.base`); None where that is not known.
+
+    Raises:
+        AdapterError: names both.
+    """
+    if None not in (adapter.base, base) and adapter.base != base:
+        raise AdapterError(
+            f"{adapter.origin}: was trained on base {str(adapter.base)[:12]!r}, this one is "
+            f"{str(base)[:12]!r}: its shape is the same, but not its weights or its configuration, so what "
+            "the adapter learned does not apply: give one of this base, or --force (in Python force=True) if "
+            "it is meant"
+        )

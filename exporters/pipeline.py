@@ -7,12 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from edgepeft.adapters import Adapter, fit, load_adapter
+from edgepeft.adapters import Adapter, check_base, fit, load_adapter
 from edgepeft.bundle.manifest import Calibration, Manifest
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable
 
+from .base_fingerprint import base_fingerprint
 from .calibration import Progress, calibrate
 from .calibration_records import read_feeds, usable_records
 from .contents import Losses, write_contents
@@ -52,6 +53,7 @@ def export(
     train: bool = True,
     verify: bool = True,
     seed: int = 0,
+    force: bool = False,
     report: Report = lambda _: None,
     progress: Progress = lambda _done, _total: None,
 ) -> Manifest:
@@ -83,6 +85,7 @@ def export(
         verify: compare logits, losses and gradients with PyTorch (of an ONNX file: outputs with the file's,
             gradients with finite differences), and refuse a bundle that differs.
         seed: draws a new head and a fresh adapter.
+        force: take adapters that say they were trained on another base.
         report: is told the name of each stage.
         progress: is told how many weights of how many are calibrated.
 
@@ -93,7 +96,7 @@ def export(
         UsageError: an argument cannot be used.
         ExportError: the model cannot be exported.
         DataError: a calibration record cannot be used, or there is none.
-        AdapterError: an adapter does not fit the model or has no effect.
+        AdapterError: an adapter does not fit the model, was trained on another or has no effect.
         VerificationError: the bundle disagrees with PyTorch or with the file; nothing is written.
     """
     _check_arguments(bits, block_size, rank, adapters)
@@ -112,6 +115,7 @@ def export(
             source = load_onnx_file(Path(model), task=task, labels=labels)
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
+        base = base_fingerprint(source)
         freezer = _freezer(source, bits, block_size)
         losses = Losses(source, loss, drift_penalty)
         targets = None if targets is None else source.resolve_targets(targets)
@@ -124,6 +128,10 @@ def export(
                 write_starting_adapter(source, folder, fresh)
             loaded[STARTING_ADAPTER] = load_adapter(folder)
         _check_modules(loaded, source)
+        for name, adapter in loaded.items():
+            if not force:
+                check_base(adapter, base)
+            loaded[name] = dataclasses.replace(adapter, base=base)
         modules = _slot_modules(loaded, targets)
         saved = saved_module_names(source, loaded.values())
         if records is not None:
@@ -151,6 +159,7 @@ def export(
         manifest = write_contents(
             folder, source, freezer, inference, forward if train else None, loaded, losses
         )
+        manifest = dataclasses.replace(manifest, base=base)
         if records is not None:
             calibrated = Calibration("gptq", len(records), tuple(freezer.rounded))
             manifest = dataclasses.replace(

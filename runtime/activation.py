@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit, load_adapter
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, load_adapter
 from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
@@ -125,7 +125,7 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
     """An adapter of the bundle by name, or a PEFT folder elsewhere by path (see `is_path`).
 
     Raises:
-        AdapterError: it is missing, damaged or does not fit the base.
+        AdapterError: it is missing, damaged, does not fit the base or was trained on another.
         BudgetError: the memory budget has no room for it.
     """
     folder = Path(name) if is_path(name) else bundle.path / "adapters" / name
@@ -139,7 +139,7 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
         )
     if is_path(name):
         adapter = load_adapter(name)
-        fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
+        bundle.check_fit(adapter)
         return adapter
     return bundle.adapter(str(name))
 

@@ -390,6 +390,7 @@ def load(
     threads: int = 0,
     *,
     int8_activations: bool = False,
+    force: bool = False,
 ) -> Model:
     """Open a bundle and check every file of it.
 
@@ -400,10 +401,12 @@ def load(
         int8_activations: generate with activations rounded to 8 bits in products with quantized weights:
             a token takes about half the time, and logits move by some hundredths of their spread.
             `forward`, `predict` and training stay exact.
+        force: take adapters that say they were trained on another base.
 
     Raises:
         BundleError: the bundle is missing, damaged, of a newer format or reaches outside its folder.
         UsageError: the budget is no size, or the bundle cannot generate with rounded activations.
     """
     budget_bytes = None if memory_budget is None else parse_size(memory_budget)
-    return Model(open_bundle(path), budget_bytes, threads, int8_activations=int8_activations)
+    bundle = open_bundle(path, force=force)
+    return Model(bundle, budget_bytes, threads, int8_activations=int8_activations)

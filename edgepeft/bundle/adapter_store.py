@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.validation import ADAPTER_NAMES, is_adapter_name
@@ -64,7 +64,7 @@ def add_adapter(bundle: Bundle, name: str, adapter: Adapter, write: Callable[[Pa
 
     Raises:
         UsageError: the name cannot be used, or is taken.
-        AdapterError: the adapter does not fit the base or has no effect.
+        AdapterError: the adapter does not fit the base, was trained on another, or has no effect.
         EdgePeftError: the disk cannot be written.
     """
     if not is_adapter_name(name):
@@ -76,7 +76,7 @@ def add_adapter(bundle: Bundle, name: str, adapter: Adapter, write: Callable[[Pa
             f"{bundle.path}: has an adapter {taken.get(name.casefold(), name)!r} already: remove it first, "
             "or use another name"
         )
-    fit(adapter, bundle.manifest.lora_slots, bundle.manifest.saved_modules)
+    bundle.check_fit(adapter)
     check_has_effect(bundle, adapter)
     with atomic_folder(folder, CONFIG_FILE) as temporary:
         write(temporary)

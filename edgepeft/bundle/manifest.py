@@ -262,3 +262,4 @@ class Manifest:
     audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`
     decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place
     linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes
+    base: str | None = None  # SHA-256 (hex) that tells the base from others of its shape; null: not known

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, fit, load_adapter
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, check_base, fit, load_adapter
 from edgepeft.bundle.manifest import FileEntry, Manifest
 from edgepeft.bundle.serialization import manifest_from_json
 from edgepeft.bundle.validation import check_relative_path, is_adapter_name
@@ -22,10 +22,14 @@ _JUNCTION = 0xA0000003
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: its folder and its checked manifest."""
+    """An opened bundle: its folder and its checked manifest.
+
+    `force` is whether adapters are taken that say they were trained on another base.
+    """
 
     path: Path
     manifest: Manifest
+    force: bool = False
 
     def file(self, relative: str) -> Path:
         """The path of a file of the bundle, after the check that it is a plain file inside it.
@@ -78,10 +82,12 @@ class Bundle:
         )
 
     def adapter(self, name: str) -> Adapter:
-        """Read an adapter of the bundle by name; it is known to fit the base.
+        """Read an adapter of the bundle by name; it is known to fit the base. Whoever listed it in the
+        manifest has vouched for the base that it was trained on.
 
         Raises:
-            AdapterError: there is no such adapter, or it is damaged or does not fit.
+            AdapterError: there is no such adapter, it is damaged or does not fit, or it was dropped in and is
+                of another base.
             BundleError: its folder leads out of the bundle.
         """
         if name not in self.adapter_names():
@@ -91,12 +97,29 @@ class Bundle:
             if (self.path / "adapters" / name / file).exists():
                 self.file(f"adapters/{name}/{file}")
         adapter = load_adapter(self.path / "adapters" / name)
-        fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+        if name in self.manifest.adapters:
+            fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+        else:
+            self.check_fit(adapter)
         return adapter
 
+    def check_fit(self, adapter: Adapter) -> None:
+        """Refuse an adapter that does not belong to the base.
 
-def open_bundle(path: Path | str) -> Bundle:
+        Raises:
+            AdapterError: a tensor has no place in it; or it was trained on another base, without `force`.
+        """
+        fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+        if not self.force:
+            check_base(adapter, self.manifest.base)
+
+
+def open_bundle(path: Path | str, *, force: bool = False) -> Bundle:
     """Open a bundle and check every file that its manifest lists.
+
+    Args:
+        path: the bundle's folder.
+        force: see `Bundle`.
 
     Raises:
         BundleError: the bundle is missing, damaged, of a newer format or reaches outside its folder; the
@@ -115,7 +138,7 @@ def open_bundle(path: Path | str) -> Bundle:
         if file.stat().st_size != entry.nbytes:
             _compare(file, FileEntry(file.stat().st_size, ""), entry)
         _compare(file, hash_file(file), entry)
-    return Bundle(path=path, manifest=manifest)
+    return Bundle(path=path, manifest=manifest, force=force)
 
 
 def _no_bundle(path: Path) -> str:

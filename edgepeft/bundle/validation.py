@@ -96,6 +96,9 @@ def validate_manifest(manifest: Manifest) -> None:
         manifest.task in TASKS,
         f"task is {manifest.task!r}, this edgepeft knows {', '.join(TASKS)}: pip install --upgrade edgepeft",
     )
+    _require(
+        manifest.base is None or _SHA256.fullmatch(manifest.base) is not None, f"base is {manifest.base!r}"
+    )
     _check_files(manifest)
     _check_weights(manifest)
     _check_model(manifest)

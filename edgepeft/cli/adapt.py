@@ -12,6 +12,7 @@ from edgepeft.cli.options import (
     bundle_argument,
     check_floor,
     data_option,
+    force_option,
     json_option,
     memory_options,
     table,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @budget_option(required=True)
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
+@force_option()
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
 @memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
@@ -60,7 +62,9 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Continue an interrupted update to the same output.")
 @json_option()
 @click.pass_obj
-def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str, **options: Any) -> None:
+def adapt(
+    console: Console, /, bundle: str, data: str, budget: int, output: str, force: bool, **options: Any
+) -> None:
     """Train an adapter of BUNDLE on the records of a file, and keep it if it is better on held-out ones.
 
     The result is a PEFT adapter folder. Exit 3: the budget cannot be met. Exit 4: the new adapter is worse,
@@ -79,7 +83,7 @@ def adapt(console: Console, /, bundle: str, data: str, budget: int, output: str,
         from edgepeft.runtime.training.checkpoint import checkpoint_path
 
         steps.saved_in(checkpoint_path(Path(output)))
-        with load(bundle, memory_budget=budget) as model:
+        with load(bundle, memory_budget=budget, force=force) as model:
             console.progress.stage("reading the records and judging the adapter as it is")
             try:
                 report = model.adapt(data, output, on_step=steps.done, **options).to_dict()

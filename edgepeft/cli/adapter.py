@@ -10,7 +10,7 @@ import click
 
 from edgepeft.cli.console import Console
 from edgepeft.cli.group import Group
-from edgepeft.cli.options import bundle_argument, json_option, table
+from edgepeft.cli.options import bundle_argument, force_option, json_option, table
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.sizes import format_size
 
@@ -65,12 +65,16 @@ def list_adapters(console: Console, /, bundle: str) -> None:
 @bundle_argument()
 @click.argument("adapters", nargs=-1, required=True, metavar="NAME=PATH...")
 @dtype_option()
+@force_option()
 @json_option()
 @click.pass_obj
-def add(console: Console, /, bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None") -> None:
+def add(
+    console: Console, /, bundle: str, adapters: tuple[str, ...], dtype: "StoredDtype | None", force: bool
+) -> None:
     """Add PEFT folders, or .onnx_adapter files that were made for this bundle, to BUNDLE.
 
-    Each is checked for its fit and its effect first. A bundle whose add is interrupted stays as it was.
+    Each is checked for its fit and its effect first; one that says it was trained on another base is added
+    with --force, and needs it no more. A bundle whose add is interrupted stays as it was.
 
     \b
     Example:
@@ -81,7 +85,7 @@ def add(console: Console, /, bundle: str, adapters: tuple[str, ...], dtype: "Sto
 
     named = [_named(item) for item in adapters]
     console.progress.stage("opening the bundle")
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, force=force)
     with _changes(console, bundle, "added") as added:
         for name, path in named:
             source = _source(opened, path, dtype)
@@ -127,10 +131,11 @@ def remove(console: Console, /, bundle: str, names: tuple[str, ...]) -> None:
     help=f"A PEFT folder, or a file that ends with {ONNX_SUFFIX} for onnxruntime's LoraAdapter.",
 )
 @dtype_option()
+@force_option()
 @json_option()
 @click.pass_obj
 def export_adapter(
-    console: Console, /, bundle: str, name: str, output: Path, dtype: "StoredDtype | None"
+    console: Console, /, bundle: str, name: str, output: Path, dtype: "StoredDtype | None", force: bool
 ) -> None:
     """Copy the adapter NAME of BUNDLE out of it: as the PEFT folder that it is, or as one file for
     onnxruntime's LoraAdapter.
@@ -144,7 +149,7 @@ def export_adapter(
     from edgepeft.bundle.reader import open_bundle
     from edgepeft.files import atomic_folder
 
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, force=force)
     held = opened.adapter(name)
     if output.suffix == ONNX_SUFFIX:
         if dtype == "float16":
@@ -230,6 +235,7 @@ def _entry(bundle: "Bundle", name: str) -> dict[str, Any]:
         "bytes": file.stat().st_size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
         "base_model": held.config.get("base_model_name_or_path"),
+        "base": held.base,
     }
 
 

@@ -10,7 +10,7 @@ from edgepeft.adapters import CONFIG_FILE
 from edgepeft.bundle.validation import TASKS
 from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.cli.console import Console
-from edgepeft.cli.options import json_option
+from edgepeft.cli.options import force_option, json_option
 from edgepeft.errors import UsageError
 from edgepeft.files import check_replaceable
 from edgepeft.sizes import format_size
@@ -66,6 +66,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
+@force_option()
 @json_option("Print what was written and measured, or why nothing was, as one JSON document.")
 @click.pass_obj
 def export(
@@ -87,6 +88,7 @@ def export(
     no_train: bool,
     no_verify: bool,
     seed: int,
+    force: bool,
 ) -> None:
     """Export MODEL (a transformers folder, a hub id, a GGUF or an ONNX file) and its adapters as one bundle.
 
@@ -123,6 +125,7 @@ def export(
         train=not no_train,
         verify=not no_verify,
         seed=seed,
+        force=force,
         report=lambda stage: progress.stage(stage, at_once=True),
         progress=lambda done, total: progress.update(done, total, "weights"),
     )

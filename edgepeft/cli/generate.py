@@ -16,6 +16,7 @@ from edgepeft.cli.options import (
     budget_option,
     bundle_argument,
     check_floor,
+    force_option,
     json_option,
 )
 from edgepeft.cli.streams import read_standard_input
@@ -32,6 +33,7 @@ from edgepeft.errors import UsageError
 )
 @click.option("--system", metavar="TEXT", help="With --chat: the system message that comes first.")
 @adapters_option()
+@force_option()
 @generation_options()
 @click.option(
     "--stream/--no-stream",
@@ -67,6 +69,7 @@ def generate(
     chat: bool,
     system: str | None,
     adapters: tuple[str, ...],
+    force: bool,
     stream: bool | None,
     prompt_cache: str | None,
     save_prompt_cache: str | None,
@@ -92,7 +95,7 @@ def generate(
     console.progress.stage("opening the bundle")
     from edgepeft.runtime import load
 
-    with load(bundle, memory_budget=budget, int8_activations=int8_activations) as model:
+    with load(bundle, memory_budget=budget, int8_activations=int8_activations, force=force) as model:
         if text is None:
             console.progress.close()
             with console.interrupts.suspended():

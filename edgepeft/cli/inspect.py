@@ -24,7 +24,7 @@ def inspect(console: Console, /, bundle: str) -> None:
     from edgepeft.bundle.reader import open_bundle
 
     console.progress.stage("checking the files")
-    console.show(_summary(open_bundle(bundle)), _table)
+    console.show(_summary(open_bundle(bundle, force=True)), _table)
 
 
 def _summary(bundle: Any) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "task": manifest.task,
         "model": manifest.model.name,
         "architecture": manifest.model.architecture,
+        "base": manifest.base,
         "max_length": manifest.model.max_length,
         "problem_type": manifest.model.problem_type,
         "labels": list(manifest.model.labels),
@@ -54,6 +55,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
                 "parameters": adapter.parameters,
                 "modules": len(adapter.modules),
                 "in_manifest": name in manifest.adapters,
+                "base": adapter.base,
             }
             for name, adapter in adapters.items()
         },
@@ -65,6 +67,12 @@ def _summary(bundle: Any) -> dict[str, Any]:
         },
         "verification": manifest.verification,
     }
+
+
+def _is_foreign(adapter: dict[str, Any], summary: dict[str, Any]) -> bool:
+    """Whether an adapter says that it was trained on another base than the bundle's."""
+    bases = {adapter["base"], summary["base"]} - {None}
+    return len(bases) == 2
 
 
 def _longest(summary: dict[str, Any]) -> str:
@@ -87,6 +95,7 @@ def _table(summary: dict[str, Any]) -> str:
             f"{summary['path']}  {format_size(summary['bundle_bytes'])}, format {summary['format_version']}",
         ],
         ["model", f"{summary['model']} ({summary['architecture']})" + _longest(summary)],
+        ["base", (summary["base"] or "not known")[:12]],
         [
             "task",
             summary["task"]
@@ -115,7 +124,7 @@ def _table(summary: dict[str, Any]) -> str:
             [
                 "adapter",
                 f"{name}: rank {adapter['rank']} on {adapter['modules']} modules, {adapter['parameters']:,} "
-                "parameters",
+                "parameters" + (", trained on another base" if _is_foreign(adapter, summary) else ""),
             ]
         )
     return table(rows)

@@ -173,6 +173,13 @@ def adapters_option() -> Decorator:
     )
 
 
+def force_option() -> Decorator:
+    """`--force`: take adapters of other bases."""
+    return click.option(
+        "--force", is_flag=True, help="Take an adapter that says it was trained on another base, too."
+    )
+
+
 def adapter_spec(values: Sequence[str]) -> str | dict[str, float] | None:
     """What `Model.forward` takes for the values of `--adapter`.
 

@@ -12,6 +12,7 @@ from edgepeft.cli.options import (
     budget_option,
     bundle_argument,
     device_option,
+    force_option,
     json_option,
     memory_options,
     table,
@@ -30,6 +31,7 @@ from edgepeft.sizes import format_size
 )
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
+@force_option()
 @click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
 @memory_options()
 @json_option()
@@ -43,6 +45,7 @@ def plan(
     seq_len: int | None,
     batch_size: int,
     adapter: str | None,
+    force: bool,
     rank: int | None,
     **switches: Any,
 ) -> None:
@@ -73,7 +76,7 @@ def plan(
     if budget is None:
         raise UsageError("neither --budget nor --device is given: give one of them, such as --budget 256MiB")
     console.progress.stage("opening the bundle")
-    opened = open_bundle(bundle)
+    opened = open_bundle(bundle, force=force)
     options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
     start = starting_adapter(opened, options)

@@ -16,6 +16,7 @@ from edgepeft.cli.options import (
     check_floor,
     column_widths,
     data_option,
+    force_option,
     json_option,
 )
 
@@ -27,6 +28,7 @@ TOGETHER = 256
 @bundle_argument()
 @data_option('JSON lines such as {"text": …}; - reads them from standard input.')
 @adapters_option()
+@force_option()
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records a run.")
 @click.option(
     "--seq-len",
@@ -42,6 +44,7 @@ def predict(
     bundle: str,
     data: str,
     adapters: tuple[str, ...],
+    force: bool,
     batch_size: int,
     seq_len: int | None,
     budget: int | None,
@@ -63,7 +66,7 @@ def predict(
     def done(count: int, total: int) -> None:
         progress.update(count, total, "records")
 
-    with load(bundle, memory_budget=budget) as model:
+    with load(bundle, memory_budget=budget, force=force) as model:
         progress.stage("predicting")
         task = model.manifest.task
         listing = _Listing(console, task, spec)

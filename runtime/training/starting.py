@@ -1,5 +1,6 @@
 """What an update starts from: an adapter of the bundle or a fresh one, and which of its tensors may train."""
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
@@ -25,18 +26,19 @@ _PEFT_TASKS = {
 
 
 def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
-    """The adapter to train.
+    """The adapter to train; whatever it was trained on before, from now on this bundle's base is its base.
 
     Raises:
         UsageError: the bundle has none and no rank for a fresh one is given.
-        AdapterError: it is damaged or does not fit.
+        AdapterError: it is damaged, does not fit or was trained on another base.
     """
     if options.rank is not None:
         return fresh_adapter(bundle, options.rank, options.seed)
     names = bundle.manifest.adapters
     if options.adapter is None and not names:
         raise UsageError("the bundle has no adapter to start from: start a fresh one with --rank 8")
-    return find_adapter(bundle, options.adapter if options.adapter is not None else names[0])
+    found = find_adapter(bundle, options.adapter if options.adapter is not None else names[0])
+    return dataclasses.replace(found, base=bundle.manifest.base)
 
 
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
@@ -61,7 +63,10 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     for saved in manifest.saved_modules:
         tensors[saved.input] = bundle.read_weight(saved.default)
     return Adapter(
-        config=fresh_config(manifest, rank), tensors=tensors, origin=f"a fresh adapter of rank {rank}"
+        config=fresh_config(manifest, rank),
+        tensors=tensors,
+        origin=f"a fresh adapter of rank {rank}",
+        base=manifest.base,
     )
 
 

@@ -3,6 +3,7 @@
 import filecmp
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from edgepeft.adapters import Adapter, fit, load_adapter, save_adapter
+from edgepeft.adapters import Adapter, fit, load_adapter, rounded, save_adapter
 from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import AdapterError, UsageError
 
@@ -93,6 +94,21 @@ def test_a_round_trip_is_what_peft_wrote(tmp_path: Path, options: dict[str, Any]
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_the_base_that_an_adapter_was_trained_on_is_recorded_beside_its_tensors(tmp_path: Path) -> None:
+    """It comes back, also of rounded tensors; PEFT's configuration does not change, and PEFT opens the folder
+    without a warning, which would be an error here."""
+    made_by_peft(tmp_path / "a")
+    plain = load_adapter(tmp_path / "a")
+    assert plain.base is None
+    marked = replace(plain, base="0" * 64)
+    save_adapter(rounded(marked, "float16"), tmp_path / "b")
+    assert load_adapter(tmp_path / "b").base == "0" * 64
+    assert load_adapter(tmp_path / "b").config == plain.config
+    again = peft.PeftModel.from_pretrained(bert(), tmp_path / "b")
+    again.save_pretrained(tmp_path / "c")
+    assert load_adapter(tmp_path / "c").base is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -47,6 +47,13 @@ def test_what_is_no_manifest(broken: bytes) -> None:
         manifest_from_json(broken, "here")
 
 
+def test_a_manifest_of_before_names_no_base(text: str) -> None:
+    """The field is optional, so that bundles which older versions wrote stay readable."""
+    data = json.loads(text)
+    del data["base"]
+    assert manifest_from_json(json.dumps(data)).base is None
+
+
 def put(*path: str | int, value: Any) -> Callable[[Data], None]:
     def change(data: Any) -> None:
         for key in path[:-1]:
@@ -79,6 +86,7 @@ SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "infer
         (put("surprise", value=1), "unknown field 'surprise'"),
         (put("task", value=3), r"manifest\.task is 3, expected str"),
         (put("task", value="poetry"), "task is 'poetry'"),
+        (put("base", value="0" * 63), "base is '0"),
         (put("model", value=[]), r"manifest\.model is \[\], expected an object"),
         (put("model", "max_length", value=0), "max_length is 0"),
         (put("model", "min_length", value=2**20), "min_length is 1048576, expected 1 to"),

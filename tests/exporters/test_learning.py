@@ -11,6 +11,7 @@ import torch
 import transformers
 
 import edgepeft
+from edgepeft.adapters import load_adapter
 from edgepeft.runtime.training.sampling import batch_indices, split
 
 from . import models, task_models
@@ -119,6 +120,10 @@ def test_a_hundred_steps_follow_pytorch_and_the_adapter_returns_to_peft(
         if name == "vit":
             batch = models.Batch({"pixel_values": task_models.batch("vit")["pixel_values"]})
         (on_device,) = device.forward(batch.arrays, adapter=output).values()
+    recorded = load_adapter(output).base
+    assert recorded is not None
+    assert recorded == bundle.manifest.base
+    # PEFT says nothing of it: a warning would be an error here.
     reopened = peft.PeftModel.from_pretrained(bundle.torch_model(), output).eval()
     with torch.no_grad():
         in_peft = reopened(**batch.tensors).logits.numpy()

@@ -275,7 +275,7 @@ def test_an_interrupt_that_another_program_turned_into_an_error(
 ) -> None:
     """As an import of a module written in C does."""
 
-    def swallow(_: object) -> None:
+    def swallow(*_: object, **__: object) -> None:
         try:
             interrupt()
         except KeyboardInterrupt as error:

@@ -168,7 +168,7 @@ def test_a_fault_of_the_program_is_json_with_its_traceback(
 ) -> None:
     """The exception goes on, so that Python shows where."""
 
-    def fault(_: object) -> None:
+    def fault(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("edgepeft.bundle.reader.open_bundle", fault)
@@ -181,7 +181,7 @@ def test_a_fault_of_the_program_is_json_with_its_traceback(
 def test_a_system_error_is_one_line(classifier: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as a permission that is missing."""
 
-    def denied(path: str) -> None:
+    def denied(path: str, **_: object) -> None:
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("edgepeft.bundle.reader.open_bundle", denied)

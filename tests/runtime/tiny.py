@@ -353,6 +353,7 @@ def write_bundle(
     adapters: dict[str, Adapter] | None = None,
     tokenizer: dict[str, object] | None = None,
     tokenizer_config: dict[str, object] | None = None,
+    base: str | None = None,
 ) -> Path:
     """Write a tiny bundle of a task; the sentence encoder has no training graph."""
     (folder / "graphs").mkdir(parents=True)
@@ -415,6 +416,7 @@ def write_bundle(
         policy=policy or Policy(trainable=trainable),
         verification={},
         files=hash_folder(folder),
+        base=base,
     )
     write_manifest(manifest, folder)
     return folder
