@@ -165,6 +165,23 @@ def test_a_large_adapter(classifier: Path, tmp_path: Path) -> None:
     assert peak.nbytes <= budget_bytes
 
 
+def test_a_large_header(classifier: Path, tmp_path: Path) -> None:
+    """Of an adapter's file: it is parsed whole."""
+    path = large_adapter(tmp_path / "large", 8)
+    for nbytes, error, message in (
+        (15 * MIB, BudgetError, r"its header takes 150\.0 MiB"),
+        (90 * MIB, AdapterError, "its header has 94,371,840 B, expected at most"),
+    ):
+        text = b"{}".ljust(nbytes)
+        (path / TENSOR_FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+        del text
+        release_freed_memory()
+        budget_bytes = read_memory().resident_bytes + 64 * MIB
+        model = edgepeft.load(classifier, memory_budget=budget_bytes)
+        with model, pytest.raises(error, match=message):
+            model.predict([{"input_ids": [1, 2]}], path)
+
+
 def test_a_rank_that_only_the_configuration_has(tmp_path: Path) -> None:
     """Takes nothing."""
     save_adapter(tiny.adapter(), tmp_path / "a")
