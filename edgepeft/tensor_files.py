@@ -64,6 +64,24 @@ def read_tensors(path: Path) -> dict[str, npt.NDArray[np.float32]]:
     return tensors | _bfloat16(path, halves) if halves else tensors
 
 
+def header_size(path: Path) -> int:
+    """Bytes of a safetensors file's header.
+
+    Raises:
+        AdapterError: the file cannot be read, or its header is too long.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if header_bytes > _MAX_HEADER_BYTES:
+        raise AdapterError(
+            f"{path}: its header has {header_bytes:,} B, expected at most {_MAX_HEADER_BYTES:,}"
+        )
+    return header_bytes
+
+
 def count_values(path: Path) -> int:
     """How many values the tensors of a safetensors file have, of which none is read.
 
@@ -147,15 +165,7 @@ class TensorFile:
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            with Path(path).open("rb") as file:
-                header_bytes = int.from_bytes(file.read(8), "little")
-        except OSError as error:
-            raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
-        if header_bytes > _MAX_HEADER_BYTES:
-            raise AdapterError(
-                f"{path}: its header has {header_bytes:,} B, expected at most {_MAX_HEADER_BYTES:,}"
-            )
+        header_size(path)
         with contextlib.ExitStack() as stack:
             self._file = stack.enter_context(_opened(path))
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})

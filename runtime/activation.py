@@ -23,9 +23,12 @@ from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.memory.room import check_room
-from edgepeft.tensor_files import count_values
+from edgepeft.tensor_files import count_values, header_size
 
 FloatArray = npt.NDArray[np.float32]
+
+_PARSED = 10
+"""Bytes that JSON takes for each of its own, while it is parsed."""
 AdapterSpec = str | Path | Mapping[str, float] | None
 """An adapter of the bundle or a loaded one by name, a PEFT folder by path, a mixture of them with weights, or
 none."""
@@ -129,10 +132,11 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
         BudgetError: the memory budget has no room for it.
     """
     folder = Path(name) if is_path(name) else bundle.path / "adapters" / name
-    if (folder / TENSOR_FILE).is_file():
+    file = folder / TENSOR_FILE
+    if file.is_file():
+        check_room(_PARSED * header_size(file), f"{file}: its header")
         # As float32, and meanwhile as pages of the file or, afterwards, as the graphs take it.
-        wanted_bytes = 2 * 4 * count_values(folder / TENSOR_FILE)
-        check_room(wanted_bytes, f"{folder}: the adapter")
+        check_room(2 * 4 * count_values(file), f"{folder}: the adapter")
     if not is_path(name) and name not in bundle.adapter_names() and (Path(name) / CONFIG_FILE).is_file():
         raise AdapterError(
             f"{bundle.path}: has no adapter {name!r}, but a folder of that name is here: write ./{name}"

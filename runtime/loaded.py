@@ -3,6 +3,7 @@
 import functools
 import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -16,6 +17,7 @@ from edgepeft.errors import UsageError
 from edgepeft.runtime.cache import empty_cache
 from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
 from edgepeft.runtime.memory.inference import RunPlan, plan_forward
+from edgepeft.runtime.memory.room import within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
 from edgepeft.runtime.sessions import Sessions
@@ -59,6 +61,10 @@ class LoadedBundle:
         self._task: Task = task_for(bundle)
         self._sessions = Sessions(bundle, threads, one_at_a_time=memory_budget_bytes is not None)
         self._int8_activations = int8_activations
+
+    def _reading(self) -> AbstractContextManager[None]:
+        """What comes in is inside the budget, for which sessions may be closed; see `one_at_a_time`."""
+        return within(self._budget_bytes, self._sessions.make_room)
 
     @functools.cached_property
     def _generator(self) -> "Generator":

@@ -14,7 +14,6 @@ from edgepeft.runtime import prediction
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.data import RecordSource, count_records, records
 from edgepeft.runtime.loaded import FloatArray, LoadedBundle
-from edgepeft.runtime.memory.room import within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
 from edgepeft.runtime.tasks import Example
@@ -233,7 +232,7 @@ class Model(LoadedBundle):
         """
         windows = self._predicted(source, adapter, batch_size, seq_len, on_progress)
         while True:
-            with self._lock, within(self._budget_bytes):
+            with self._lock, self._reading():
                 window = next(windows, None)
             if window is None:
                 return

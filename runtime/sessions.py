@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import BudgetError, UsageError
+from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec, group_bytes, inputs_taken, is_decoder
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
-from edgepeft.runtime.session import GraphSession, open_whole
+from edgepeft.runtime.session import GraphSession, open_whole, shrink_shared_arena
 from edgepeft.runtime.streamed import StreamedModel
 
 FloatArray = npt.NDArray[np.float32]
@@ -112,13 +112,7 @@ class Sessions:
         bound = next((entry for entry in self._open.values() if entry.stamp == stamp), None)
         inputs: dict[str, FloatArray] | None = None
         if bound is None:
-            try:
-                inputs = self.registry.inputs(adapter, check_effect=check_effect)
-            except BudgetError:
-                if not self._open or self._borrowers:
-                    raise
-                self.close()  # what is open may have taken the room
-                inputs = self.registry.inputs(adapter, check_effect=check_effect)
+            inputs = self.registry.inputs(adapter, check_effect=check_effect)
             size = self._size(inputs)
         else:
             size = bound.size
@@ -143,6 +137,7 @@ class Sessions:
             return entry.session, plan
         if inputs is None:  # another graph took them, perhaps as parts of larger ones
             inputs = self.registry.inputs(adapter, check_effect=check_effect)
+            entry = self._open.get(plan.role)  # reading may have needed its room
         if entry is None and self._one_at_a_time:
             self.check_unused("this call needs the memory in another way")
             self.close()
@@ -213,6 +208,16 @@ class Sessions:
                     size=self._size(inputs),
                 )
         release_freed_memory()
+
+    def make_room(self) -> None:
+        """Free the sessions, which the next call opens again, unless something goes on using them."""
+        if self._borrowers:
+            return
+        streamed = STREAMED in self._open
+        self.close()
+        if streamed and "grad_norm" in self._bundle.manifest.graphs:
+            shrink_shared_arena(self._bundle)
+            release_freed_memory()
 
     def close(self) -> None:
         """Free the sessions, end what borrows them, and give their memory back to the system."""

@@ -80,7 +80,7 @@ class Console:
 
     def write_text(self, text: str) -> None:
         """Write some of a result that people read; at a terminal there is no more progress beside it."""
-        if sys.stdout.isatty():
+        if sys.stdout is not None and sys.stdout.isatty():
             self.progress.close()
         click.echo(text)
 

@@ -5,28 +5,40 @@ that of the thread's present call, so that readers of files need not be handed i
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import NamedTuple
 
 from edgepeft.errors import BudgetError
 from edgepeft.runtime.memory.plan import suggested_budget
-from edgepeft.runtime.memory.process import read_memory
+from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.sizes import format_size
 
 SMALL_BYTES = 2**20
 """What takes less is left to the plan of what is done with it, whose refusal says how much that takes."""
 
-_budget: ContextVar[int | None] = ContextVar("budget", default=None)
+
+class _Limit(NamedTuple):
+    budget_bytes: int
+    make_room: Callable[[], None]
+
+
+_limit: ContextVar[_Limit | None] = ContextVar("limit", default=None)
 
 
 @contextlib.contextmanager
-def within(budget_bytes: int | None) -> Iterator[None]:
-    """Read what comes in inside this budget, in bytes; None for no limit."""
-    token = _budget.set(budget_bytes)
+def within(budget_bytes: int | None, make_room: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Read what comes in inside a budget.
+
+    Args:
+        budget_bytes: limit on the whole process's resident memory; None for no limit.
+        make_room: frees what can be had again, before anything is refused.
+    """
+    token = _limit.set(None if budget_bytes is None else _Limit(budget_bytes, make_room))
     try:
         yield
     finally:
-        _budget.reset(token)
+        _limit.reset(token)
 
 
 def check_room(wanted_bytes: int, what: str) -> None:
@@ -46,10 +58,15 @@ def check_room(wanted_bytes: int, what: str) -> None:
 
 def no_room(wanted_bytes: int, what: str) -> BudgetError | None:
     """The error that `check_room` raises; None where there is room, or where plans have enough to spare."""
-    budget_bytes = _budget.get()
-    if budget_bytes is None or wanted_bytes < SMALL_BYTES:
+    limit = _limit.get()
+    if limit is None or wanted_bytes < SMALL_BYTES:
         return None
+    budget_bytes = limit.budget_bytes
     held_bytes = read_memory().resident_bytes
+    for free in (release_freed_memory, limit.make_room):
+        if held_bytes + wanted_bytes > budget_bytes:
+            free()
+            held_bytes = read_memory().resident_bytes
     if held_bytes + wanted_bytes <= budget_bytes:
         return None
     required_bytes = suggested_budget(held_bytes + wanted_bytes)

@@ -18,7 +18,7 @@ from edgepeft.errors import AdapterError, BudgetError, DataError
 from edgepeft.runtime.data import Record, records
 from edgepeft.runtime.decoding.prompt_cache import open_prompt_cache
 from edgepeft.runtime.memory.process import PeakMemory, read_memory, release_freed_memory
-from edgepeft.runtime.memory.room import within
+from edgepeft.runtime.memory.room import check_room, within
 from edgepeft.runtime.preprocessing.audio import read_audio
 from edgepeft.runtime.preprocessing.images import read_image
 from edgepeft.runtime.tasks.values import read_values
@@ -165,6 +165,23 @@ def test_a_large_adapter(classifier: Path, tmp_path: Path) -> None:
     assert peak.nbytes <= budget_bytes
 
 
+def test_a_large_header(classifier: Path, tmp_path: Path) -> None:
+    """Of an adapter's file: it is parsed whole."""
+    path = large_adapter(tmp_path / "large", 8)
+    for nbytes, error, message in (
+        (15 * MIB, BudgetError, r"its header takes 150\.0 MiB"),
+        (90 * MIB, AdapterError, "its header has 94,371,840 B, expected at most"),
+    ):
+        text = b"{}".ljust(nbytes)
+        (path / TENSOR_FILE).write_bytes(len(text).to_bytes(8, "little") + text)
+        del text
+        release_freed_memory()
+        budget_bytes = read_memory().resident_bytes + 64 * MIB
+        model = edgepeft.load(classifier, memory_budget=budget_bytes)
+        with model, pytest.raises(error, match=message):
+            model.predict([{"input_ids": [1, 2]}], path)
+
+
 def test_a_rank_that_only_the_configuration_has(tmp_path: Path) -> None:
     """Takes nothing."""
     save_adapter(tiny.adapter(), tmp_path / "a")
@@ -184,3 +201,32 @@ def test_a_large_prompt_cache(language_model: Path, tmp_path: Path) -> None:
     manifest = open_bundle(language_model).manifest
     with room(16), pytest.raises(BudgetError, match=r"the prompt cache takes 360\.0 MiB of memory"):
         open_prompt_cache(tmp_path / "prompt", manifest)
+
+
+def test_room_is_made_before_anything_is_refused() -> None:
+    """By what the caller can have again."""
+    held = [np.ones(40 * MIB, np.uint8)]
+    budget_bytes = read_memory().resident_bytes + 8 * MIB
+    with within(budget_bytes, held.clear):
+        check_room(MIB, "little")
+        assert held
+        check_room(30 * MIB, "much")
+        assert not held
+        with pytest.raises(
+            BudgetError, match=r"too much takes 80\.0 MiB of memory, the process holds"
+        ) as caught:
+            check_room(80 * MIB, "too much")
+    assert caught.value.budget_bytes == budget_bytes
+    check_room(2**50, "anything, without a budget")
+
+
+def test_sessions_are_closed_to_make_room(classifier: Path) -> None:
+    """And opened again by the next call, with the same results."""
+    batch = {"input_ids": np.array([[1, 2, 3]])}
+    with edgepeft.load(classifier, memory_budget=read_memory().resident_bytes + 64 * MIB) as model:
+        want = model.forward(batch, "mine")["logits"]
+        assert model._sessions._open
+        with model._reading(), pytest.raises(BudgetError, match="a record takes"):
+            check_room(100 * MIB, "a record")
+        assert not model._sessions._open
+        np.testing.assert_array_equal(model.forward(batch, "mine")["logits"], want)
