@@ -37,7 +37,7 @@ class SentenceClassifier(transformers.PreTrainedModel):
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # nothing reads it
         self.add_module(self.base_model_prefix, encoder)
-        self.classifier = torch.nn.Linear(self.config.hidden_size, self.config.num_labels)
+        self.classifier = torch.nn.Linear(encoder.config.hidden_size, encoder.config.num_labels)
         torch.nn.init.normal_(self.classifier.weight, std=getattr(self.config, "initializer_range", 0.02))
         torch.nn.init.zeros_(self.classifier.bias)
 
@@ -92,4 +92,6 @@ def load_sentence_classifier(model: str, labels: Sequence[str]) -> SentenceClass
         model, num_labels=len(labels), id2label=dict(enumerate(labels)), label2id=numbers
     )
     encoder = transformers.AutoModel.from_pretrained(model, config=config, dtype=torch.float32)
-    return SentenceClassifier(encoder, read_pooling(model)).eval()
+    classifier = SentenceClassifier(encoder, read_pooling(model))
+    classifier.train(False)
+    return classifier

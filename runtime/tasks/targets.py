@@ -80,13 +80,15 @@ class Targets:
     def encoded(self, labels: Array) -> npt.NDArray[np.float64]:
         """The targets of a batch's labels."""
         if self.problem_type == "single_label_classification":
-            return np.eye(len(self.names))[labels.astype(np.int64)]
+            found: npt.NDArray[np.float64] = np.eye(len(self.names))[labels.astype(np.int64)]
+            return found
         return labels.astype(np.float64).reshape(len(labels), -1)
 
     def decoded(self, targets: npt.NDArray[np.float64]) -> Array:
         """The labels that `encoded` made targets of."""
         if self.problem_type == "single_label_classification":
-            return targets.argmax(axis=1)
+            numbers: Array = targets.argmax(axis=1)
+            return numbers
         return targets.astype(np.float32)
 
     def weights(self, targets: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -113,13 +115,15 @@ class Targets:
     ) -> npt.NDArray[np.float64]:
         """The loss of each item, as the loss graph has it of a batch of one: cross entropy, the mean binary
         cross entropy, or the mean squared error."""
+        found: npt.NDArray[np.float64]
         if self.problem_type == "regression":
-            return np.square(scores - targets).mean(axis=1)
-        if self.problem_type == "multi_label_classification":
-            return (np.logaddexp(0, scores) - scores * targets).mean(axis=1)
-        largest = scores.max(axis=1, keepdims=True)
-        total = np.log(np.exp(scores - largest).sum(axis=1)) + largest[:, 0]
-        found: npt.NDArray[np.float64] = total - (scores * targets).sum(axis=1)
+            found = np.square(scores - targets).mean(axis=1)
+        elif self.problem_type == "multi_label_classification":
+            found = (np.logaddexp(0, scores) - scores * targets).mean(axis=1)
+        else:
+            largest = scores.max(axis=1, keepdims=True)
+            total = np.log(np.exp(scores - largest).sum(axis=1)) + largest[:, 0]
+            found = total - (scores * targets).sum(axis=1)
         return found
 
     def constant(

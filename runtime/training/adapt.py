@@ -1,13 +1,13 @@
 """One update from beginning to end: plan, judge, train, judge again, keep or reject."""
 
 import dataclasses
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 import edgepeft
 from edgepeft.adapters import CONFIG_FILE, write_adapter
@@ -23,8 +23,8 @@ from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release
 from edgepeft.runtime.session import shrink_shared_arena
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.checkpoint import checkpoint_path, save_checkpoint
-from edgepeft.runtime.training.closed_form import ClosedForm, label_weights
 from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
+from edgepeft.runtime.training.judging import Judging
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.preparation import Prepared, prepare
 from edgepeft.runtime.training.report import (
@@ -35,28 +35,13 @@ from edgepeft.runtime.training.report import (
     MemoryReport,
     StepDown,
 )
-from edgepeft.runtime.training.ridge import Fit
 from edgepeft.runtime.training.stepping_down import NEAR, cheaper
 from edgepeft.runtime.training.trainer import Schedule, Step, train
-from edgepeft.runtime.training.verdict import (
-    Judged,
-    Outcome,
-    by_label,
-    calibrate,
-    decide,
-    interval,
-    judged,
-    judged_earlier,
-)
+from edgepeft.runtime.training.verdict import Outcome, by_label, interval
 from edgepeft.sizes import format_size
 
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""
-
-FROM, CLOSED_FORM, TRAINED = "start", "closed-form head", "trained"
-"""Names of candidates."""
-FEW_TO_SHUFFLE = 1000
-"""Records below which a head in closed form is compared with heads that are fitted to shuffled labels."""
 
 OnStep = Callable[[Step], None]
 
@@ -138,7 +123,8 @@ class Update:
             self._plan = prepared.plan
             release_freed_memory()  # the adapter as it was read
             resumed_from_step = prepared.progress.step
-            outcome = self._train(prepared) if prepared.total_steps else self._fit_head_alone(prepared)
+            judging = Judging(self._task, prepared, functools.partial(self._judge, prepared))
+            outcome = self._train(prepared, judging) if prepared.total_steps else judging.fit_head_alone()
             report = self._report(prepared, outcome, resumed_from_step, began_s)
             if outcome.rejected is None:
                 self._keep(prepared, report)
@@ -151,91 +137,10 @@ class Update:
             )
         return report
 
-    def _fit_head_alone(self, prepared: Prepared) -> Outcome:
-        """A classifier's head in closed form, each record judged by a head that was fitted without it."""
-        closed = self._closed_form(prepared)
-        weights = closed.label_weights
-        self._recorder.mark("fit the head")
-        before = self._judged(FROM, self._judge(prepared, prepared.train_on, closed.take), weights)
-        fit = closed.fit()
-        self._put_head(prepared, fit)
-        after = self._judged(CLOSED_FORM, closed.evaluation(fit), weights)
-        few = len(prepared.train_on) < FEW_TO_SHUFFLE
-        return decide(
-            before,
-            [after],
-            self._task.targets,
-            weights,
-            judged_by="leave-one-out",
-            says_something=closed.says_something(fit) if few else None,
-        )
-
-    def _train(self, prepared: Prepared) -> Outcome:
-        """Steps from the starting adapter, or from a head in closed form where that is better."""
-        progress, targets = prepared.progress, self._task.targets
-        weights = None if targets is None else label_weights(targets, prepared.train_on)
-        if progress.held_out_before is None:
-            first = self._judged(FROM, self._judge(prepared, prepared.held_out), weights)
-            progress.held_out_before = first.figures
-        before = judged_earlier(FROM, progress.held_out_before)
-        if prepared.head is not None and not progress.step:
-            self._start_from_head(prepared, before)
+    def _train(self, prepared: Prepared, judging: Judging) -> Outcome:
+        judging.begin()
         self._take_steps(prepared)
-        trained = self._judge(prepared, prepared.held_out)
-        if prepared.head is not None and weights is not None:
-            trained = self._calibrate(prepared, trained, weights)
-        candidates = [self._judged(TRAINED, trained, weights)]
-        if progress.held_out_head is not None:
-            head = judged_earlier(CLOSED_FORM, progress.held_out_head)
-            if not candidates[0].loss <= head.loss:
-                prepared.state.return_to_start()
-                head = self._judged(CLOSED_FORM, self._judge(prepared, prepared.held_out), weights)
-            candidates.append(head)
-        return decide(before, candidates, targets, weights, judged_by="held-out records")
-
-    def _start_from_head(self, prepared: Prepared, before: Judged) -> None:
-        """Have training start from a head in closed form, if it is better than the one that is there."""
-        assert prepared.head is not None
-        closed, state = self._closed_form(prepared), prepared.state
-        present = {name: state.parameters[name].copy() for name in prepared.head.inputs}
-        self._recorder.mark("fit the head")
-        self._judge(prepared, prepared.train_on, closed.take)
-        self._put_head(prepared, closed.fit())
-        head = self._judged(CLOSED_FORM, self._judge(prepared, prepared.held_out), closed.label_weights)
-        if head.loss <= before.loss:
-            prepared.progress.held_out_head = head.figures
-            return
-        for name, values in present.items():
-            state.restart(name, values)
-
-    def _calibrate(
-        self, prepared: Prepared, trained: Evaluation, weights: npt.NDArray[np.float64]
-    ) -> Evaluation:
-        """Have a trained classifier be as sure of itself as the held-out records allow: as a rule it is too
-        sure, having seen its own records again and again."""
-        assert prepared.head is not None
-        assert self._task.targets is not None
-        scale, calibrated = calibrate(trained, self._task.targets, weights)
-        for name in prepared.head.inputs:
-            prepared.state.replace(name, np.float32(scale) * prepared.state.parameters[name])
-        return calibrated
-
-    def _closed_form(self, prepared: Prepared) -> ClosedForm:
-        targets = self._task.targets
-        assert prepared.head is not None
-        assert targets is not None
-        width = prepared.state.parameters[prepared.head.weight].shape[1]
-        return ClosedForm(self._task, targets, prepared.train_on, width, self._options.seed)
-
-    @staticmethod
-    def _put_head(prepared: Prepared, fit: Fit) -> None:
-        assert prepared.head is not None
-        prepared.state.restart(prepared.head.weight, fit.weight)
-        if prepared.head.bias is not None:
-            prepared.state.restart(prepared.head.bias, fit.bias)
-
-    def _judged(self, name: str, evaluation: Evaluation, weights: npt.NDArray[np.float64] | None) -> Judged:
-        return judged(name, evaluation, self._task.targets, weights)
+        return judging.end()
 
     def _judge(self, prepared: Prepared, examples: Sequence[Example], sink: Sink | None = None) -> Evaluation:
         """Loss and accuracy of the adapter as it is now."""

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.manifest import LinearHead, Manifest
+from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.tasks.targets import Targets
 from edgepeft.runtime.training.gate import FEATURES, Evaluation, Scores
@@ -18,10 +19,10 @@ FloatArray = npt.NDArray[np.float32]
 def trained_head(manifest: Manifest, names: Sequence[str]) -> LinearHead | None:
     """The bundle's linear head, if all of it is among the tensors that train and may be replaced at once.
 
-    Where the policy bounds how far an update may go, it may not.
+    Where the policy bounds how far an update may go, or a drift penalty is to hold it back, it may not.
     """
     head = manifest.linear_head
-    if head is None or manifest.policy.max_relative_change is not None:
+    if head is None or manifest.policy.max_relative_change is not None or has_drift_penalty(manifest):
         return None
     return head if set(head.inputs) <= set(names) else None
 
@@ -41,7 +42,7 @@ class ClosedForm:
         self, task: Task, targets: Targets, examples: Sequence[Example], width: int, seed: int
     ) -> None:
         self._task, self._targets = task, targets
-        self.label_weights = label_weights(targets, examples)
+        self._label_weights = label_weights(targets, examples)
         self._ridge = Ridge(width, len(targets.names), task.label_count(examples), seed)
         regression = targets.problem_type == "regression"
         self._scales = (1.0,) if regression else SCALES
@@ -52,7 +53,7 @@ class ClosedForm:
         found = self._task.labelled(outputs[FEATURES], batch)
         assert found is not None
         rows, targets = found
-        self._ridge.add(rows, targets, self._targets.weight_of(targets, self.label_weights))
+        self._ridge.add(rows, targets, self._targets.weight_of(targets, self._label_weights))
 
     def fit(self) -> Fit:
         """The head that does best on records that it was not fitted to."""

@@ -75,6 +75,8 @@ def train(
         UpdateRejectedError: the loss or a gradient is not a number any more.
     """
     options = schedule.options
+    assert options.learning_rate is not None  # `with_defaults` has seen to it
+    assert options.warmup_steps is not None
     stepper: Stepper
     if strategy.exact:
         stepper = GradientDescent(bundle, strategy, constants, state, options, threads, held)
