@@ -17,14 +17,13 @@ from .model_files import read_json, read_pooling
 
 
 class SentenceClassifier(transformers.PreTrainedModel):
-    """`logits = classifier(pooled)`, where `pooled` `[batch, hidden]` is the encoder's sentence embedding,
-    before it is normalized.
+    """`logits = classifier(pooled)`, where `pooled` `[batch, hidden]` is the encoder's sentence embedding.
 
     Its modules are named as in the encoder's own `…ForSequenceClassification`, so that a LoRA fits both.
 
     Args:
         encoder: returns `last_hidden_state`.
-        pooling: of that, over the tokens.
+        pooling: of that over the tokens, and whether the result is normalized.
     """
 
     # The attention is the encoder's, which was loaded with one that it supports.
@@ -33,7 +32,7 @@ class SentenceClassifier(transformers.PreTrainedModel):
     def __init__(self, encoder: Any, pooling: Pooling) -> None:
         super().__init__(encoder.config)
         self.base_model_prefix = encoder.base_model_prefix
-        self.mode = pooling.mode
+        self.mode, self.normalize = pooling.mode, pooling.normalize
         if getattr(encoder, "pooler", None) is not None:
             encoder.pooler = None  # nothing reads it
         self.add_module(self.base_model_prefix, encoder)
@@ -63,6 +62,8 @@ class SentenceClassifier(transformers.PreTrainedModel):
             pooled = hidden.masked_fill(mask == 0, -1e9).max(1).values
         else:
             pooled = hidden[:, 0]
+        if self.normalize:
+            pooled = torch.nn.functional.normalize(pooled)
         logits = self.classifier(pooled)
         loss = None
         if labels is not None:

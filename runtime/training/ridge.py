@@ -72,6 +72,7 @@ class Ridge:
         self._weights = np.zeros(self._capacity)
         self._generator = np.random.default_rng(seed)
         self._seen = 0
+        self._alphas = ALPHAS
         # Of fewer records than features all are kept, and the sums that matter are of records.
         self._sums = None if count <= self._capacity else _Sums(width, outputs)
 
@@ -93,17 +94,26 @@ class Ridge:
             if place < self._capacity:
                 self._features[place], self._targets[place], self._weights[place] = row, target, weight
 
-    def fit(self, losses: Losses, scales: Sequence[float] = SCALES, offset: float = 0.0) -> Fit:
+    def fit(
+        self,
+        losses: Losses,
+        scales: Sequence[float] = SCALES,
+        offset: float = 0.0,
+        least_alpha: float = 0.0,
+    ) -> Fit:
         """The head with the smallest loss on records that were left out; once, for sums are not kept.
 
         Args:
             losses: what is to be small.
             scales: factors to choose from.
             offset: is subtracted from a prediction before it is scaled: 0.5 makes logits of probabilities.
+            least_alpha: no smaller penalty of `ALPHAS` is tried, if there is a larger one.
         """
         system = self._system()
+        self._alphas = tuple(alpha for alpha in ALPHAS if alpha >= least_alpha) or ALPHAS[-1:]
         best = min(
-            (self._tried(system, alpha, losses, scales, offset) for alpha in ALPHAS), key=lambda fit: fit[0]
+            (self._tried(system, alpha, losses, scales, offset) for alpha in self._alphas),
+            key=lambda fit: fit[0],
         )
         loss, alpha, scale, left_out = best
         coefficients = system.vectors @ (system.projected / (system.values + alpha)[:, None])
@@ -135,7 +145,9 @@ class Ridge:
                 order = self._generator.permutation(self._seen)
                 self._targets, self._weights = own[0][order], own[1][order]
                 system = self._system()
-                if any(self._tried(system, alpha, losses, scales, offset)[0] <= loss for alpha in ALPHAS):
+                if any(
+                    self._tried(system, alpha, losses, scales, offset)[0] <= loss for alpha in self._alphas
+                ):
                     return False
         finally:
             self._targets, self._weights = own
