@@ -15,7 +15,7 @@ from edgepeft.runtime.training.ridge import SCALES, Fit, Ridge
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
-# Chosen on eight sets of texts of 4 to 60 records a class, 12 draws of each: docs/decisions.md.
+# Chosen on ten sets of texts of 4 to 60 records a class, 12 draws of each: docs/decisions.md.
 _LEAST_PENALTY = 20.0
 
 

@@ -153,7 +153,7 @@ def test_few_records_get_a_head_and_no_steps(exported: Make, tmp_path: Path) -> 
         trained = model.adapt(data, tmp_path / "trained", adapter="plain", epochs=2)
     assert (report.steps, report.chosen) == (0, "closed-form head")
     assert report.held_out_after.accuracy is not None
-    assert report.held_out_after.accuracy > 0.7
+    assert report.held_out_after.accuracy > 0.55  # chance is a third
     assert report.accuracy_interval is not None
     assert report.accuracy_interval[0] < 1
     assert sum(item["items"] for item in report.by_label.values()) == COUNT
