@@ -78,7 +78,7 @@ def drawn(generator: np.random.Generator, bundles: list[Path], seed: int) -> Cas
     manifest = open_bundle(bundle).manifest
     batch_size = one(1, 2, 4, 8)
     longest = _longest(manifest, one(*(SAMPLES if "audio" in manifest.task else LENGTHS)))
-    shortest = max(one(longest, longest // 8), 3)
+    shortest = min(max(one(longest, longest // 8), 3), longest)
     count = max(2 * batch_size, 6)
     lengths = [longest, *generator.integers(shortest, longest + 1, 3 * count - 1).tolist()]
     options: dict[str, str | int] = {"batch-size": batch_size, "accumulate": one(1, 1, 2)}
@@ -148,7 +148,9 @@ def edgepeft(
     """One command on the case's bundle, in JSON."""
     options = [word for name, value in case.options.items() for word in (f"--{name}", str(value))]
     line = [sys.executable, "-m", "edgepeft.cli", command, case.bundle, "--budget", budget, "--json"]
-    line += ["--seq-len", str(max(case.lengths)), *options, *(more or [])]
+    if max(case.lengths) > 1:  # not an image
+        line += ["--seq-len", str(max(case.lengths))]
+    line += [*options, *(more or [])]
     done = subprocess.run([*(limit or []), *line], capture_output=True, text=True, check=False)
     try:
         result: dict[str, Any] = json.loads(done.stdout)
