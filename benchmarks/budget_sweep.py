@@ -40,7 +40,7 @@ TOLERANCE = 0.1
 PLENTY = "64GiB"
 TEXT_TASKS = ("text-classification", "text-generation")
 WORDS = (json.__doc__ or "").split()
-LENGTHS, SAMPLES = (8, 16, 32, 64, 128, 256), (8_000, 16_000, 32_000)
+LENGTHS, CHAT_LENGTHS, SAMPLES = (8, 16, 32, 64, 128, 256), (64, 128, 256), (8_000, 16_000, 32_000)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def drawn(generator: np.random.Generator, bundles: list[Path], seed: int) -> Cas
     bundle = one(*bundles)
     manifest = open_bundle(bundle).manifest
     batch_size = one(2, 4, 8) if manifest.task == "feature-extraction" else one(1, 2, 4, 8)
-    longest = _longest(manifest, one(*(SAMPLES if "audio" in manifest.task else LENGTHS)))
+    lengths_of = SAMPLES if "audio" in manifest.task else CHAT_LENGTHS if _is_chat(manifest) else LENGTHS
+    longest = _longest(manifest, one(*lengths_of))
     shortest = min(max(one(longest, longest // 8), 3), longest)
     count = max(2 * batch_size, 6)
     lengths = [longest, *generator.integers(shortest, longest + 1, 3 * count - 1).tolist()]
@@ -121,14 +122,13 @@ def write_records(case: Case, path: Path) -> None:
     manifest = open_bundle(case.bundle).manifest
     generator = np.random.default_rng(case.seed)
     reads_text = "tokenizer.json" in manifest.files and manifest.task in TEXT_TASKS
-    is_chat = "chat_template.jinja" in manifest.files
     with path.open("w", encoding="utf-8") as file:
         for number, length in enumerate(case.lengths):
             record = synthetic_records(manifest, 1, length, seed=case.seed * 1000 + number)[0]
             if reads_text:  # of at least as many tokens, and cut to the longest
                 del record["input_ids"]
                 text = " ".join(generator.choice(WORDS, length).tolist())
-                record |= {"messages": _conversation(text)} if is_chat else {"text": text}
+                record |= {"messages": _conversation(text)} if _is_chat(manifest) else {"text": text}
             plain = {
                 key: value.tolist() if isinstance(value, np.ndarray) else value
                 for key, value in record.items()
@@ -136,9 +136,13 @@ def write_records(case: Case, path: Path) -> None:
             file.write(json.dumps(plain) + "\n")
 
 
+def _is_chat(manifest: Manifest) -> bool:
+    return "chat_template.jinja" in manifest.files
+
+
 def _conversation(text: str) -> list[dict[str, str]]:
-    middle = len(text) // 2
-    parts = {"user": text[:middle], "assistant": text[middle:]}
+    """An answer to a short question."""
+    parts = {"system": ".", "user": "?", "assistant": text}
     return [{"role": role, "content": content} for role, content in parts.items()]
 
 
