@@ -106,7 +106,12 @@ def plan(
         "chosen": fits,
         "smallest_budget_bytes": min(item.smallest_budget_bytes for item in candidates if item.exact),
         "strategies": [
-            {**dataclasses.asdict(item), "strategy": item.label, "peak_bytes": item.peak_bytes}
+            {
+                **dataclasses.asdict(item),
+                "strategy": item.label,
+                "peak_bytes": item.peak_bytes,
+                "fits": item.fits(budget),
+            }
             for item in candidates
         ],
     }
@@ -122,7 +127,7 @@ def _table(result: dict[str, Any]) -> str:
             item["strategy"],
             *(format_size(item[f"{column}_bytes"]) for column in columns),
             "" if item["relative_step"] is None else f"{item['relative_step']:.2f}",
-            "fits" if item["peak_bytes"] <= result["budget_bytes"] else "does not fit",
+            "fits" if item["fits"] else "does not fit",
         ]
         for item in result["strategies"]
     ]

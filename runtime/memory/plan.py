@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
-# A later process is never of exactly this one's size, so a suggested budget leaves this much.
+# An update steps down before it reaches its budget, so a plan leaves that much of it free.
 _MARGIN = 1.02
+# A later process is never of exactly this one's size, so a suggested budget has this much more.
+_NOISE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -99,12 +101,16 @@ class Plan:
         """Peak of the whole update: training, or the evaluation before and after it."""
         return max(self.training_bytes, self.process_bytes + self.state_bytes + self.evaluation_bytes)
 
+    def fits(self, budget_bytes: int) -> bool:
+        """Whether the peak leaves a margin of the budget free."""
+        return self.peak_bytes * _MARGIN <= budget_bytes
+
     @property
     def smallest_budget_bytes(self) -> int:
-        """The budget to suggest: the peak and a small margin, in whole mebibytes."""
+        """The budget to suggest: one that it fits, in whole mebibytes."""
         return suggested_budget(self.peak_bytes)
 
 
 def suggested_budget(peak_bytes: int) -> int:
     """A peak and a small margin, in whole mebibytes."""
-    return math.ceil(peak_bytes * _MARGIN / 2**20) * 2**20
+    return math.ceil((peak_bytes * _MARGIN + _NOISE_BYTES) / 2**20) * 2**20

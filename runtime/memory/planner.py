@@ -9,7 +9,7 @@ from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
-from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes, row_bytes
+from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes, mapped_row_bytes, row_bytes
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload, suggested_budget
 from edgepeft.sizes import format_size
 
@@ -69,14 +69,17 @@ def _resident(
 ) -> Plan:
     inference = manifest.inference_memory
     sizes = (workload.rows, workload.seq_len, workload.rank)
-    inference_bytes = inference.session_bytes + run_bytes(inference.arena_bytes(*sizes))
+    partition = manifest.partition
+    tokens = workload.rows * workload.seq_len
+    looked_up_bytes = 0 if partition is None else mapped_row_bytes(manifest, partition, tokens)
+    inference_bytes = inference.session_bytes + looked_up_bytes + run_bytes(inference.arena_bytes(*sizes))
     # A drift penalty has the base model run beside the training graph.
     base_bytes = inference_bytes if has_drift_penalty(manifest) else 0
     return Plan(
         strategy=strategy.name,
         exact=strategy.exact,
         process_bytes=process_bytes,
-        session_bytes=strategy.memory.session_bytes,
+        session_bytes=strategy.memory.session_bytes + looked_up_bytes,
         activation_bytes=run_bytes(strategy.memory.arena_bytes(*sizes)) + base_bytes,
         state_bytes=_state_bytes(workload) + _batch_bytes(manifest, graph, workload),
         evaluation_bytes=inference_bytes + _loss_bytes(manifest, workload),
@@ -204,12 +207,12 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     eligible = [plan for plan in candidates if plan.exact] or candidates
     if budget_bytes is None:
         return eligible[0]
-    fitting = [plan for plan in eligible if plan.peak_bytes <= budget_bytes]
+    fitting = [plan for plan in eligible if plan.fits(budget_bytes)]
     if fitting:
         return min(fitting, key=lambda plan: plan.relative_step or 1.0)
     best = min(eligible, key=lambda plan: plan.peak_bytes)
     required_bytes = best.smallest_budget_bytes
-    others = (plan for plan in candidates if plan not in eligible and plan.peak_bytes <= budget_bytes)
+    others = (plan for plan in candidates if plan not in eligible and plan.fits(budget_bytes))
     other = next(others, None)
     remedy = ""
     if other is not None:
@@ -221,8 +224,9 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
         f"training needs {format_size(best.peak_bytes)} with strategy {best.label} (process "
         f"{format_size(best.process_bytes)}, session {format_size(best.session_bytes)}, activations "
         f"{format_size(best.activation_bytes)}, adapter and optimizer {format_size(best.state_bytes)}, "
-        f"evaluation {format_size(best.evaluation_bytes)}), the budget is {format_size(budget_bytes)}: give "
-        f"at least --budget {required_bytes // 2**20}MiB, or lower --batch-size or --seq-len{remedy}",
+        f"evaluation {format_size(best.evaluation_bytes)}) and 2 % to spare, the budget is "
+        f"{format_size(budget_bytes)}: give at least --budget {required_bytes // 2**20}MiB, or lower "
+        f"--batch-size or --seq-len{remedy}",
         budget_bytes=budget_bytes,
         required_bytes=required_bytes,
     )

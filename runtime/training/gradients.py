@@ -82,6 +82,7 @@ class GradientSession:
         """Compute the batch's loss and its gradients, which land in the state."""
         self._session.bind({name: value for name, value in batch.items() if name in self._session.inputs})
         self._session.run()
+        self._session.drop_mapped_pages()  # rows of an embedding, or in time all of it is in the process
         return float(self._loss)
 
     def close(self) -> None:

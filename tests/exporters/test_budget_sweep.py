@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.budget_sweep import sweep
 from edgepeft.errors import BudgetError, CgroupError, UpdateRejectedError
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
 
@@ -46,3 +47,11 @@ def test_no_budget_kills(tied_llama: Path, tmp_path: Path) -> None:
     assert not endings[0]
     assert endings[-1]
     assert endings == sorted(endings), "a smaller budget was met where a larger one was refused"
+
+
+@pytest.mark.slow
+def test_budgets_are_true(tied_llama: Path, tmp_path: Path) -> None:
+    """A few random updates: each ends by itself, as predicted, and `plan` says the same."""
+    outcomes = sweep([tied_llama], 6, 0, "", tmp_path / "results.jsonl", print)
+    assert [fault for outcome in outcomes for fault in outcome.faults] == []
+    assert len((tmp_path / "results.jsonl").read_text("utf-8").splitlines()) == 6

@@ -71,9 +71,9 @@ def test_more_memory_is_never_slower_and_never_overdrawn(tied_llama: Path) -> No
     least = min(plan.peak_bytes for plan in plans(manifest, sizes, 50 * 2**20, 0) if plan.exact)
     last = None
     held = set()
-    for budget_bytes in range(least, 4 * least, least // 50):
+    for budget_bytes in range(int(1.03 * least), 4 * least, least // 50):
         plan = choose(plans(manifest, sizes, 50 * 2**20, budget_bytes), budget_bytes)
-        assert plan.peak_bytes <= budget_bytes
+        assert plan.fits(budget_bytes)
         assert plan.relative_step is not None
         assert last is None or plan.relative_step <= last + 1e-9
         last = plan.relative_step

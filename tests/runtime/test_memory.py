@@ -227,10 +227,10 @@ def test_the_first_strategy_that_fits_is_chosen(manifest: Manifest) -> None:
     candidates = plans(manifest, WORKLOAD, process_bytes=50 * MIB)
     resident, streamed = candidates
     assert choose(candidates, None) is resident
-    assert choose(candidates, resident.peak_bytes) is resident
-    assert choose(candidates, resident.peak_bytes - 1) is streamed
+    assert choose(candidates, int(1.02 * resident.peak_bytes) + 1) is resident
+    assert choose(candidates, int(1.02 * resident.peak_bytes) - 1) is streamed
     with pytest.raises(BudgetError, match="strategy streamed") as caught:
-        choose(candidates, streamed.peak_bytes - 1)
+        choose(candidates, int(1.02 * streamed.peak_bytes) - 1)
     assert caught.value.required_bytes == streamed.smallest_budget_bytes
     assert choose(candidates, caught.value.required_bytes) is streamed
     assert caught.value.required_bytes % MIB == 0
@@ -255,6 +255,9 @@ def test_a_run_that_does_not_fit_names_what_would(manifest: Manifest) -> None:
 
 
 def test_the_suggested_budget_has_a_margin() -> None:
-    """Whole mebibytes, and more than the peak."""
+    """Whole mebibytes, more than the peak, and enough for a process that is a little larger."""
     plan = Plan("resident", True, 50 * MIB, 0, 0, 0, 0)
-    assert plan.smallest_budget_bytes == 51 * MIB
+    assert plan.smallest_budget_bytes == 52 * MIB
+    later = dataclasses.replace(plan, process_bytes=int(50.9 * MIB))
+    assert later.fits(plan.smallest_budget_bytes)
+    assert not later.fits(plan.smallest_budget_bytes - MIB)
