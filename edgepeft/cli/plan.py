@@ -58,7 +58,7 @@ def plan(
       edgepeft plan model.edge --device pi-zero-2w
     """
     from edgepeft.bundle.reader import open_bundle
-    from edgepeft.runtime.memory.planner import choose
+    from edgepeft.runtime.memory.planner import choose, judging_alone
     from edgepeft.runtime.tasks import task_for
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.preparation import plans_now
@@ -92,6 +92,8 @@ def plan(
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
     candidates = plans_now(opened, sizes, budget)
+    if options.trainable == "head":
+        candidates = judging_alone(candidates)
     fits: str | None = None
     failure: BudgetError | None = None
     try:

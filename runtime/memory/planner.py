@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from edgepeft.bundle.manifest import CHECKPOINTED, Manifest, Strategy
+from edgepeft.bundle.manifest import CHECKPOINTED, STREAMED, Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
@@ -143,11 +143,37 @@ def _staged(
     ]
 
 
-def judging_alone(plan: Plan) -> Plan:
-    """The plan of an update that takes no step: it only judges, with a resident graph in its own session."""
-    if not plan.evaluation_bytes:
-        return plan
-    return dataclasses.replace(plan, session_bytes=0, activation_bytes=0)
+def judging_alone(candidates: list[Plan]) -> list[Plan]:
+    """The plans of an update that takes no step and only judges: with the inference graph, or in stages, of
+    whose memory the formula of forward-only training tells."""
+    found = [
+        dataclasses.replace(plan, session_bytes=0, activation_bytes=0)
+        for plan in candidates
+        if plan.evaluation_bytes
+    ]
+    forward = next((plan for plan in candidates if not plan.exact), None)
+    in_stages = next((plan for plan in candidates if plan.strategy == STREAMED), None)
+    if forward is not None and in_stages is not None:
+        found.append(
+            dataclasses.replace(
+                in_stages,
+                session_bytes=forward.session_bytes,
+                activation_bytes=forward.activation_bytes,
+                held=NOTHING_HELD,
+                state_in_file=False,
+            )
+        )
+    return found or candidates
+
+
+def with_features(candidates: list[Plan], features_bytes: int) -> list[Plan]:
+    """The plans with so many bytes of features beside what judging takes."""
+    return [
+        dataclasses.replace(plan, evaluation_bytes=plan.evaluation_bytes + features_bytes)
+        if plan.evaluation_bytes
+        else dataclasses.replace(plan, activation_bytes=plan.activation_bytes + features_bytes)
+        for plan in candidates
+    ]
 
 
 def _strided(plan: Plan, cost: ChainCost, stride: int, memory: MemoryFormula) -> Plan:

@@ -17,7 +17,7 @@ from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.examples import Examples
 from edgepeft.runtime.memory.plan import Plan, Workload
-from edgepeft.runtime.memory.planner import choose, judging_alone, plans
+from edgepeft.runtime.memory.planner import choose, judging_alone, plans, with_features
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.buffers import TrainingState
@@ -26,6 +26,7 @@ from edgepeft.runtime.training.closed_form import trained_head
 from edgepeft.runtime.training.defaults import FEW, with_defaults
 from edgepeft.runtime.training.fingerprint import fingerprint
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.ridge import features_bytes
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
 from edgepeft.runtime.training.starting import starting_adapter, trained_names
 from edgepeft.runtime.training.workload import workload
@@ -105,7 +106,10 @@ def prepare(
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
     if alone:
-        candidates = [judging_alone(item) for item in candidates]
+        candidates = judging_alone(candidates)
+    if head is not None:
+        width = adapter.tensors[head.weight].shape[1]
+        candidates = with_features(candidates, features_bytes(width, task.label_count(examples)))
     plan = choose(candidates, budget_bytes)
     inputs = graph_inputs(bundle, [(adapter, 1.0)])
     file_in = output.parent if plan.state_in_file else None

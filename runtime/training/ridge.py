@@ -20,11 +20,17 @@ KEPT_BYTES = 8 * 2**20
 """Features that are kept as they are, to be left out one at a time: all, or a sample where they are more."""
 ALPHAS = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 5))
 """Penalties to choose from, relative to the largest eigenvalue of S."""
-SCALES = tuple(2.0 ** (exponent / 2) for exponent in range(-2, 15))
+SCALES = tuple(2.0 ** (exponent / 2) for exponent in range(-2, 21))
 """Factors to choose from that make logits of predictions of 0 and 1."""
 _AT_ONCE = 256
 SHUFFLES = 19
 """Of targets, to see what they are worth: 1 in 20 is the usual level of a test."""
+
+
+def features_bytes(width: int, count: int) -> int:
+    """What `Ridge` holds while so many records are counted in."""
+    kept_bytes = 4 * width * count
+    return kept_bytes if kept_bytes <= KEPT_BYTES else KEPT_BYTES + 8 * width**2
 
 
 @dataclass(frozen=True)

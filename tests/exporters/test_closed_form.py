@@ -1,6 +1,8 @@
 """A head in closed form: scikit-learn's ridge on what PyTorch's head reads, for every kind of head."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from edgepeft.adapters import load_adapter
 from edgepeft.errors import UpdateRejectedError, UsageError
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
 
+from . import models
 from .conftest import Exported
 
 Make = Callable[[str, int], Exported]
@@ -235,3 +238,27 @@ def test_a_sentence_encoders_classifier_reads_its_embedding() -> None:
     assert json.loads(json.dumps(model.config.label2id)) == {"a": 0, "b": 1}
     expected = torch.nn.functional.cross_entropy(output.logits, torch.tensor([0, 1]))
     assert output.loss.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_head_alone_is_planned_for_less_than_training(tmp_path: Path) -> None:
+    """With the graph whole, and in stages for less than that; a process of its own keeps to it."""
+    edgepeft.export(models.bert_classifier(), tmp_path / "b", bits=32, rank=4)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records("bert-classifier")))
+    line = ["plan", str(tmp_path / "b"), "--budget", "1GiB", "--json", "--batch-size", "32"]
+    whole = json.loads(run(*line).stdout)["strategies"]
+    alone = json.loads(run(*line, "--trainable", "head").stdout)["strategies"]
+    assert [item["strategy"] for item in alone] == ["resident", "streamed"]
+    resident, streamed = (item["peak_bytes"] for item in alone)
+    assert streamed < resident < min(item["peak_bytes"] for item in whole if item["exact"])
+    adapt = ["adapt", str(tmp_path / "b"), "--data", str(data), "-o", str(tmp_path / "out"), "--json"]
+    memory = json.loads(run(*adapt, "--trainable", "head", "--budget", "1GiB").stdout)["memory"]
+    assert memory["measured_peak_bytes"] <= 1.1 * memory["predicted_peak_bytes"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process without torch."""
+    return subprocess.run(
+        [sys.executable, "-m", "edgepeft.cli", *arguments], capture_output=True, text=True, check=True
+    )
