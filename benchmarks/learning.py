@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning FOLDER... [--settings 6] [--seq-len 64] [--output results.json]
 
-Each FOLDER has a train.jsonl and a test.jsonl of `{"text", "label"}`, such as `samples/docstrings.py` writes. The
-probe is scikit-learn's logistic regression on all-MiniLM-L6-v2's sentence embeddings in float32, frozen; the device
-side is the command, at 4 bits, in a process of its own. Accuracy is of the test records.
+Each FOLDER has a train.jsonl and a test.jsonl of `{"text", "label"}`, such as `samples/docstrings.py` writes.
+The probe is scikit-learn's logistic regression on all-MiniLM-L6-v2's sentence embeddings in float32, frozen;
+the device side is the command, at 4 bits, in a process of its own. Accuracy is of the test records.
 """
 
 import json
@@ -50,8 +50,10 @@ def adapt(bundle: Path, folder: Path, output: Path, seq_len: int, *options: str)
     command = [sys.executable, "-m", "edgepeft.cli"]
     began_s = time.perf_counter()
     done = subprocess.run(
-        [*command, "adapt", str(bundle), "--data", str(folder / "train.jsonl"), "-o", str(output)]
-        + ["--budget", BUDGET, "--seq-len", str(seq_len), "--json", *options],
+        [
+            *(*command, "adapt", str(bundle), "--data", str(folder / "train.jsonl"), "-o", str(output)),
+            *("--budget", BUDGET, "--seq-len", str(seq_len), "--json", *options),
+        ],
         capture_output=True,
         text=True,
     )
@@ -62,8 +64,10 @@ def adapt(bundle: Path, folder: Path, output: Path, seq_len: int, *options: str)
     accuracy = None
     if done.returncode == 0:
         told = subprocess.run(
-            [*command, "predict", str(bundle), "--data", str(folder / "test.jsonl"), "--adapter", str(output)]
-            + ["--seq-len", str(seq_len), "--json"],
+            [
+                *(*command, "predict", str(bundle), "--data", str(folder / "test.jsonl")),
+                *("--adapter", str(output), "--seq-len", str(seq_len), "--json"),
+            ],
             capture_output=True,
             text=True,
             check=True,
@@ -102,9 +106,8 @@ def row(result: dict[str, Any]) -> str:
     """A line of the table."""
     default, *others = result["runs"]
     counts = sorted(result["records"].values(), reverse=True)
-    best = max(
-        (run for run in others if run["accuracy"] is not None), key=lambda run: run["accuracy"], default=None
-    )
+    kept = [run for run in others if run["accuracy"] is not None]
+    best = max(kept, key=lambda run: run["accuracy"], default=None)
     said = "" if best is None else f"{best['accuracy']:.3f} ({best['options']})"
     return (
         f"| {result['texts']} | {', '.join(map(str, counts))} | {result['probe']:.3f} | "
