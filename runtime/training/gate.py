@@ -21,6 +21,10 @@ FEATURES = "features"
 """Output that holds what a linear head reads."""
 
 
+SAID_VALUES = 2**20
+"""Scores that an evaluation keeps at most, with targets 12 MiB; of more it has loss and accuracy only."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """What a classifier said of labelled items: scores and targets `[items, labels]`, see `Targets`."""
@@ -32,7 +36,7 @@ class Scores:
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss over the counted items, and the share of correct ones where the task has such a thing; of a
-    classifier also what it said."""
+    classifier also what it said, if that is not too much to keep."""
 
     loss: float
     accuracy: float | None
@@ -69,6 +73,7 @@ def evaluate(
     total, items, correct = 0.0, 0, 0
     graded = True
     said: list[tuple[FloatArray, npt.NDArray[np.float64]]] = []
+    said_values = 0
     try:
         for start in range(0, len(examples), batch_size):
             chunk = examples[start : start + batch_size]
@@ -83,14 +88,15 @@ def evaluate(
             graded = graded and right is not None
             correct += right or 0
             labelled = task.labelled(outputs[task.output], batch) if task.output in outputs else None
-            if labelled is not None:
+            if labelled is not None and said_values <= SAID_VALUES:
                 said.append(labelled)
+                said_values += labelled[0].size
             if sink is not None:
                 sink(outputs, batch)
     finally:
         judge.close()
     scores = None
-    if said:
+    if said and said_values <= SAID_VALUES:
         scores = Scores(
             np.concatenate([values for values, _ in said]).astype(np.float64),
             np.concatenate([targets for _, targets in said]),
