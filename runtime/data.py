@@ -137,7 +137,14 @@ def _rest(file: BinaryIO, where: str) -> bytes:
 
 def _parse(line: bytes, where: str) -> Mapping[str, Any]:
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1}): save the "
+            "file as UTF-8, such as with iconv -f latin1 -t utf-8"
+        ) from error
+    try:
+        fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         advice = ", as jq -c '.[]' makes them of an array" if line.lstrip().startswith(b"[") else ""
         raise DataError(f"{where}: is not JSON ({error}): write one object a line{advice}") from error

@@ -67,9 +67,13 @@ class Targets:
         else:
             raise DataError(f"{record.where}: label is {shown(value)}, expected a label's name or number")
         listed = ", ".join(self.names[:10]) + (", …" if len(self.names) > 10 else "")
+        from difflib import get_close_matches  # for this message only
+
+        near = get_close_matches(value, self.names, 1) if isinstance(value, str) else []
+        meant = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(
-            f"{record.where}: label {shown(value)} was not known when the bundle was exported; it knows "
-            f"{len(self.names)}: {listed}. Use these, or export the model with --labels that name all"
+            f"{record.where}: label {shown(value)} was not known when the bundle was exported{meant}; it "
+            f"knows {len(self.names)}: {listed}. Use these, or export the model with --labels that name all"
         )
 
     def array(self, examples: Sequence[Example]) -> Array:

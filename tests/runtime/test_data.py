@@ -56,7 +56,7 @@ def test_lines_come_one_at_a_time_with_their_numbers(tmp_path: Path) -> None:
         (b'["a"]', "is a JSON list"),
         (b"[", r"write one object a line, as jq -c '\.\[\]' makes them of an array"),
         (b"3", "is a JSON int"),
-        (b'{"text": "\xff"}', "is not JSON"),
+        (b'{"text": "\xff"}', r"is not UTF-8 \(byte 0xff at 11\): save the file as UTF-8"),
         (b"[" * 100_000, "is not JSON"),
         (b'"' + b"x" * 2**24, "longer than"),
     ],
@@ -490,3 +490,11 @@ def test_templates_and_messages_that_cannot_be_used(
     default = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
     with pytest.raises(EdgePeftError, match=message):
         encode(task, {"messages": default if messages is None else messages})
+
+
+def test_a_label_that_is_nearly_one_is_pointed_out(classifier: Path) -> None:
+    name = tiny.LABELS[0]
+    with pytest.raises(DataError, match=rf"did you mean '{name}'\?"):
+        task_for(open_bundle(classifier)).encode_all(
+            records([{"input_ids": [3], "label": name.upper()[:1] + name[1:]}]), 8, training=True
+        )
