@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_folder, atomic_write
 from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
@@ -31,6 +31,9 @@ PREFIX = "base_model.model."
 BASE_KEY = "edgepeft_base"
 """Where the tensors' file has the base, in its metadata: PEFT ignores what it does not know there, and warns
 of what it does not know in the configuration."""
+
+LABELS_KEY = "edgepeft_labels"
+"""Where it has the labels of a classifier that learned more than the base has, as a JSON list."""
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _MAX_CONFIG_BYTES = 2**20
@@ -68,12 +71,14 @@ class Adapter:
         tensors: float32 arrays by PEFT's state-dict key, in PEFT's layout.
         origin: where it came from, for messages.
         base: fingerprint of the base it was trained on (`Manifest.base`); None where that is not recorded.
+        labels: of a classifier with more of them than the base; None: the base's own.
     """
 
     config: dict[str, Any]
     tensors: dict[str, npt.NDArray[np.float32]]
     origin: str = "adapter"
     base: str | None = None
+    labels: tuple[str, ...] | None = None
     _scalings: dict[str, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -265,7 +270,30 @@ def load_adapter(folder: Path | str) -> Adapter:
         )
     tensors = read_tensors(folder / TENSOR_FILE)
     base = read_metadata(folder / TENSOR_FILE).get(BASE_KEY)
-    return Adapter(config=config, tensors=tensors, origin=str(folder), base=base)
+    labels = read_labels(folder)
+    return Adapter(config=config, tensors=tensors, origin=str(folder), base=base, labels=labels)
+
+
+def read_labels(folder: Path) -> tuple[str, ...] | None:
+    """The labels that an adapter's file says it knows; None where it says nothing of them.
+
+    Raises:
+        AdapterError: they are no list of different texts.
+    """
+    text = read_metadata(folder / TENSOR_FILE).get(LABELS_KEY)
+    if text is None:
+        return None
+    try:
+        labels = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{folder / TENSOR_FILE}: its labels are not JSON ({error})") from error
+    if (
+        not isinstance(labels, list)
+        or not all(isinstance(label, str) for label in labels)
+        or len(set(labels)) != len(labels)
+    ):
+        raise AdapterError(f"{folder / TENSOR_FILE}: its labels are no list of different texts")
+    return tuple(labels)
 
 
 def rounded(adapter: Adapter, dtype: StoredDtype) -> Adapter:
@@ -292,6 +320,8 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32"
     atomic_write(folder / CONFIG_FILE, config)
     stored = {key: tensor.astype(dtype, copy=False) for key, tensor in adapter.tensors.items()}
     metadata = {"format": "pt"} | ({} if adapter.base is None else {BASE_KEY: adapter.base})
+    if adapter.labels is not None:
+        metadata[LABELS_KEY] = json.dumps(adapter.labels)
     write_tensors(folder / TENSOR_FILE, stored, metadata)
 
 
@@ -306,8 +336,21 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> None:
         write_adapter(adapter, temporary)
 
 
-def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[SavedModule]) -> None:
+def fit(
+    adapter: Adapter,
+    slots: Sequence[LoraSlot],
+    saved_modules: Sequence[SavedModule],
+    head: LinearHead | None = None,
+    labels: Sequence[str] = (),
+) -> None:
     """Check that every tensor of the adapter has its place in the base model.
+
+    Args:
+        adapter: the adapter.
+        slots: of the base.
+        saved_modules: of the base.
+        head: of the base, where an adapter may bring more labels.
+        labels: the base's own, which the adapter's begin with.
 
     Raises:
         AdapterError: names the first module that does not fit, and what the base has there.
@@ -330,6 +373,11 @@ def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[Sav
                 f"adapter, {slot.in_features} -> {slot.out_features} in this bundle: the adapter was made "
                 "for another base"
             )
+    if adapter.labels is not None and adapter.labels[: len(labels)] != tuple(labels):
+        raise AdapterError(
+            f"{adapter.origin}: knows the labels {', '.join(adapter.labels)}, this bundle {', '.join(labels)}"
+            ": the adapter was made for another base"
+        )
     by_key = {saved.input: saved for saved in saved_modules}
     for key in adapter.saved_keys:
         saved = by_key.get(key)
@@ -338,11 +386,13 @@ def fit(adapter: Adapter, slots: Sequence[LoraSlot], saved_modules: Sequence[Sav
                 f"{adapter.origin}: module {key[len(PREFIX) :]} is saved in the adapter, but this bundle "
                 "does not let an adapter replace it: export the base together with this adapter"
             )
-        shape = adapter.tensors[key].shape
-        if shape != saved.shape:
+        shape, expected = adapter.tensors[key].shape, saved.shape
+        if adapter.labels is not None and head is not None and key in head.inputs:
+            expected = (len(adapter.labels), *saved.shape[1:])
+        if shape != expected:
             raise AdapterError(
                 f"{adapter.origin}: module {saved.module}: {saved.parameter} is {list(shape)} in the "
-                f"adapter, {list(saved.shape)} in this bundle: the adapter was made for another base or "
+                f"adapter, {list(expected)} in this bundle: the adapter was made for another base or "
                 "other labels"
             )
 

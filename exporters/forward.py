@@ -12,7 +12,7 @@ from edgepeft.errors import ExportError
 from .decoder import Decoder, build_decoder
 from .graph import tidy
 from .model_info import default_targets
-from .passes.linear_head import add_features, find_linear_head
+from .passes.linear_head import add_features, find_linear_head, free_labels
 from .passes.linears import find_linears, find_marked_linears, select, unpack
 from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
@@ -79,7 +79,7 @@ def build_forward(
     values = {module.default: traced.weights[module.default] for module in saved}
     forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
     if source.task in CLASSIFICATION:
-        forward.linear_head = _linear_head(graph)
+        forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")
     if plain is not None:
         forward.decoder = build_decoder(
             plain, traced.weights, traced.packed, chosen, freezer, source.max_length
@@ -87,10 +87,12 @@ def build_forward(
     return forward
 
 
-def _linear_head(graph: ir.Graph) -> LinearHead | None:
-    """The layer that makes the logits, whose features the graph puts out from now on."""
+def _linear_head(graph: ir.Graph, *, has_labels: bool) -> LinearHead | None:
+    """The layer that makes the logits, whose features the graph puts out from now on; labels may be added."""
     head = find_linear_head(graph.outputs[0])
     if head is None:
         return None
+    if has_labels:
+        free_labels(head, graph.outputs[0])
     add_features(graph, head)
     return LinearHead(head.weight.name or "", None if head.bias is None else head.bias.name)

@@ -43,10 +43,12 @@ class PreparedAdapter:
         origin: where it came from, for messages.
         inputs: float32 by input name, contiguous: `A` `[in_features, r]`, `B` `[r, out_features]` and scaling
             `[r]` of every slot that it has, and whole parameters of its saved modules.
+        labels: see `Adapter`.
     """
 
     origin: str
     inputs: dict[str, FloatArray]
+    labels: tuple[str, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -68,7 +70,7 @@ def prepare(bundle: Bundle, adapter: Adapter | PreparedAdapter) -> PreparedAdapt
             inputs[slot.a_input] = np.ascontiguousarray(adapter.tensors[slot.a_input].T)
             inputs[slot.b_input] = np.ascontiguousarray(adapter.tensors[slot.b_input].T)
             inputs[slot.scaling_input] = np.full(rank, adapter.scaling(slot.module), np.float32)
-    return PreparedAdapter(adapter.origin, inputs)
+    return PreparedAdapter(adapter.origin, inputs, adapter.labels)
 
 
 def resolve(
@@ -324,7 +326,12 @@ def _saved_input(bundle: Bundle, saved: SavedModule, adapters: Weighted) -> Floa
             f"module {saved.module} is replaced by {len(carriers)} of the mixed adapters, whose weights sum "
             f"to {total:g}: give these weights that sum to 1, or mix only one adapter that carries it"
         )
-    mixed = sum((weight * value for value, weight in carriers), np.zeros(saved.shape, np.float32))
+    if len({value.shape for value, _ in carriers}) > 1:
+        raise AdapterError(
+            f"module {saved.module} has more labels in one of the mixed adapters than in another: mix "
+            "adapters that know the same"
+        )
+    mixed = sum((weight * value for value, weight in carriers), np.zeros(first.shape, np.float32))
     return np.ascontiguousarray(mixed, dtype=np.float32)
 
 

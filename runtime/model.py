@@ -249,6 +249,8 @@ class Model(LoadedBundle):
         """The results of as many records at a time as are read at once."""
         if self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
+        if self._task.targets is not None:
+            self._task.targets.names = self._sessions.registry.labels(adapter)
         windows: Iterable[list[Example]]
         if isinstance(adapter, list | tuple):
             windows = [self._examples(source, adapter, batch_size, seq_len)]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE
+from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, read_labels
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.validation import is_adapter_name
 from edgepeft.errors import AdapterError, UsageError
@@ -86,6 +86,32 @@ class AdapterRegistry:
         self._array_ids = frozenset(
             id(array) for adapter in self._loaded.values() for array in adapter.inputs.values()
         )
+
+    def labels(self, spec: AdapterSpecs) -> tuple[str, ...]:
+        """The labels that a classifier has with what a call asks for.
+
+        Raises:
+            UsageError: adapters of one call know different ones.
+            AdapterError: what an adapter says of its labels cannot be read.
+        """
+        own = self._bundle.manifest.model.labels
+        parts = _rows(spec)
+        if parts is None:
+            assert not isinstance(spec, list | tuple)
+            parts = [spec]
+        found = {self._labels_of(name) or own for part in parts for name in weights_of(part)} or {own}
+        if len(found) > 1:
+            raise UsageError(
+                "adapter: the adapters of one call know different labels: call once for each, so that every "
+                "result has the labels of its own"
+            )
+        return found.pop()
+
+    def _labels_of(self, name: str | Path) -> tuple[str, ...] | None:
+        if isinstance(name, str) and name in self._loaded:
+            return self._loaded[name].labels
+        folder = Path(name) if is_path(name) else self._bundle.path / "adapters" / name
+        return read_labels(folder) if (folder / TENSOR_FILE).is_file() else None
 
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.

@@ -263,3 +263,11 @@ class Manifest:
     decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place
     linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes
     base: str | None = None  # SHA-256 (hex) that tells the base from others of its shape; null: not known
+
+    @property
+    def takes_labels(self) -> bool:
+        """Whether a classifier's head may have more labels than it was exported with."""
+        if self.linear_head is None:
+            return False
+        specs = {spec.name: spec for spec in self.graphs["inference"].inputs}
+        return isinstance(specs[self.linear_head.weight].shape[0], str)

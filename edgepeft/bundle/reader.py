@@ -98,10 +98,15 @@ class Bundle:
                 self.file(f"adapters/{name}/{file}")
         adapter = load_adapter(self.path / "adapters" / name)
         if name in self.manifest.adapters:
-            fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+            self._fit(adapter)
         else:
             self.check_fit(adapter)
         return adapter
+
+    def _fit(self, adapter: Adapter) -> None:
+        manifest = self.manifest
+        head = manifest.linear_head if manifest.takes_labels else None
+        fit(adapter, manifest.lora_slots, manifest.saved_modules, head, manifest.model.labels)
 
     def check_fit(self, adapter: Adapter) -> None:
         """Refuse an adapter that does not belong to the base.
@@ -109,7 +114,7 @@ class Bundle:
         Raises:
             AdapterError: a tensor has no place in it; or it was trained on another base, without `force`.
         """
-        fit(adapter, self.manifest.lora_slots, self.manifest.saved_modules)
+        self._fit(adapter)
         if not self.force:
             check_base(adapter, self.manifest.base)
 

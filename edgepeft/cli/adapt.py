@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
 @force_option()
 @click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
+@click.option(
+    "--add-label",
+    "add_labels",
+    multiple=True,
+    metavar="NAME",
+    help="A class that the classifier does not have yet; may be repeated. Give records of the others too.",
+)
 @memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
 @click.option("--epochs", type=int, help="Passes over the records; their number decides unless given.")

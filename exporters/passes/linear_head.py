@@ -9,6 +9,8 @@ from .linears import is_plain_gemm
 
 #: Name of the output that holds what the last linear layer reads.
 FEATURES = "features"
+#: Name of the axis that has an entry for each label.
+LABELS = "labels"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,22 @@ def find_linear_head(output: ir.Value) -> Head | None:
     if features is None or weight is None or not weight.is_graph_input() or len(weight.uses()) != 1:
         return None
     return Head(features, weight, bias)
+
+
+def free_labels(head: Head, output: ir.Value) -> None:
+    """Let the head have any number of labels: its rows, its bias and what lies between them and the output
+    have the axis `labels`."""
+    between, waiting = [output], [head.weight]
+    while waiting:
+        for node, _ in waiting.pop().uses():
+            if node.outputs[0] not in between:
+                between.append(node.outputs[0])
+                waiting.append(node.outputs[0])
+    for value, axis in ((head.weight, 0), (head.bias, 0), *((value, -1) for value in between)):
+        if value is not None and value.shape is not None:
+            dims = list(value.shape)
+            dims[axis] = ir.SymbolicDim(LABELS)
+            value.shape = ir.Shape(dims)
 
 
 def add_features(graph: ir.Graph, head: Head) -> None:

@@ -33,6 +33,7 @@ def fingerprint(
         exact_gradients: whether they are computed or estimated.
     """
     chosen = {name: value for name, value in dataclasses.asdict(options).items() if name not in _DERIVED}
+    chosen["add_labels"] = list(options.add_labels)  # as JSON has it
     return {
         "bundle": hash_file(bundle.path / MANIFEST_FILE).sha256,
         "data": data,

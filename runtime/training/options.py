@@ -19,6 +19,7 @@ class TrainingOptions:
     """Options of one update.
 
     Attributes:
+        add_labels: names of classes that the bundle's classifier does not have yet.
         adapter: name (or path) of the adapter to start from; None takes the bundle's first.
         rank: start a fresh LoRA of this rank on every slot instead.
         trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), only
@@ -46,6 +47,7 @@ class TrainingOptions:
         resume: continue from the checkpoint beside the output, if there is one.
     """
 
+    add_labels: tuple[str, ...] = ()
     adapter: str | None = None
     rank: int | None = None
     trainable: str = "all"
@@ -115,6 +117,11 @@ class TrainingOptions:
         if self.rank is not None and self.adapter is not None:
             raise UsageError(
                 "both an adapter to start from and the rank of a fresh one are given: give one of them"
+            )
+        if self.add_labels and not manifest.takes_labels:
+            raise UsageError(
+                "add_labels: this bundle's outputs are no labels of a linear head, or it was exported before "
+                "heads could grow: export the model again"
             )
         if self.trainable == "head" and (self.steps, self.epochs) != (None, None):
             raise UsageError(

@@ -28,7 +28,7 @@ from edgepeft.runtime.training.fingerprint import fingerprint
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.ridge import features_bytes
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
-from edgepeft.runtime.training.starting import starting_adapter, trained_names
+from edgepeft.runtime.training.starting import starting_adapter, trained_names, with_labels
 from edgepeft.runtime.training.workload import workload
 
 
@@ -73,6 +73,10 @@ def prepare(
         AdapterError: the starting adapter is damaged or does not fit.
     """
     adapter = starting_adapter(bundle, options)
+    if options.add_labels:
+        adapter = with_labels(bundle, adapter, options.add_labels)
+    if task.targets is not None:
+        task.targets.names = adapter.labels or bundle.manifest.model.labels
     names = trained_names(bundle.manifest, adapter, options)
     # Beside the output: where a disk of memory is mounted for temporary files, they would be in memory.
     folder = next(parent for parent in output.parents if parent.exists())

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,29 @@ def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
         raise UsageError("the bundle has no adapter to start from: start a fresh one with --rank 8")
     found = find_adapter(bundle, options.adapter if options.adapter is not None else names[0])
     return dataclasses.replace(found, base=bundle.manifest.base)
+
+
+def with_labels(bundle: Bundle, adapter: Adapter, added: Sequence[str]) -> Adapter:
+    """The adapter with a row of zeros in its head for each label that is added.
+
+    Raises:
+        UsageError: a label is there already, or is no name.
+    """
+    manifest = bundle.manifest
+    labels = adapter.labels or manifest.model.labels
+    for label in added:
+        if not isinstance(label, str) or not label or label in labels or list(added).count(label) > 1:
+            raise UsageError(f"label {label!r} cannot be added: there are {', '.join(labels)}")
+    head = manifest.linear_head
+    assert head is not None
+    tensors = dict(adapter.tensors)
+    for saved in manifest.saved_modules:
+        if saved.input in head.inputs:
+            present = tensors.get(saved.input)
+            present = bundle.read_weight(saved.default) if present is None else present
+            rows = np.zeros((len(added), *present.shape[1:]), np.float32)
+            tensors[saved.input] = np.concatenate([present, rows])
+    return dataclasses.replace(adapter, tensors=tensors, labels=(*labels, *added))
 
 
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:

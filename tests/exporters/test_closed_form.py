@@ -17,7 +17,7 @@ from sklearn.linear_model import Ridge
 
 import edgepeft
 from edgepeft.adapters import load_adapter
-from edgepeft.errors import UpdateRejectedError, UsageError
+from edgepeft.errors import DataError, UpdateRejectedError, UsageError
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
 
 from . import models
@@ -262,3 +262,55 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "edgepeft.cli", *arguments], capture_output=True, text=True, check=True
     )
+
+
+@pytest.mark.parametrize("name", ["bert-classifier", "bert-tokens", "bert-multi-label", "vit", "wav2vec2"])
+def test_a_label_can_be_added(exported: Make, name: str, tmp_path: Path) -> None:
+    """The adapter says which it knows, predicts them, learns on from there, and opens in PEFT."""
+    bundle = exported(name, 32)
+    data = records(name)
+    known = bundle.manifest.model.labels
+    for index, record in enumerate(data):
+        if name == "bert-tokens":
+            record["labels"][-1] = "new" if index % 2 else record["labels"][-1]
+        elif name == "bert-multi-label":
+            applying = [label for label, value in zip(known, record["label"], strict=True) if value]
+            record["label"] = [*applying, "new"] if index % 3 == 0 else applying
+        elif index % 4 == 0:
+            record["label"] = "new"
+    with edgepeft.load(bundle.folder) as model:
+        with pytest.raises(DataError, match="'new' was not known"):
+            model.adapt(data, tmp_path / "out", adapter="plain", trainable="head")
+        model.adapt(data, tmp_path / "out", adapter="plain", trainable="head", add_labels=("new",))
+        assert load_adapter(tmp_path / "out").labels == (*known, "new")
+        results = model.predict(data, adapter=tmp_path / "out")
+        if name != "bert-tokens":
+            assert list(results[0]["scores"]) == [*known, "new"]
+            plain = [{key: value for key, value in record.items() if key != "label"} for record in data]
+            assert len(model.predict(plain, adapter="plain")[0]["scores"]) == len(known)
+        try:
+            again = model.adapt(data, tmp_path / "on", adapter=str(tmp_path / "out"), steps=4).to_dict()
+        except UpdateRejectedError as error:
+            again = error.report or {}
+        assert len(again["losses"]) == 4
+        with pytest.raises(UsageError, match="label 'new' cannot be added"):
+            model.adapt(data, tmp_path / "x", adapter=str(tmp_path / "out"), add_labels=("new",))
+        with pytest.raises(UsageError, match="know different labels"):
+            model.predict(data[:2], adapter=["plain", str(tmp_path / "out")])
+        example = {key: np.asarray(value)[None] for key, value in data[0].items() if "label" not in key}
+        logits = next(iter(model.forward(example, str(tmp_path / "out")).values()))
+    base = bundle.torch_model()
+    wide = torch.nn.Linear(base.classifier.in_features, len(known) + 1)
+    base.classifier, base.config.num_labels = wide, len(known) + 1
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    with torch.no_grad():
+        expected = opened(**{key: torch.from_numpy(value) for key, value in example.items()}).logits
+    np.testing.assert_allclose(logits, expected.numpy(), atol=2e-3, rtol=1e-3)
+
+
+def test_a_regression_takes_no_labels(exported: Make, tmp_path: Path) -> None:
+    with (
+        edgepeft.load(exported("bert-regression", 32).folder) as model,
+        pytest.raises(UsageError, match="outputs are no labels of a linear head"),
+    ):
+        model.adapt(records("bert-regression"), tmp_path / "out", adapter="plain", add_labels=("new",))
