@@ -21,6 +21,8 @@ from ..other_systems import SYSTEMS, environment
 pytestmark = pytest.mark.slow
 MIB = 2**20
 BUDGET_BYTES = 112 * MIB
+# It is predicted to take 117 MiB with what is to spare, and takes 104 to 107.
+TRAINING_BYTES = 122 * MIB
 # With psutil, and without giving back what malloc keeps.
 ELSEWHERE_BYTES = 124 * MIB
 
@@ -99,8 +101,9 @@ def test_generation_inside_a_budget_below_the_weight_file(bundle: Path) -> None:
 def test_training_inside_a_budget_below_the_weight_file(bundle: Path, tmp_path: Path) -> None:
     """The kernel does not kill it, and the losses are those of the whole graph."""
     command = [sys.executable, "-c", TRAIN, str(bundle)]
+    assert open_bundle(bundle).manifest.files["weights.bin"].nbytes > TRAINING_BYTES
     free = run([*command, "0", str(tmp_path / "free")], 4096 * MIB)
-    limited = run([*command, str(BUDGET_BYTES), str(tmp_path / "limited")], BUDGET_BYTES)
+    limited = run([*command, str(TRAINING_BYTES), str(tmp_path / "limited")], TRAINING_BYTES)
     assert free.returncode == limited.returncode == 0, free.stderr + limited.stderr
     whole, staged = json.loads(free.stdout), json.loads(limited.stdout)
     assert whole["strategy"] == "resident"
