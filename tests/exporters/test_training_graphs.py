@@ -13,7 +13,7 @@ from edgepeft.exporters.graph import append, graph_input, new_model, tidy
 from edgepeft.exporters.losses import loss_for
 from edgepeft.exporters.passes.run_order import run_in_order
 from edgepeft.exporters.training import memory
-from edgepeft.exporters.training.feeds import sample_feeds
+from edgepeft.exporters.training.feeds import axis_sizes, sample_feeds
 from edgepeft.exporters.training.joint import build_loss
 from edgepeft.exporters.training.optimizer import build_adamw, build_grad_norm
 
@@ -144,7 +144,7 @@ def test_the_memory_formula_predicts_sizes_it_has_not_seen(
     spec = manifest.graphs[role]
     data = Path(bundle.folder / spec.file).read_bytes()
     for batch, sequence, rank in ((3, 33, 2), (16, 60, 8)):
-        feeds = sample_feeds(spec, {"batch": batch, "sequence": sequence}, rank)
+        feeds = sample_feeds(spec, axis_sizes(batch, sequence), rank)
         (in_use,) = memory.bytes_in_use(data, bundle.folder, [feeds])
         measured = float(in_use.max() - in_use.min())
         assert formula.activation_bytes(batch, sequence, rank) == pytest.approx(measured, rel=0.02)
