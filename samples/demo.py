@@ -54,7 +54,7 @@ class Demo:
         self.results["before"] = {"accuracy": self.accuracy("default", "before")}
         self.results["head"] = self.adapt("head", "--trainable", "head")
         self.results["lora"] = self.adapt(
-            *("lora", "--adapter", str(self.out / "head-adapter"), "--steps", str(STEPS)),
+            *("lora", "--steps", str(STEPS)),
             *("--batch-size", str(BATCH_SIZE), "--lr", str(LORA_LR), "--warmup-steps", "10"),
         )
         self.compare_with_torch()
@@ -106,11 +106,12 @@ class Demo:
         }
 
     def compare_with_torch(self) -> None:
-        """Workstation: PyTorch + PEFT in float32, from the same start through the same batches."""
+        """Workstation: PyTorch + PEFT in float32, from a head in closed form through the same batches."""
         figures = self.out / "torch.json"
         report = self.out / "lora-adapter" / "adapt_report.json"
         script = Path(__file__).with_name("torch_side.py")
-        _run(sys.executable, script, self.bundle, self.train, self.test, report, figures)
+        start = self.out / "head-adapter"
+        _run(sys.executable, script, self.bundle, self.train, self.test, report, start, figures)
         baseline = json.loads(figures.read_text("utf-8"))
         self.results["torch"] = {name: baseline[name] for name in ("accuracy", "seconds", "peak_bytes")}
 

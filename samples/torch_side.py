@@ -1,6 +1,6 @@
 """The demo's other side: the same adapter, records and steps in PyTorch + PEFT, without edgepeft's graphs.
 
-    python samples/torch_side.py BUNDLE TRAIN.jsonl TEST.jsonl REPORT.json OUT.json
+    python samples/torch_side.py BUNDLE TRAIN.jsonl TEST.jsonl REPORT.json ADAPTER OUT.json
 
 trains in float32, in a process of its own so that its memory can be compared; `demo.py` calls the rest.
 """
@@ -65,13 +65,14 @@ def logits(model: Any, task: Task, examples: list[Example]) -> np.ndarray:
     return torch.cat(outputs).numpy()
 
 
-def train(bundle: Bundle, data: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Train as `edgepeft adapt` did: from the same adapter, with the same split, batches and schedule.
+def train(bundle: Bundle, data: Path, options: dict[str, Any], start: Path) -> tuple[Any, dict[str, Any]]:
+    """Train as `edgepeft adapt` did: from a head in closed form, with the same split, batches and schedule.
 
     Args:
         bundle: for the tokenizer and the labels.
         data: JSONL of `edgepeft adapt`.
         options: those in its report.
+        start: an adapter with that head.
 
     Returns:
         The trained model, and `losses`, `seconds`, `peak_bytes` and `timeline` of the training.
@@ -79,7 +80,7 @@ def train(bundle: Bundle, data: Path, options: dict[str, Any]) -> tuple[Any, dic
     with MemoryRecorder() as recorder:
         began_s = time.perf_counter()
         model = peft.PeftModel.from_pretrained(
-            base_model(bundle.manifest.model.labels), options["adapter"], is_trainable=True
+            base_model(bundle.manifest.model.labels), start, is_trainable=True
         ).eval()  # no dropout, as on the device
         task = task_for(bundle)
         examples = task.encode_all(records(data), options["seq_len"], training=True)
@@ -130,10 +131,10 @@ def open_adapted(bundle: Bundle, adapter: Path, *, stored_weights: bool) -> Any:
 
 def main() -> None:
     """Train, grade on the test records and write the figures as JSON."""
-    bundle_path, data, test, report, output = map(Path, sys.argv[1:])
+    bundle_path, data, test, report, start, output = map(Path, sys.argv[1:])
     bundle = open_bundle(bundle_path)
     options = json.loads(report.read_text("utf-8"))["options"]
-    model, figures = train(bundle, data, options)
+    model, figures = train(bundle, data, options, start)
     examples = task_for(bundle).encode_all(records(test), options["seq_len"], training=True)
     right = logits(model, task_for(bundle), examples).argmax(1) == [example.label for example in examples]
     output.write_text(json.dumps({**figures, "accuracy": float(right.mean())}), "utf-8")
