@@ -29,8 +29,8 @@ from edgepeft.runtime.tasks import task_for
 from edgepeft.sizes import format_size
 
 BUDGET = "384MiB"
-STEPS, BATCH_SIZE, SEQ_LEN = 120, 16, 48
-LORA_LR = 3e-3
+STEPS, BATCH_SIZE, SEQ_LEN = 80, 16, 48
+LORA_LR = 1e-3
 ABSENT_ON_DEVICE = ("torch", "transformers", "peft", "optimum", "onnx", "onnxscript", "onnx_ir")
 EDGEPEFT = Path(sys.executable).with_name("edgepeft")
 
