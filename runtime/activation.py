@@ -22,13 +22,10 @@ from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import LoraSlot, Manifest, SavedModule
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
-from edgepeft.runtime.memory.room import check_room
+from edgepeft.runtime.memory.room import PARSED, check_room
 from edgepeft.tensor_files import count_values, header_size
 
 FloatArray = npt.NDArray[np.float32]
-
-_PARSED = 10
-"""Bytes that JSON takes for each of its own, while it is parsed."""
 AdapterSpec = str | Path | Mapping[str, float] | None
 """An adapter of the bundle or a loaded one by name, a PEFT folder by path, a mixture of them with weights, or
 none."""
@@ -136,7 +133,7 @@ def find_adapter(bundle: Bundle, name: str | Path) -> Adapter:
     folder = Path(name) if is_path(name) else bundle.path / "adapters" / name
     file = folder / TENSOR_FILE
     if file.is_file():
-        check_room(_PARSED * header_size(file), f"{file}: its header")
+        check_room(PARSED * header_size(file), f"{file}: its header")
         # As float32, and meanwhile as pages of the file or, afterwards, as the graphs take it.
         check_room(2 * 4 * count_values(file), f"{folder}: the adapter")
     if not is_path(name) and name not in bundle.adapter_names() and (Path(name) / CONFIG_FILE).is_file():

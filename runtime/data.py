@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgepeft.errors import BudgetError, DataError
-from edgepeft.runtime.memory.room import no_room
+from edgepeft.runtime.memory.room import PARSED, no_room
 from edgepeft.sizes import format_size
 
 RecordSource = str | Path | Iterable[Mapping[str, Any]]
@@ -18,8 +18,6 @@ STANDARD_INPUT = "-"
 
 _MAX_LINE_BYTES = 2**24
 _PIECE_BYTES = 2**16
-_PARSED = 10
-"""Bytes that a record takes for each of its line's, while it is parsed and encoded."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _rest(file: BinaryIO, where: str) -> bytes:
     nbytes = _PIECE_BYTES
     while nbytes <= _MAX_LINE_BYTES and (piece := file.readline(_PIECE_BYTES)):
         nbytes += len(piece)
-        refusal = no_room(_PARSED * nbytes, f"{where}: a record of {format_size(nbytes)}")
+        refusal = no_room(PARSED * nbytes, f"{where}: a record of {format_size(nbytes)}")
         if refusal is None:
             rest += piece
         else:

@@ -4,6 +4,7 @@ import hashlib
 import pickle
 import tempfile
 import weakref
+from abc import abstractmethod
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,27 @@ HELD_BYTES = 2**20
 """Examples that take no more together are held in memory."""
 
 
-class Examples(Sequence[Example]):
+class _Numbered(Sequence[Example]):
+    """Examples that are had by their number, one at a time."""
+
+    @abstractmethod
+    def _at(self, number: int) -> Example:
+        """One of them."""
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Example]: ...
+
+    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
+        """An example; of a slice a list of them."""
+        if isinstance(index, slice):
+            return [self._at(number) for number in range(*index.indices(len(self)))]
+        return self._at(index)
+
+
+class Examples(_Numbered):
     """Records as their task encodes them, once each and in their order.
 
     Training reads them again and again; a file of what was encoded costs no memory, and no tokenizer has to
@@ -88,19 +109,11 @@ class Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._held) or len(self._ends) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        """An example, read from the file where there is one; of a slice a list of them."""
-        if isinstance(index, slice):
-            return [self[number] for number in range(*index.indices(len(self)))]
+    def _at(self, number: int) -> Example:
+        """An example, read from the file where there is one."""
         if self._file is None:
-            return self._held[index]
-        start, end = self._ends[index], self._ends[index + 1]
+            return self._held[number]
+        start, end = self._ends[number], self._ends[number + 1]
         self._file.seek(start)
         example: Example
         mapped: _Mapped | None
@@ -130,23 +143,15 @@ class Examples(Sequence[Example]):
             self._ends.append(self._ends[-1] + len(data))
 
 
-class _Part(Sequence[Example]):
+class _Part(_Numbered):
     def __init__(self, examples: Examples, indices: npt.NDArray[np.int64]) -> None:
         self._examples, self._indices = examples, indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Example]: ...
-
-    def __getitem__(self, index: int | slice) -> Example | Sequence[Example]:
-        if isinstance(index, slice):
-            return [self._examples[int(number)] for number in self._indices[index]]
-        return self._examples[int(self._indices[index])]
+    def _at(self, number: int) -> Example:
+        return self._examples[int(self._indices[number])]
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,10 @@ class SavedModule:
     default: str
 
 
+#: Output of a graph that holds what a linear head reads, and the axis that has an entry for each label.
+FEATURES, LABELS = "features", "labels"
+
+
 @dataclass(frozen=True)
 class LinearHead:
     """The linear layer that makes a classifier's outputs: `logits = features @ weight.T + bias`.

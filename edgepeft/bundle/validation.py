@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 
 from edgepeft.bundle.decoder_validation import check_decoder
 from edgepeft.bundle.manifest import (
+    FEATURES,
     GraphSpec,
     ImagePreprocessing,
     LinearHead,
@@ -284,8 +285,8 @@ def _check_adapters(manifest: Manifest) -> None:
 def _check_linear_head(manifest: Manifest, head: LinearHead) -> None:
     """Both inputs belong to saved modules and have the sizes of the labels and of the features."""
     outputs = {spec.name: spec for spec in manifest.graphs["inference"].outputs}
-    _require("features" in outputs, "linear_head: the inference graph has no output 'features'")
-    width, count = outputs["features"].shape[-1:], (len(manifest.model.labels),)
+    _require(FEATURES in outputs, f"linear_head: the inference graph has no output {FEATURES!r}")
+    width, count = outputs[FEATURES].shape[-1:], (len(manifest.model.labels),)
     shapes = {saved.input: saved.shape for saved in manifest.saved_modules}
     for name, expected in ((head.weight, (*count, *width)), (head.bias, count)):
         _require(

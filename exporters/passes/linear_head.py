@@ -4,13 +4,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from edgepeft.bundle.manifest import FEATURES, LABELS
+
 from ..graph import append
 from .linears import is_plain_gemm
-
-#: Name of the output that holds what the last linear layer reads.
-FEATURES = "features"
-#: Name of the axis that has an entry for each label.
-LABELS = "labels"
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from edgepeft.bundle.manifest import GraphSpec, Manifest
+from edgepeft.bundle.manifest import LABELS, GraphSpec, Manifest
 from edgepeft.bundle.wiring import SEQLENS, TOTAL
 
 SAMPLE_LABELS = 8
@@ -16,7 +16,7 @@ def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:
     specs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}
     names = [key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)]
     names += [saved.input for saved in manifest.saved_modules]
-    sizes = {"labels": len(manifest.model.labels)}
+    sizes = {LABELS: len(manifest.model.labels)}
     return {name: np.ones(_resolve(specs[name].shape, sizes, rank), np.float32) for name in names}
 
 
@@ -24,7 +24,7 @@ def sample_batch(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, np.n
     """Ones for the model inputs and the labels of the training graph."""
     spec = manifest.graphs["train"]
     adapter = sample_adapter(manifest, 1)
-    sizes = {**sizes, "labels": len(manifest.model.labels)}
+    sizes = {**sizes, LABELS: len(manifest.model.labels)}
     return {
         item.name: np.ones(_resolve(item.shape, sizes, 1), item.dtype)
         for item in spec.inputs
@@ -41,7 +41,7 @@ def axis_sizes(batch: int, sequence: int) -> dict[str, int]:
         "total_sequence": sequence,
         "past_sequence": 0,
         "capacity": sequence,
-        "labels": SAMPLE_LABELS,
+        LABELS: SAMPLE_LABELS,
     }
 
 

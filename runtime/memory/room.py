@@ -14,6 +14,8 @@ from edgepeft.runtime.memory.plan import suggested_budget
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.sizes import format_size
 
+PARSED = 10
+"""Bytes that JSON takes for each of its own, while it is parsed and what it says is used."""
 SMALL_BYTES = 2**20
 """What takes less is left to the plan of what is done with it, whose refusal says how much that takes."""
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import LinearHead, Manifest
+from edgepeft.bundle.manifest import FEATURES, LinearHead, Manifest
 from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.tasks.targets import Targets
-from edgepeft.runtime.training.gate import FEATURES, Evaluation, Scores
+from edgepeft.runtime.training.gate import Evaluation, Scores
 from edgepeft.runtime.training.ridge import SCALES, Fit, Ridge
 
 Array = npt.NDArray[np.generic]

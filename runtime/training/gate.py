@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.manifest import FEATURES, Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.cache import empty_cache
 from edgepeft.runtime.session import GraphSession
@@ -16,10 +16,6 @@ from edgepeft.runtime.training.chain import Chain
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
-
-FEATURES = "features"
-"""Output that holds what a linear head reads."""
-
 
 SAID_VALUES = 2**20
 """Scores that an evaluation keeps at most, with targets 12 MiB; of more it has loss and accuracy only."""
