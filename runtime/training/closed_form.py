@@ -36,21 +36,27 @@ class ClosedForm:
     Args:
         task: a classifier's.
         targets: its labels.
-        examples: what it will be given, for the labels' numbers.
+        label_weights: what a record of each counts.
+        count: labels of the records that it will be given.
         width: of the features.
         seed: see `Ridge`.
     """
 
     def __init__(
-        self, task: Task, targets: Targets, examples: Sequence[Example], width: int, seed: int
+        self,
+        task: Task,
+        targets: Targets,
+        label_weights: npt.NDArray[np.float64],
+        count: int,
+        width: int,
+        seed: int,
     ) -> None:
-        self._task, self._targets = task, targets
-        self._label_weights = label_weights(targets, examples)
-        self._ridge = Ridge(width, len(targets.names), task.label_count(examples), seed)
+        self._task, self._targets, self._label_weights = task, targets, label_weights
+        self._ridge = Ridge(width, len(targets.names), count, seed)
         regression = targets.problem_type == "regression"
         self._scales = (1.0,) if regression else SCALES
         # Of few records, those that are left out say too little to tell a small penalty from a large one.
-        self._least_alpha = 0.0 if regression else _LEAST_PENALTY / task.label_count(examples)
+        self._least_alpha = 0.0 if regression else _LEAST_PENALTY / count
         self._offset = 0.5 if targets.problem_type == "multi_label_classification" else 0.0
 
     def take(self, outputs: Mapping[str, FloatArray], batch: Mapping[str, Array]) -> None:
@@ -66,7 +72,9 @@ class ClosedForm:
 
     def says_something(self, fit: Fit) -> bool:
         """Whether a fit is better than those to shuffled labels; all records must have been kept."""
-        return self._ridge.beats_shuffled(self._targets.losses, self._scales, self._offset, fit.loss)
+        return self._ridge.beats_shuffled(
+            fit.loss, self._targets.losses, self._scales, self._offset, self._least_alpha
+        )
 
     def evaluation(self, fit: Fit) -> Evaluation:
         """The fit, judged on its own records, each by a head that was fitted without it."""

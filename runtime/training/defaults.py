@@ -1,6 +1,6 @@
 """What an update does where it is not told: by task and number of records.
 
-The figures were chosen on real texts; docs/defaults.md has them, and those on texts that chose nothing.
+The figures were chosen on real texts; docs/learning.md has them, and those on texts that chose nothing.
 """
 
 import dataclasses
@@ -13,6 +13,7 @@ from edgepeft.runtime.training.sampling import steps_per_epoch
 FEW = 500
 """Records below which a classifier learns its head in closed form and nothing else: more than that needs
 records to be judged by."""
+RATE = 1e-3
 STEPS = 60
 """Steps that an update takes at least, if `MOST_EPOCHS` are enough for so many."""
 LEAST_EPOCHS, MOST_EPOCHS = 2, 10
@@ -27,9 +28,7 @@ def with_defaults(options: TrainingOptions, manifest: Manifest, count: int) -> T
         manifest: of the bundle.
         count: records to train on.
     """
-    rate = options.learning_rate
-    if rate is None:
-        rate = 1e-3
+    rate = RATE if options.learning_rate is None else options.learning_rate
     epochs = options.epochs
     per_epoch = max(steps_per_epoch(count, options.records_per_step), 1)
     if epochs is None:

@@ -106,8 +106,10 @@ class Judging:
         prepared = self._prepared
         assert prepared.head is not None
         assert self._targets is not None
+        assert self._weights is not None
         width = prepared.state.parameters[prepared.head.weight].shape[1]
-        return ClosedForm(self._task, self._targets, prepared.train_on, width, prepared.options.seed)
+        count = self._task.label_count(prepared.train_on)
+        return ClosedForm(self._task, self._targets, self._weights, count, width, prepared.options.seed)
 
     def _put_head(self, fit: Fit) -> None:
         head, state = self._prepared.head, self._prepared.state

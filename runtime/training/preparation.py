@@ -104,7 +104,7 @@ def prepare(
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on))
         total_steps = _total_steps(bundle, task, options, len(train_on))
-    rows = min(options.batch_size, len(examples)) * task.rows_per_record
+    rows = min(options.batch_size, count) * task.rows_per_record
     sizes = workload(adapter, names, rows, examples.longest, options)
     candidates = plans_now(bundle, sizes, budget_bytes)
     if options.strategy is not None:
@@ -152,9 +152,10 @@ def prepare(
 
 def classes_of(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64] | None:
     """The class of each record, where it has one."""
-    if task.targets is None or not all(isinstance(example.label, int) for example in examples):
+    if task.targets is None:
         return None
-    return np.array([example.label for example in examples], np.int64)
+    labels = [example.label for example in examples]
+    return np.array(labels, np.int64) if all(isinstance(label, int) for label in labels) else None
 
 
 def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:

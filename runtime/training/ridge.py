@@ -6,7 +6,7 @@ h = w (1 / Σw + zᵀ (Λ + α)⁻¹ z) with z = Vᵀ x. Source: Golub, Heath an
 as a method for choosing a good ridge parameter" (1979); what scikit-learn's `RidgeCV` does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +78,6 @@ class Ridge:
         self._weights = np.zeros(self._capacity)
         self._generator = np.random.default_rng(seed)
         self._seen = 0
-        self._alphas = ALPHAS
         # Of fewer records than features all are kept, and the sums that matter are of records.
         self._sums = None if count <= self._capacity else _Sums(width, outputs)
 
@@ -116,12 +115,8 @@ class Ridge:
             least_alpha: no smaller penalty of `ALPHAS` is tried, if there is a larger one.
         """
         system = self._system()
-        self._alphas = tuple(alpha for alpha in ALPHAS if alpha >= least_alpha) or ALPHAS[-1:]
-        best = min(
-            (self._tried(system, alpha, losses, scales, offset) for alpha in self._alphas),
-            key=lambda fit: fit[0],
-        )
-        loss, alpha, scale, left_out = best
+        tried = self._tried(system, losses, scales, offset, least_alpha)
+        loss, alpha, scale, left_out = min(tried, key=lambda fit: fit[0])
         coefficients = system.vectors @ (system.projected / (system.values + alpha)[:, None])
         bias = system.target_mean - system.feature_mean @ coefficients
         return Fit(
@@ -135,25 +130,30 @@ class Ridge:
             loss=loss,
         )
 
-    def beats_shuffled(self, losses: Losses, scales: Sequence[float], offset: float, loss: float) -> bool:
+    def beats_shuffled(
+        self,
+        loss: float,
+        losses: Losses,
+        scales: Sequence[float] = SCALES,
+        offset: float = 0.0,
+        least_alpha: float = 0.0,
+    ) -> bool:
         """Whether a fit is better than what can be had from targets that say nothing: than that of each of
         `SHUFFLES` shuffles of the targets among the records, which at random happens once in `SHUFFLES` + 1.
 
         All records must have been kept. Source: a permutation test (Fisher, 1935).
 
         Args:
-            losses: as for `fit`, as are `scales` and `offset`.
             loss: that of the fit.
+            losses: as for `fit`, as are the others.
         """
         own = self._targets, self._weights
         try:
             for _ in range(SHUFFLES):
                 order = self._generator.permutation(self._seen)
                 self._targets, self._weights = own[0][order], own[1][order]
-                system = self._system()
-                if any(
-                    self._tried(system, alpha, losses, scales, offset)[0] <= loss for alpha in self._alphas
-                ):
+                tried = self._tried(self._system(), losses, scales, offset, least_alpha)
+                if any(other <= loss for other, *_ in tried):
                     return False
         finally:
             self._targets, self._weights = own
@@ -179,16 +179,18 @@ class Ridge:
 
     @staticmethod
     def _tried(
-        system: "_System", alpha: float, losses: Losses, scales: Sequence[float], offset: float
-    ) -> tuple[float, float, float, FloatArray]:
-        """The smallest loss with a penalty, the penalty itself, the scale and what was left out."""
-        penalty = alpha * float(system.values.max(initial=1e-30))
-        left_out = system.left_out(penalty)
+        system: "_System", losses: Losses, scales: Sequence[float], offset: float, least_alpha: float
+    ) -> Iterator[tuple[float, float, float, FloatArray]]:
+        """Of each penalty the smallest loss, the penalty itself, the scale and what was left out."""
+        largest = float(system.values.max(initial=1e-30))
         weights = system.weights / system.weights.sum()
-        loss, scale = min(
-            (float(weights @ losses(scale * (left_out - offset), system.targets)), scale) for scale in scales
-        )
-        return loss, penalty, scale, left_out
+        for alpha in [alpha for alpha in ALPHAS if alpha >= least_alpha] or ALPHAS[-1:]:
+            left_out = system.left_out(alpha * largest)
+            loss, scale = min(
+                (float(weights @ losses(scale * (left_out - offset), system.targets)), scale)
+                for scale in scales
+            )
+            yield loss, alpha * largest, scale, left_out
 
 
 @dataclass(frozen=True)
