@@ -249,8 +249,8 @@ class Model(LoadedBundle):
         """The results of as many records at a time as are read at once."""
         if self.manifest.task.endswith("-generation"):
             raise UsageError(f"a {self.manifest.task} bundle predicts nothing a record: use generate")
-        if self._task.targets is not None:
-            self._task.targets.names = self._sessions.registry.labels(adapter)
+        labels = self._sessions.registry.labels(adapter)
+        self._task.know(labels)
         windows: Iterable[list[Example]]
         if isinstance(adapter, list | tuple):
             windows = [self._examples(source, adapter, batch_size, seq_len)]
@@ -264,6 +264,7 @@ class Model(LoadedBundle):
             tell = None if on_progress is None else partial(_tell, on_progress, done, read)
             yield prediction.results(self._task, self.forward, examples, adapter, batch_size, tell)
             done += len(examples)
+            self._task.know(labels)  # a call in between may have had others
 
     def classify(
         self,

@@ -159,6 +159,11 @@ class Task(ABC):
         del values, batch
         return None
 
+    def know(self, labels: tuple[str, ...]) -> None:
+        """Have a classifier's classes be these from now on: those of the adapter that is in use."""
+        if self.targets is not None:
+            self.targets.names = labels
+
     def label_count(self, examples: Sequence[Example]) -> int:
         """Labels that `labelled` finds in examples."""
         return len(examples)

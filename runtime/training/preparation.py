@@ -75,8 +75,7 @@ def prepare(
     adapter = starting_adapter(bundle, options)
     if options.add_labels:
         adapter = with_labels(bundle, adapter, options.add_labels)
-    if task.targets is not None:
-        task.targets.names = adapter.labels or bundle.manifest.model.labels
+    task.know(adapter.labels or bundle.manifest.model.labels)
     names = trained_names(bundle.manifest, adapter, options)
     # Beside the output: where a disk of memory is mounted for temporary files, they would be in memory.
     folder = next(parent for parent in output.parents if parent.exists())

@@ -19,6 +19,7 @@ import edgepeft
 from edgepeft.adapters import load_adapter
 from edgepeft.errors import DataError, UpdateRejectedError, UsageError
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
+from edgepeft.runtime import prediction
 
 from . import models
 from .conftest import Exported
@@ -306,6 +307,28 @@ def test_a_label_can_be_added(exported: Make, name: str, tmp_path: Path) -> None
     with torch.no_grad():
         expected = opened(**{key: torch.from_numpy(value) for key, value in example.items()}).logits
     np.testing.assert_allclose(logits, expected.numpy(), atol=2e-3, rtol=1e-3)
+
+
+def test_predictions_that_take_turns_keep_their_labels(
+    exported: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window of records may come after a call with an adapter that knows other labels."""
+    bundle = exported("bert-classifier", 32)
+    data = [
+        {**record, "label": "new"} if index % 4 == 0 else record
+        for index, record in enumerate(records("bert-classifier"))
+    ]
+    texts = [{"input_ids": record["input_ids"]} for record in data]
+    monkeypatch.setattr(prediction, "WINDOW_BYTES", 0)
+    with edgepeft.load(bundle.folder) as model:
+        model.adapt(data, tmp_path / "out", adapter="plain", trainable="head", add_labels=("new",))
+        expected = model.predict(texts, adapter=tmp_path / "out")
+        turns = model.predictions(texts, adapter=tmp_path / "out", batch_size=4)
+        found = []
+        for _ in texts:
+            found.append(next(turns))
+            assert len(model.predict(texts[:1], adapter="plain")[0]["scores"]) == 3
+    assert [list(item["scores"]) for item in found] == [list(item["scores"]) for item in expected]
 
 
 def test_a_regression_takes_no_labels(exported: Make, tmp_path: Path) -> None:
