@@ -34,6 +34,8 @@ def with_defaults(options: TrainingOptions, manifest: Manifest, count: int) -> T
     if epochs is None:
         least = LEAST_EPOCHS if manifest.task in _GENERATION else LEAST_EPOCHS + 1
         epochs = min(max(math.ceil(STEPS / per_epoch), least), MOST_EPOCHS)
+        if manifest.policy.max_steps is not None:  # of one epoch that is too long, the policy's error tells
+            epochs = max(min(epochs, manifest.policy.max_steps // per_epoch), 1)
     total = options.steps or epochs * per_epoch
     warmup = options.warmup_steps if options.warmup_steps is not None else min(total // 10, 100)
     return dataclasses.replace(options, learning_rate=rate, epochs=epochs, warmup_steps=warmup)

@@ -127,6 +127,8 @@ def test_the_policy_is_enforced(tmp_path: Path) -> None:
             model.adapt(tiny.records(), tmp_path / "more", **{**FAST, "steps": 31})
         with pytest.raises(UsageError, match=r"100 epochs .* policy allows 30 an update: give --steps 30"):
             model.adapt(tiny.records(), tmp_path / "more", epochs=100)
+        by_default = model.adapt(tiny.records(), tmp_path / "by-default")
+        assert 0 < by_default.steps <= 30
         with pytest.raises(UsageError, match="nothing to train"):
             model.adapt(tiny.records(), tmp_path / "more", trainable="modules_to_save", **FAST)
     trained, start = load_adapter(tmp_path / "out").tensors, tiny.adapter().tensors
