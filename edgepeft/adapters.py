@@ -269,9 +269,11 @@ def load_adapter(folder: Path | str) -> Adapter:
             "save_pretrained(..., safe_serialization=True)"
         )
     tensors = read_tensors(folder / TENSOR_FILE)
-    base = read_metadata(folder / TENSOR_FILE).get(BASE_KEY)
-    labels = read_labels(folder)
-    return Adapter(config=config, tensors=tensors, origin=str(folder), base=base, labels=labels)
+    metadata = read_metadata(folder / TENSOR_FILE)
+    labels = _labels(metadata, folder / TENSOR_FILE)
+    return Adapter(
+        config=config, tensors=tensors, origin=str(folder), base=metadata.get(BASE_KEY), labels=labels
+    )
 
 
 def read_labels(folder: Path) -> tuple[str, ...] | None:
@@ -280,19 +282,23 @@ def read_labels(folder: Path) -> tuple[str, ...] | None:
     Raises:
         AdapterError: they are no list of different texts.
     """
-    text = read_metadata(folder / TENSOR_FILE).get(LABELS_KEY)
+    return _labels(read_metadata(folder / TENSOR_FILE), folder / TENSOR_FILE)
+
+
+def _labels(metadata: Mapping[str, str], file: Path) -> tuple[str, ...] | None:
+    text = metadata.get(LABELS_KEY)
     if text is None:
         return None
     try:
         labels = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{folder / TENSOR_FILE}: its labels are not JSON ({error})") from error
+        raise AdapterError(f"{file}: its labels are not JSON ({error})") from error
     if (
         not isinstance(labels, list)
         or not all(isinstance(label, str) for label in labels)
         or len(set(labels)) != len(labels)
     ):
-        raise AdapterError(f"{folder / TENSOR_FILE}: its labels are no list of different texts")
+        raise AdapterError(f"{file}: its labels are no list of different texts")
     return tuple(labels)
 
 
