@@ -122,7 +122,7 @@ class Examples(_Numbered):
 
     def part(self, indices: npt.NDArray[np.int64]) -> Sequence[Example]:
         """Some of them."""
-        return _Part(self, indices)
+        return Part(self, indices)
 
     def _add(self, example: Example) -> None:
         if self._file is None:
@@ -143,8 +143,10 @@ class Examples(_Numbered):
             self._ends.append(self._ends[-1] + len(data))
 
 
-class _Part(_Numbered):
-    def __init__(self, examples: Examples, indices: npt.NDArray[np.int64]) -> None:
+class Part(_Numbered):
+    """Some of a sequence of examples, by their indices there."""
+
+    def __init__(self, examples: Sequence[Example], indices: npt.NDArray[np.int64]) -> None:
         self._examples, self._indices = examples, indices
 
     def __len__(self) -> int:

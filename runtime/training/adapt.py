@@ -27,6 +27,7 @@ from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
 from edgepeft.runtime.training.judging import Judging
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.preparation import Prepared, prepare
+from edgepeft.runtime.training.remembered import FloatArray, write_features
 from edgepeft.runtime.training.report import (
     REPORT_FILE,
     AdaptReport,
@@ -125,9 +126,10 @@ class Update:
             resumed_from_step = prepared.progress.step
             judging = Judging(self._task, prepared, functools.partial(self._judge, prepared))
             outcome = self._train(prepared, judging) if prepared.total_steps else judging.fit_head_alone()
+            features = judging.features() if outcome.rejected is None else {}
             report = self._report(prepared, outcome, resumed_from_step, began_s)
             if outcome.rejected is None:
-                self._keep(prepared, report)
+                self._keep(prepared, report, features)
         self._checkpoint.unlink(missing_ok=True)
         if outcome.rejected is not None:
             raise UpdateRejectedError(
@@ -265,12 +267,13 @@ class Update:
             required_bytes=required_bytes,
         )
 
-    def _keep(self, prepared: Prepared, report: AdaptReport) -> None:
+    def _keep(self, prepared: Prepared, report: AdaptReport, features: dict[str, FloatArray]) -> None:
         shrink_shared_arena(self._bundle)  # makes room for a copy of the adapter
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
         tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
+            write_features(folder, features)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
 
     def _report(
@@ -298,6 +301,7 @@ class Update:
                 "held_out": held_out,
                 "truncated": prepared.examples.truncated,
                 "left_out": prepared.examples.left_out,
+                "remembered": sum(len(rows) for rows in prepared.held.values()),
             },
             first_left_out=prepared.examples.first_left_out,
             steps=progress.step,

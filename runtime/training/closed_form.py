@@ -1,6 +1,7 @@
 """The head of a classifier in closed form: one forward pass over the records, then a ridge regression."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,7 @@ from edgepeft.runtime.inputs import has_drift_penalty
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.tasks.targets import Targets
 from edgepeft.runtime.training.gate import Evaluation, Scores
+from edgepeft.runtime.training.remembered import balanced_sample, most_records
 from edgepeft.runtime.training.ridge import SCALES, Fit, Ridge
 
 Array = npt.NDArray[np.generic]
@@ -40,6 +42,7 @@ class ClosedForm:
         count: labels of the records that it will be given.
         width: of the features.
         seed: see `Ridge`.
+        held: features of records of other labels, `[records, width]` by label; see `remembered`.
     """
 
     def __init__(
@@ -50,9 +53,16 @@ class ClosedForm:
         count: int,
         width: int,
         seed: int,
+        held: Mapping[str, FloatArray] = MappingProxyType({}),
     ) -> None:
         self._task, self._targets, self._label_weights = task, targets, label_weights
+        count += sum(len(rows) for rows in held.values())
         self._ridge = Ridge(width, len(targets.names), count, seed)
+        self._held: list[tuple[FloatArray, npt.NDArray[np.float64]]] = []
+        for name, rows in held.items():
+            encoded = targets.encoded(np.full(len(rows), targets.names.index(name), np.int64))
+            self._held.append((rows, encoded))
+            self._ridge.add(rows, encoded, targets.weight_of(encoded, label_weights))
         regression = targets.problem_type == "regression"
         self._scales = (1.0,) if regression else SCALES
         # Of few records, those that are left out say too little to tell a small penalty from a large one.
@@ -70,6 +80,34 @@ class ClosedForm:
         """The head that does best on records that it was not fitted to."""
         return self._ridge.fit(self._targets.losses, self._scales, self._offset, self._least_alpha)
 
+    def with_held(self, given: Evaluation, weight: FloatArray, bias: FloatArray | None) -> Evaluation:
+        """What a head says of the records, and of those that only their features are there of.
+
+        Args:
+            given: of the records.
+            weight, bias: the head's.
+        """
+        if not self._held or given.said is None:
+            return given
+        scores = [rows @ weight.T + (0.0 if bias is None else bias) for rows, _ in self._held]
+        targets = [encoded for _, encoded in self._held]
+        return self._evaluation(
+            Scores(
+                np.concatenate([*scores, given.said.scores]), np.concatenate([*targets, given.said.targets])
+            )
+        )
+
+    def features(self) -> dict[str, FloatArray]:
+        """Those of the records, or of a sample where they are many, by label; none where there are no labels
+        that exclude each other."""
+        if self._targets.problem_type != "single_label_classification":
+            return {}
+        rows, targets = self._ridge.kept
+        labels = targets.argmax(axis=1)
+        chosen = balanced_sample(labels, most_records(rows.shape[1]), seed=0)
+        rows, labels = rows[chosen], labels[chosen]
+        return {name: rows[labels == index] for index, name in enumerate(self._targets.names)}
+
     def says_something(self, fit: Fit) -> bool:
         """Whether a fit is better than those to shuffled labels; all records must have been kept."""
         return self._ridge.beats_shuffled(
@@ -78,18 +116,25 @@ class ClosedForm:
 
     def evaluation(self, fit: Fit) -> Evaluation:
         """The fit, judged on its own records, each by a head that was fitted without it."""
+        return self._evaluation(Scores(fit.left_out, fit.targets))
+
+    def _evaluation(self, said: Scores) -> Evaluation:
         targets = self._targets
-        right = targets.correct(fit.left_out.astype(np.float32), targets.decoded(fit.targets))
+        right = targets.correct(said.scores.astype(np.float32), targets.decoded(said.targets))
         return Evaluation(
-            loss=float(targets.losses(fit.left_out, fit.targets).mean()),
-            accuracy=None if right is None else right / len(fit.targets),
-            said=Scores(fit.left_out, fit.targets),
+            loss=float(targets.losses(said.scores, said.targets).mean()),
+            accuracy=None if right is None else right / len(said.targets),
+            said=said,
         )
 
 
-def label_weights(targets: Targets, examples: Sequence[Example]) -> npt.NDArray[np.float64]:
-    """What a record of each label counts; see `Targets.weights`."""
+def label_weights(
+    targets: Targets, examples: Sequence[Example], held: Mapping[str, FloatArray] = MappingProxyType({})
+) -> npt.NDArray[np.float64]:
+    """What a record of each label counts, those that are `held` among them; see `Targets.weights`."""
     if not targets.balanced or targets.problem_type != "single_label_classification":
         return np.ones(len(targets.names))
-    labels = np.array([example.label for example in examples], np.int64)
-    return targets.weights(targets.encoded(labels))
+    labels = [example.label for example in examples]
+    for name, rows in held.items():
+        labels += [targets.names.index(name)] * len(rows)
+    return targets.weights(targets.encoded(np.array(labels, np.int64)))

@@ -10,11 +10,11 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import steps_per_epoch
 
-FEW = 500
+FEW = 100
 """Records below which a classifier learns its head in closed form and nothing else: more than that needs
 records to be judged by."""
 RATE = 1e-3
-STEPS = 60
+STEPS, GENERATION_STEPS = 120, 60
 """Steps that an update takes at least, if `MOST_EPOCHS` are enough for so many."""
 LEAST_EPOCHS, MOST_EPOCHS = 2, 10
 _GENERATION = ("text-generation", "text2text-generation", "fill-mask")
@@ -32,8 +32,9 @@ def with_defaults(options: TrainingOptions, manifest: Manifest, count: int) -> T
     epochs = options.epochs
     per_epoch = max(steps_per_epoch(count, options.records_per_step), 1)
     if epochs is None:
-        least = LEAST_EPOCHS if manifest.task in _GENERATION else LEAST_EPOCHS + 1
-        epochs = min(max(math.ceil(STEPS / per_epoch), least), MOST_EPOCHS)
+        generates = manifest.task in _GENERATION
+        least, steps = (LEAST_EPOCHS, GENERATION_STEPS) if generates else (LEAST_EPOCHS + 1, STEPS)
+        epochs = min(max(math.ceil(steps / per_epoch), least), MOST_EPOCHS)
         if manifest.policy.max_steps is not None:  # of one epoch that is too long, the policy's error tells
             epochs = max(min(epochs, manifest.policy.max_steps // per_epoch), 1)
     total = options.steps or epochs * per_epoch

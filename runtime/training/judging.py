@@ -1,14 +1,18 @@
 """An update's candidates, judged: what it starts from, a head in closed form, and what is trained."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from edgepeft.runtime.examples import Part
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.closed_form import ClosedForm, label_weights
 from edgepeft.runtime.training.gate import Evaluation, Sink
 from edgepeft.runtime.training.preparation import Prepared
+from edgepeft.runtime.training.remembered import balanced_sample, most_records
 from edgepeft.runtime.training.ridge import Fit
 from edgepeft.runtime.training.verdict import Judged, Outcome, calibrate, decide, judged, judged_earlier
 
@@ -39,17 +43,23 @@ class Judging:
         self._targets = task.targets
         self._weights = None
         if self._targets is not None:
-            self._weights = label_weights(self._targets, prepared.train_on)
+            self._weights = label_weights(self._targets, prepared.train_on, prepared.held)
+        self._closed: ClosedForm | None = None
 
     def fit_head_alone(self) -> Outcome:
         """A classifier's head in closed form, each record judged by a head that was fitted without it."""
-        closed = self._closed_form()
-        before = self._judged(FROM, self._judge(self._prepared.train_on, closed.take))
+        prepared = self._prepared
+        closed = self._closed = self._closed_form(prepared.train_on)
+        assert prepared.head is not None
+        weight, bias = prepared.head.weight, prepared.head.bias
+        present = prepared.state.parameters
+        given = self._judge(prepared.train_on, closed.take)
+        before = closed.with_held(given, present[weight], None if bias is None else present[bias])
         fit = closed.fit()
         self._put_head(fit)
-        few = len(self._prepared.train_on) < FEW_TO_SHUFFLE
+        few = len(prepared.train_on) < FEW_TO_SHUFFLE
         return decide(
-            before,
+            self._judged(FROM, before),
             [self._judged(CLOSED_FORM, closed.evaluation(fit))],
             self._targets,
             self._weights,
@@ -67,7 +77,7 @@ class Judging:
         if head is None or progress.step:
             return
         present = {name: state.parameters[name].copy() for name in head.inputs}
-        closed = self._closed_form()
+        closed = self._closed_form(self._prepared.train_on)
         self._judge(self._prepared.train_on, closed.take)
         self._put_head(closed.fit())
         fitted = self._judged(CLOSED_FORM, self._judge(held_out))
@@ -78,18 +88,61 @@ class Judging:
             state.restart(name, values)
 
     def end(self) -> Outcome:
-        """Judge what was trained, and choose."""
+        """Judge what was trained, and choose.
+
+        Where a head in closed form is better, or training cannot be told from chance, the head is fitted once
+        more, to the held-out records too.
+        """
         progress, held_out = self._prepared.progress, self._prepared.held_out
         assert progress.held_out_before is not None
-        candidates = [self._judged(TRAINED, self._calibrated(self._judge(held_out)))]
-        if progress.held_out_head is not None:
-            fitted = judged_earlier(CLOSED_FORM, progress.held_out_head)
-            if not candidates[0].loss <= fitted.loss:
-                self._prepared.state.return_to_start()
-                fitted = self._judged(CLOSED_FORM, self._judge(held_out))
-            candidates.append(fitted)
         before = judged_earlier(FROM, progress.held_out_before)
-        return decide(before, candidates, self._targets, self._weights, judged_by="held-out records")
+        candidates = [self._judged(TRAINED, self._calibrated(self._judge(held_out)))]
+        if progress.held_out_head is None:
+            return self._decided(before, candidates)
+        fitted = judged_earlier(CLOSED_FORM, progress.held_out_head)
+        outcome = self._decided(before, [*candidates, fitted])
+        if outcome.chosen is candidates[0] and outcome.rejected is None:
+            return outcome
+        self._prepared.state.return_to_start()
+        fitted = self._judged(CLOSED_FORM, self._judge(held_out))
+        says_something = self._fit_again()
+        outcome = self._decided(before, [fitted], says_something)
+        return dataclasses.replace(outcome, candidates=[*candidates, fitted])
+
+    def _decided(
+        self, before: Judged, candidates: list[Judged], says_something: bool | None = None
+    ) -> Outcome:
+        return decide(
+            before,
+            candidates,
+            self._targets,
+            self._weights,
+            judged_by="held-out records",
+            says_something=says_something,
+        )
+
+    def _fit_again(self) -> bool | None:
+        """Fit the head to all records; whether that beats shuffled labels, where there are few records."""
+        closed = self._closed = self._closed_form(self._prepared.examples)
+        self._judge(self._prepared.examples, closed.take)
+        fit = closed.fit()
+        self._put_head(fit)
+        few = len(self._prepared.examples) < FEW_TO_SHUFFLE
+        return closed.says_something(fit) if few else None
+
+    def features(self) -> dict[str, npt.NDArray[np.float32]]:
+        """What the adapter keeps of the records, as it is now: their features, by label; see `remembered`."""
+        head, train_on = self._prepared.head, self._prepared.train_on
+        labels = [example.label for example in train_on]
+        if head is None or not all(isinstance(label, int) for label in labels):
+            return {}
+        if self._closed is None:
+            most = most_records(self._prepared.state.parameters[head.weight].shape[1])
+            chosen = balanced_sample(np.array(labels, np.int64), most, self._prepared.options.seed)
+            sample = Part(train_on, chosen)
+            self._closed = self._closed_form(sample)
+            self._judge(sample, self._closed.take)
+        return self._closed.features()
 
     def _calibrated(self, trained: Evaluation) -> Evaluation:
         """Have a trained classifier be as sure of itself as the held-out records allow: as a rule it is too
@@ -102,14 +155,15 @@ class Judging:
             state.replace(name, np.float32(scale) * state.parameters[name])
         return calibrated
 
-    def _closed_form(self) -> ClosedForm:
+    def _closed_form(self, examples: Sequence[Example]) -> ClosedForm:
         prepared = self._prepared
         assert prepared.head is not None
         assert self._targets is not None
-        assert self._weights is not None
         width = prepared.state.parameters[prepared.head.weight].shape[1]
-        count = self._task.label_count(prepared.train_on)
-        return ClosedForm(self._task, self._targets, self._weights, count, width, prepared.options.seed)
+        count = self._task.label_count(examples)
+        seed, held = prepared.options.seed, prepared.held
+        weights = label_weights(self._targets, examples, held)
+        return ClosedForm(self._task, self._targets, weights, count, width, seed, held)
 
     def _put_head(self, fit: Fit) -> None:
         head, state = self._prepared.head, self._prepared.state

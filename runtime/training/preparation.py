@@ -12,7 +12,7 @@ from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import LinearHead
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import UsageError
+from edgepeft.errors import DataError, UsageError
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.data import RecordSource, records
 from edgepeft.runtime.examples import Examples
@@ -26,6 +26,7 @@ from edgepeft.runtime.training.closed_form import trained_head
 from edgepeft.runtime.training.defaults import FEW, with_defaults
 from edgepeft.runtime.training.fingerprint import fingerprint
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.remembered import read_features
 from edgepeft.runtime.training.ridge import features_bytes
 from edgepeft.runtime.training.sampling import split, steps_per_epoch
 from edgepeft.runtime.training.starting import starting_adapter, trained_names, with_labels
@@ -37,10 +38,12 @@ class Prepared:
     """`adapter` is without its tensors: those that train are in `state`, the others in `untrained`, and
     `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from, for
     batches of `sizes`. `head` is what can be fitted in closed form, and all there is to do where there are no
-    steps: then all records are trained on and, one at a time, held out. In `options` nothing is left open."""
+    steps: then all records are trained on and, one at a time, held out. `held` are features of records of
+    other labels, by label, that the adapter kept. In `options` nothing is left open that steps need."""
 
     options: TrainingOptions
     head: LinearHead | None
+    held: dict[str, npt.NDArray[np.float32]]
     adapter: Adapter
     untrained: dict[str, npt.NDArray[np.float32]]
     plan: Plan
@@ -84,7 +87,12 @@ def prepare(
     count = len(examples)
     head = trained_head(bundle.manifest, names)
     classes = classes_of(examples, task)
-    if count < 2 or (classes is not None and len(set(classes.tolist())) < 2):
+    held = {}
+    if head is not None and classes is not None and options.rank is None:
+        held = _held(adapter, head, classes, task)
+    if options.add_labels and not held:
+        _check_old_labels(bundle, classes, task)
+    if count < 2 or (classes is not None and len(set(classes.tolist())) + len(held) < 2):
         head = None
     if options.trainable == "head" and head is None:
         raise UsageError(
@@ -93,7 +101,11 @@ def prepare(
         )
     alone = head is not None and (
         options.trainable == "head"
-        or (options.trainable == "all" and options.steps is options.epochs is None and count < FEW)
+        or (
+            options.trainable == "all"
+            and options.steps is options.epochs is None
+            and (count < FEW or bool(held))  # what is held would no longer be true of a model that trains
+        )
     )
     if alone and head is not None:
         names = [name for name in names if name in (head.weight, head.bias)]
@@ -112,7 +124,8 @@ def prepare(
         candidates = judging_alone(candidates)
     if head is not None:
         width = adapter.tensors[head.weight].shape[1]
-        candidates = with_features(candidates, features_bytes(width, task.label_count(examples)))
+        counted = task.label_count(examples) + sum(len(rows) for rows in held.values())
+        candidates = with_features(candidates, features_bytes(width, counted))
     plan = choose(candidates, budget_bytes)
     inputs = graph_inputs(bundle, [(adapter, 1.0)])
     file_in = output.parent if plan.state_in_file else None
@@ -133,6 +146,7 @@ def prepare(
     return Prepared(
         options=options,
         head=head,
+        held=held if alone else {},
         adapter=adapter.with_tensors({}, adapter.origin),
         untrained=untrained,
         plan=plan,
@@ -155,6 +169,33 @@ def classes_of(examples: Sequence[Example], task: Task) -> npt.NDArray[np.int64]
         return None
     labels = [example.label for example in examples]
     return np.array(labels, np.int64) if all(isinstance(label, int) for label in labels) else None
+
+
+def _held(
+    adapter: Adapter, head: LinearHead, classes: npt.NDArray[np.int64], task: Task
+) -> dict[str, npt.NDArray[np.float32]]:
+    """What the adapter kept of labels that no record has."""
+    assert task.targets is not None
+    present = set(classes.tolist())
+    missing = [name for index, name in enumerate(task.targets.names) if index not in present]
+    return read_features(Path(adapter.origin), missing, adapter.tensors[head.weight].shape[1])
+
+
+def _check_old_labels(bundle: Bundle, classes: npt.NDArray[np.int64] | None, task: Task) -> None:
+    """Refuse records that have only labels which are added: what learns from them alone forgets the others.
+
+    Raises:
+        DataError: names the labels that records are missing of.
+    """
+    if classes is None or task.targets is None:
+        return
+    known = bundle.manifest.model.labels
+    if min(classes.tolist()) >= len(known):
+        raise DataError(
+            f"the records have only labels that are added: what learns from these alone forgets "
+            f"{', '.join(known[:10])}{', …' if len(known) > 10 else ''}: give records of them too, or start "
+            "from an adapter that edgepeft has taught them, which keeps what it needs"
+        )
 
 
 def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:

@@ -82,7 +82,7 @@ class AdaptReport:
         options: the training options.
         trained_tensors, trained_values: what trained.
         records: counts of `train`, `held_out`, `truncated` and `left_out` records, the last having nothing to
-            learn.
+            learn, and of those of other labels that are `remembered` by their features.
         first_left_out: what is said of the first record that was left out; None if there is none.
         steps: optimizer steps; `resumed_from_step` of them were done by an earlier process.
         losses, learning_rates, grad_norms: one entry a step, the norm before clipping (of an

