@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     "add_labels",
     multiple=True,
     metavar="NAME",
-    help="A class that the classifier does not have yet; may be repeated. Give records of the others too.",
+    help="A class that the classifier does not have yet; may be repeated. Give records of the others too, unless "
+    "the adapter was taught them here: then it keeps what it needs.",
 )
 @memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
@@ -183,7 +184,8 @@ def _table(report: dict[str, Any]) -> str:
         [
             "records",
             f"{records['train']} trained on, {records['held_out']} held out, {records['truncated']} cut "
-            f"short, {records['left_out']} left out",
+            f"short, {records['left_out']} left out"
+            + (f", {records['remembered']} of other labels remembered" if records["remembered"] else ""),
         ],
         *(
             [
