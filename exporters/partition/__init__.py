@@ -2,5 +2,6 @@
 
 from .build import build_partition
 from .inference import build_streamed_inference
+from .pieces import Uncut
 
-__all__ = ["build_partition", "build_streamed_inference"]
+__all__ = ["Uncut", "build_partition", "build_streamed_inference"]

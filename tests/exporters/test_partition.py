@@ -85,7 +85,7 @@ def test_cuts_lie_where_every_path_passes_and_masks_are_shared() -> None:
     ]
 
 
-def _both(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingState, TrainingState]:
+def both_ways(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingState, TrainingState]:
     """Loss and gradients by the resident graph and by the chain, every adapter tensor filled at random."""
     bundle = open_bundle(folder)
     arrays = check_batch(
@@ -124,7 +124,7 @@ def test_a_chain_gives_the_gradients_of_the_one_graph(kind: str, bits: int, tmp_
         "decoder": (models.llama(tied=True), models.batch(labels="tokens")),
     }[kind]
     edgepeft.export(model, tmp_path / "bundle", bits=bits, rank=4, verify=False)
-    loss, staged_loss, resident, staged = _both(tmp_path / "bundle", batch)
+    loss, staged_loss, resident, staged = both_ways(tmp_path / "bundle", batch)
     assert staged_loss == pytest.approx(loss, rel=1e-6, abs=2e-6)
     for name, expected in resident.gradients.items():
         got = staged.gradients[name]
@@ -167,9 +167,9 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
     """Slices of 7 rows, the last one shorter, give what one slice gives."""
     edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=2, verify=False)
     batch = models.batch(labels="tokens")
-    loss, whole, _, whole_state = _both(tmp_path / "bundle", batch)
+    loss, whole, _, whole_state = both_ways(tmp_path / "bundle", batch)
     monkeypatch.setattr("edgepeft.runtime.training.heads.SLICE_VALUES", 7 * models.SIZES["hidden_size"])
-    _, sliced, _, sliced_state = _both(tmp_path / "bundle", batch)
+    _, sliced, _, sliced_state = both_ways(tmp_path / "bundle", batch)
     assert sliced == pytest.approx(whole, rel=1e-6)
     assert sliced == pytest.approx(loss, rel=1e-6)
     for name, expected in whole_state.gradients.items():
