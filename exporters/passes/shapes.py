@@ -25,7 +25,7 @@ from .drop_cache import is_cache
 #: Initializers above this size, and vectors of floats, hold weights and are kept away from the tools.
 SHAPE_BYTES = 1024
 #: Batch, tokens and cached tokens of the two runs; any other axis has a size of its own from the last on.
-_RUNS = ((2, 3, 5, 11), (3, 7, 4, 23))
+_RUNS = ((2, 3, 5, 6), (3, 7, 4, 9))
 _TOKENS = ("input_ids", "token_type_ids", "position_ids")
 
 Dims = list[int | str | None]

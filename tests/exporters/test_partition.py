@@ -19,7 +19,8 @@ from edgepeft.exporters.partition.cuts import cut, dependences
 from edgepeft.exporters.partition.signature import find_period
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.inputs import check_batch, model_inputs
-from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan
+from edgepeft.runtime.memory.chain_cost import ChainCost
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload
 from edgepeft.runtime.memory.process import MemoryRecorder
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
@@ -176,6 +177,22 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
         assert np.linalg.norm(sliced_state.gradients[name] - expected) <= 1e-5 * np.linalg.norm(expected), (
             name
         )
+
+
+def test_weights_that_have_no_blocks_have_a_cost(tied_llama: Path) -> None:
+    """A file may have a scale for a whole row: its blocks have size 0."""
+    manifest = open_bundle(tied_llama).manifest
+    assert manifest.partition is not None
+    costs = []
+    for block_size in (0, 32):
+        quantized = dataclasses.replace(manifest.quantization, block_size=block_size)
+        cost = ChainCost(
+            dataclasses.replace(manifest, quantization=quantized),
+            manifest.partition,
+            Workload(rows=1, seq_len=8, rank=4, adapter_values=1, trained_values=1),
+        )
+        costs.append(cost.relative_step(NOTHING_HELD))
+    assert costs[0] == pytest.approx(costs[1], rel=0.1)
 
 
 RECORDS = [{"input_ids": row.tolist()} for row in np.random.default_rng(0).integers(3, 300, (12, 12))]

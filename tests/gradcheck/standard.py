@@ -43,8 +43,8 @@ AS_IS, AS_EXPORTED = "as it stands", "as exported"
 RIGHT, REFUSED, UNPROVEN = "right", "refused", "unproven"
 WRONG, NOT_RUN, FALSE_SHAPE, ERROR = "wrong", "does not run", "false shape", "error"
 FAULTS = (WRONG, NOT_RUN, FALSE_SHAPE, ERROR)
-#: Elements of an input that are moved at most; of a larger one so many are drawn.
-MOVED = 16
+#: Elements of an input that are moved at most; where one evaluation takes long, so many fewer.
+MOVED, ELEMENTS = 16, 200_000
 STEP = 1e-5
 TOLERANCES = {"float64": 1e-5, "float32": 2e-3, "float16": 5e-2}
 
@@ -284,8 +284,9 @@ class _Check:
             return f"has shape {list(got.shape)}, expected {list(base.shape)}"
         start = base.astype(np.float64)
         places = list(np.ndindex(base.shape))
-        if len(places) > MOVED:  # places, not directions: of many slopes at once one may be a kink
-            drawn = np.random.default_rng(3).choice(len(places), MOVED, replace=False)
+        most = max(2, min(MOVED, ELEMENTS // max(base.size, 1)))
+        if len(places) > most:
+            drawn = np.random.default_rng(3).choice(len(places), most, replace=False)
             places = [places[i] for i in drawn]
 
         def slopes(place: tuple[int, ...], step: float) -> tuple[float, float]:
