@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from edgepeft.errors import ExportError
-from edgepeft.exporters.graph import append, graph_input, new_model, tidy
+from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
 from edgepeft.exporters.losses import loss_for
 from edgepeft.exporters.passes.run_order import run_in_order
 from edgepeft.exporters.training import memory
