@@ -110,11 +110,12 @@ class _Found:
         if not self._runs:
             return ir.Shape(told[0]) if told else None
         sizes = [run.get(name) for run in self._runs]
-        if None in sizes or len({len(run) for run in sizes if run is not None}) > 1:
+        told = [claim for claim in told if all(run is not None and len(run) == len(claim) for run in sizes)]
+        if not told:  # a rank may come from the runs' own data
             return None
         dims: Dims = []
         for axis, in_runs in enumerate(zip(*(run for run in sizes if run is not None), strict=True)):
-            claims = [claim[axis] for claim in told if len(claim) == len(sizes[0] or ())]
+            claims = [claim[axis] for claim in told]
             dims.append(
                 next((dim for dim in sorted(claims, key=self._rank) if self._holds(dim, in_runs)), None)
             )
