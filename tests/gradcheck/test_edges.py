@@ -84,3 +84,27 @@ def test_halves_are_added_up_where_they_came_from(gathered: str) -> None:
     found = gradient(text, {"x": np.ones((3, 2), np.float16)})
     counts = [2, 1, 1] if gathered.startswith("Pad") else [2, 0, 1]
     np.testing.assert_array_equal(found, np.repeat(np.array(counts, np.float16)[:, None], 2, axis=1))
+
+
+@pytest.mark.parametrize("guard", ["IsNaN(p)", "Equal(lowest, none)"])
+def test_a_row_that_is_masked_throughout_has_no_gradient(guard: str) -> None:
+    """As torch's exporter and the standard's Attention write it: a softmax of no numbers, replaced by 0."""
+    text = f"""
+        <ir_version: 10, opset_import: ["": 21]>
+        masked (float[2,3] x, float[2,3] mask, float[2,3] v) => (float loss)
+        <int64[1] last = {{-1}}, float zero = {{0}}, float[1] one = {{1}}, float[1] nought = {{0}}> {{
+            infinity = Div(one, nought)
+            none = Neg(infinity)
+            lowest = ReduceMax(mask, last)
+            s = Add(x, mask)
+            p = Softmax <axis = -1> (s)
+            gone = {guard}
+            safe = Where(gone, zero, p)
+            y = Mul(safe, v)
+            loss = ReduceSum <keepdims = 0> (y)
+        }}
+    """
+    mask = np.array([[-np.inf] * 3, [0, 0, -np.inf]], np.float32)
+    v = np.array([[1, 2, 3], [4, 6, 8]], np.float32)
+    found = gradient(text, {"x": np.zeros((2, 3), np.float32), "mask": mask, "v": v})
+    np.testing.assert_allclose(found, [[0, 0, 0], [-0.5, 0.5, 0]], rtol=1e-6)
