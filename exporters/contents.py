@@ -27,7 +27,7 @@ from edgepeft.bundle.writer import hash_folder
 from .forward import Forward
 from .losses import Loss, loss_for, with_drift
 from .model_info import model_info
-from .partition import Uncut, build_partition, build_streamed_inference
+from .partition import Partitioned, StreamedGraphs, Uncut, build_partition, build_streamed_inference
 from .passes.quantize import Freezer
 from .sources.base import ModelSource
 from .training.joint import build_joint, build_loss
@@ -77,16 +77,18 @@ def write_contents(
     if inference.decoder is not None:
         models |= inference.decoder.graphs
     missing: dict[str, str] = {}
-    streamed = None
+    streamed: StreamedGraphs | None = None
     if source.task == "text2text-generation":
         missing[STREAMED_INFERENCE] = "every layer of the decoder reads what the encoder made"
     else:
-        streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
-        if isinstance(streamed, Uncut):
-            missing[STREAMED_INFERENCE], streamed = streamed.because, None
-        models |= {} if streamed is None else streamed.graphs
+        chain = build_streamed_inference(inference, slice_output=source.task == "text-generation")
+        if isinstance(chain, Uncut):
+            missing[STREAMED_INFERENCE] = chain.because
+        else:
+            streamed = chain
+            models |= chain.graphs
     trainable: tuple[str, ...] = ()
-    partition = None
+    partition: Partitioned | None = None
     if training is not None:
         output = next(value for value in training.model.graph.outputs if value.name == loss.output)
         trained = losses.trained(output)
@@ -94,17 +96,18 @@ def write_contents(
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
         models |= {"adamw": build_adamw(), "adamw8": build_adamw8(), "grad_norm": build_grad_norm()}
+        stages: Partitioned | Uncut = Uncut(
+            "in stages there is no room for the logits that the penalty needs"
+        )
         if trained is loss:
-            partition = build_partition(training, loss)
+            stages = build_partition(training, loss)
         else:
-            partition = Uncut(
-                "in stages there is no room for the base model's logits, which the penalty needs"
-            )
             missing[FORWARD_ONLY] = "only the training graph's loss has the drift penalty"
-        if isinstance(partition, Uncut):
-            missing |= dict.fromkeys((CHECKPOINTED, STREAMED), partition.because)
-            partition = None
-        models |= {} if partition is None else partition.graphs
+        if isinstance(stages, Uncut):
+            missing |= dict.fromkeys((CHECKPOINTED, STREAMED), stages.because)
+        else:
+            partition = stages
+            models |= stages.graphs
     row_scalings = _row_scalings(inference, None if streamed is None else streamed.wiring)
     (folder / "graphs").mkdir()
     graphs = {}
