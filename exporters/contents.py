@@ -1,7 +1,7 @@
 """What a bundle holds: its graphs, their weights, adapters and tokenizer, and the manifest that says so."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx_ir as ir
@@ -14,25 +14,26 @@ from edgepeft.bundle.manifest import (
     FORWARD_ONLY,
     RESIDENT,
     STREAMED,
+    STREAMED_INFERENCE,
     Manifest,
     Policy,
     Quantization,
     Strategy,
 )
 from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
-from edgepeft.bundle.wiring import StreamedInference
+from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.bundle.writer import hash_folder
 
 from .forward import Forward
 from .losses import Loss, loss_for, with_drift
 from .model_info import model_info
-from .partition import build_partition, build_streamed_inference
+from .partition import Partitioned, StreamedGraphs, Uncut, build_partition, build_streamed_inference
 from .passes.quantize import Freezer
 from .sources.base import ModelSource
 from .training.joint import build_joint, build_loss
 from .training.optimizer import build_adamw, build_grad_norm
 from .training.optimizer8 import build_adamw8
-from .writer import WeightWriter, graph_spec, write_graph
+from .writer import WeightWriter, graph_spec, rename_others, write_graph
 
 WEIGHTS_FILE = "weights.bin"
 
@@ -70,15 +71,24 @@ def write_contents(
 ) -> Manifest:
     """Write everything but the manifest, whose memory figures are still empty."""
     loss = losses.judged
+    if training is not None and training is not inference:
+        rename_others(training.model.graph, inference.model.graph)
     models = {"inference": inference.model}
     if inference.decoder is not None:
         models |= inference.decoder.graphs
-    streamed = None
-    if source.task != "text2text-generation":  # every layer of a decoder reads what the encoder made
-        streamed = build_streamed_inference(inference, slice_output=source.task == "text-generation")
-        models |= {} if streamed is None else streamed.graphs
+    missing: dict[str, str] = {}
+    streamed: StreamedGraphs | None = None
+    if source.task == "text2text-generation":
+        missing[STREAMED_INFERENCE] = "every layer of the decoder reads what the encoder made"
+    else:
+        chain = build_streamed_inference(inference, slice_output=source.task == "text-generation")
+        if isinstance(chain, Uncut):
+            missing[STREAMED_INFERENCE] = chain.because
+        else:
+            streamed = chain
+            models |= chain.graphs
     trainable: tuple[str, ...] = ()
-    partition = None
+    partition: Partitioned | None = None
     if training is not None:
         output = next(value for value in training.model.graph.outputs if value.name == loss.output)
         trained = losses.trained(output)
@@ -86,9 +96,18 @@ def write_contents(
         trainable = joint.trainable
         models |= {"train": joint.model, "loss": build_loss(loss, output)}
         models |= {"adamw": build_adamw(), "adamw8": build_adamw8(), "grad_norm": build_grad_norm()}
-        # In stages there is no room for the base model's logits.
-        partition = build_partition(training, loss) if trained is loss else None
-        models |= {} if partition is None else partition.graphs
+        stages: Partitioned | Uncut = Uncut(
+            "in stages there is no room for the logits that the penalty needs"
+        )
+        if trained is loss:
+            stages = build_partition(training, loss)
+        else:
+            missing[FORWARD_ONLY] = "only the training graph's loss has the drift penalty"
+        if isinstance(stages, Uncut):
+            missing |= dict.fromkeys((CHECKPOINTED, STREAMED), stages.because)
+        else:
+            partition = stages
+            models |= stages.graphs
     row_scalings = _row_scalings(inference, None if streamed is None else streamed.wiring)
     (folder / "graphs").mkdir()
     graphs = {}
@@ -100,6 +119,13 @@ def write_contents(
             path = f"graphs/{role}.onnx"
             write_graph(graph, folder / path, weights, WEIGHTS_FILE, row_scalings.get(role, ()))
             graphs[role] = graph_spec(graph, path)
+        if training is not None and partition is not None:
+            wiring = partition.wiring
+            _write_small(weights, training.model.graph, wiring.context_weights, wiring.stages_and_head)
+        if streamed is not None:
+            _write_small(
+                weights, inference.model.graph, streamed.wiring.context_weights, streamed.wiring.stages
+            )
         for name, value in inference.saved_values.items():
             weights.add_array(name, value.float().numpy())
     for name, adapter in adapters.items():
@@ -121,7 +147,7 @@ def write_contents(
         lora_slots=inference.slots,
         saved_modules=inference.saved_modules,
         adapters=tuple(adapters),
-        strategies=_strategies(partition is not None, losses.drift_penalty) if training else (),
+        strategies=_strategies(missing) if training else (),
         policy=Policy(trainable=trainable),
         verification={},
         files=hash_folder(folder),
@@ -131,7 +157,19 @@ def write_contents(
         audio_preprocessing=source.audio_preprocessing,
         decoder=None if inference.decoder is None else inference.decoder.wiring,
         linear_head=inference.linear_head,
+        missing=missing,
     )
+
+
+def _write_small(
+    weights: WeightWriter, graph: ir.Graph, context: Mapping[str, str], stages: Iterable[Stage]
+) -> None:
+    """Store those weights of a chain that the graphs have inside them."""
+    for name in (*context.values(), *(key for stage in stages for key in stage.weights.values())):
+        if name not in weights.tensors:
+            tensor = graph.initializers[name].const_value
+            assert tensor is not None
+            weights.add(name, tensor)
 
 
 def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dict[str, set[str]]:
@@ -144,13 +182,13 @@ def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dic
     return found
 
 
-def _strategies(staged: bool, drift_penalty: bool) -> tuple[Strategy, ...]:
-    """Ways to train, the fastest first; their memory is still to be measured."""
-    strategies = [Strategy(RESIDENT, "train", exact=True, memory=UNKNOWN_MEMORY)]
-    if staged:
-        strategies += [
-            Strategy(name, None, exact=True, memory=UNKNOWN_MEMORY) for name in (CHECKPOINTED, STREAMED)
-        ]
-    if not drift_penalty:  # only the training graph's loss has it
-        strategies.append(Strategy(FORWARD_ONLY, None, exact=False, memory=UNKNOWN_MEMORY))
-    return tuple(strategies)
+def _strategies(missing: Mapping[str, str]) -> tuple[Strategy, ...]:
+    """Ways to train, the fastest first, without those that are missing; their memory is still to be
+    measured."""
+    strategies = (
+        Strategy(RESIDENT, "train", exact=True, memory=UNKNOWN_MEMORY),
+        Strategy(CHECKPOINTED, None, exact=True, memory=UNKNOWN_MEMORY),
+        Strategy(STREAMED, None, exact=True, memory=UNKNOWN_MEMORY),
+        Strategy(FORWARD_ONLY, None, exact=False, memory=UNKNOWN_MEMORY),
+    )
+    return tuple(strategy for strategy in strategies if strategy.name not in missing)

@@ -1,5 +1,6 @@
 """Small helpers for editing `onnx_ir` graphs, shared by the passes, the losses and the training graphs."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,10 +48,17 @@ def append(
 
 
 def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    """The initializer `name`, made from `array` where the graph has none of that name yet."""
-    if name in graph.initializers:
-        return graph.initializers[name]
+    """The initializer `name` with these values, made where the graph does not have it; named otherwise where
+    the graph has another of that name, as somebody else's file may."""
     tensor = ir.tensor(array, name=name)
+    there = graph.initializers.get(name)
+    if there is not None and _same_tensor(there.const_value, tensor):
+        return there
+    if there is not None or any(value.name == name for value in graph.inputs):
+        name = f"{name}.{digest(tensor)}"
+        if name in graph.initializers:
+            return graph.initializers[name]
+        tensor = ir.tensor(array, name=name)
     value = ir.Value(
         name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
@@ -58,8 +66,24 @@ def initializer(graph: ir.Graph, name: str, array: np.ndarray | ir.TensorProtoco
     return value
 
 
+def digest(tensor: ir.TensorProtocol) -> str:
+    """What tells constants of the same name apart, in whatever graph they are."""
+    described = f"{tensor.dtype} {tensor.shape} ".encode() + tensor.tobytes()
+    return hashlib.sha256(described).hexdigest()[:12]
+
+
+def _same_tensor(a: ir.TensorProtocol | None, b: ir.TensorProtocol) -> bool:
+    if a is b:
+        return True
+    return a is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
 def graph_input(graph: ir.Graph, name: str, shape: Shape, dtype: ir.DataType = FLOAT) -> ir.Value:
-    """Add a graph input."""
+    """Add a graph input; a constant that has its name, in somebody else's file, gets another."""
+    if name in graph.initializers:
+        taken = graph.initializers[name]
+        assert taken.const_value is not None
+        taken.name = f"{name}.{digest(taken.const_value)}"
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
     graph.inputs.append(value)
     return value

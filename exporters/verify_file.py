@@ -242,7 +242,14 @@ def _run_session(path: Path, feeds: Arrays, *, exact: bool = False) -> np.ndarra
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base
         raise ExportError(f"{path}: onnxruntime {ort.__version__} refuses it: {error}") from error
-    outputs = session.run(None, _taken(session, feeds))
+    try:
+        outputs = session.run(None, _taken(session, feeds))
+    except Exception as error:
+        raise ExportError(
+            f"{path}: onnxruntime {ort.__version__} does not run it on {len(feeds['input_ids'])} rows "
+            f"({' '.join(str(error).split())[:300]}): write the file with another opset or exporter; "
+            "--no-verify exports it without the comparison"
+        ) from error
     names = [item.name for item in session.get_outputs()]
     wanted = [name for name in ("logits", "sentence_embedding", "last_hidden_state") if name in names]
     return np.asarray(outputs[names.index(wanted[0])])

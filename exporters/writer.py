@@ -10,10 +10,12 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
+from .graph import digest
 from .passes.run_order import run_in_order
 
 #: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
 #: Integers do under any name: onnxruntime infers shapes from them, which it does not from external data.
+#: So do single numbers: exporters call them after the module that uses them, as they do its weights.
 INLINE_BYTES = 1024
 #: A page: every tensor can be mapped, or read directly, by itself.
 ALIGNMENT = 4096
@@ -70,7 +72,19 @@ class WeightWriter:
 def is_weight(name: str, tensor: ir.TensorProtocol) -> bool:
     """Whether a constant of a graph is kept in `weights.bin`."""
     is_shape = tensor.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
-    return tensor.nbytes >= INLINE_BYTES or ("." in name and not is_shape)
+    return tensor.nbytes >= INLINE_BYTES or ("." in name and tensor.size > 1 and not is_shape)
+
+
+def rename_others(graph: ir.Graph, known: ir.Graph) -> None:
+    """Rename those constants of `graph` that `known` has other constants of the same name for: what is folded
+    in two graphs is numbered in each."""
+    for name, value in list(graph.initializers.items()):
+        there = known.initializers.get(name)
+        mine, other = value.const_value, None if there is None else there.const_value
+        if mine is None or other is None or mine is other:
+            continue
+        if mine.dtype != other.dtype or mine.shape != other.shape or mine.tobytes() != other.tobytes():
+            value.name = f"{name}.{digest(mine)}"
 
 
 def write_graph(

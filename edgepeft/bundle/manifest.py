@@ -103,6 +103,7 @@ class WeightTensor:
 
 
 RESIDENT, CHECKPOINTED, STREAMED, FORWARD_ONLY = "resident", "checkpointed", "streamed", "forward-only"
+STREAMED_INFERENCE = "streamed inference"  # in `Manifest.missing`, beside names of strategies
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,7 @@ class Manifest:
     audio_preprocessing: AudioPreprocessing | None = None  # null: feed `input_values`
     decoder: DecoderGraph | None = None  # null: no language model, or one whose cache cannot stay in place
     linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes
+    missing: dict[str, str] = field(default_factory=dict)  # ways to run that the model does not have, and why
     base: str | None = None  # SHA-256 (hex) that tells the base from others of its shape; null: not known
 
     @property

@@ -10,7 +10,7 @@ from edgepeft.adapters import CONFIG_FILE
 from edgepeft.bundle.validation import TASKS
 from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.cli.console import Console
-from edgepeft.cli.options import force_option, json_option
+from edgepeft.cli.options import force_option, json_option, missing_ways
 from edgepeft.errors import UsageError
 from edgepeft.files import check_replaceable
 from edgepeft.sizes import format_size
@@ -138,6 +138,8 @@ def export(
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
         "lora_slots": len(manifest.lora_slots),
+        "strategies": [strategy.name for strategy in manifest.strategies],
+        "missing": manifest.missing,
         "verification": manifest.verification,
     }
     console.show(summary, _text)
@@ -170,6 +172,9 @@ def _text(summary: dict[str, Any]) -> str:
         f"{format_size(summary['bundle_bytes'])}, {summary['lora_slots']} LoRA slots, adapters: "
         f"{', '.join(summary['adapters']) or 'none'}"
     ]
+    if summary["strategies"]:
+        lines.append(f"training: {', '.join(summary['strategies'])}")
+    lines += [f"without {line}" for line in missing_ways(summary["missing"])]
     if calibrated is not None:
         lines.append(
             f"calibrated on {calibrated['records']} records; rounded to the nearest: "

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from edgepeft.cli.console import Console
-from edgepeft.cli.options import bundle_argument, json_option, table
+from edgepeft.cli.options import bundle_argument, json_option, missing_ways, table
 from edgepeft.sizes import format_size
 
 
@@ -60,6 +60,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
             for name, adapter in adapters.items()
         },
         "strategies": [strategy.name for strategy in manifest.strategies],
+        "missing": manifest.missing,
         "policy": {
             "trainable": len(manifest.policy.trainable),
             "max_steps": manifest.policy.max_steps,
@@ -113,6 +114,7 @@ def _table(summary: dict[str, Any]) -> str:
             f"{summary['lora_slots']} linear modules; saved: {', '.join(summary['saved_modules']) or 'none'}",
         ],
         ["training", ", ".join(summary["strategies"]) or "none (exported with --no-train)"],
+        *(["without", line] for line in missing_ways(summary["missing"])),
         [
             "policy",
             f"{summary['policy']['trainable']} tensors may train"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -209,6 +209,14 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) ->
     """Columns aligned by their widest cell."""
     lines = [header, *rows] if header else rows
     return aligned(lines, column_widths(lines))
+
+
+def missing_ways(missing: Mapping[str, str]) -> list[str]:
+    """What a bundle cannot do, `NAME, NAME: REASON` for each reason of `Manifest.missing`."""
+    reasons = dict.fromkeys(missing.values())
+    return [
+        f"{', '.join(name for name, why in missing.items() if why == reason)}: {reason}" for reason in reasons
+    ]
 
 
 def column_widths(lines: Sequence[Sequence[str]]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -123,7 +124,11 @@ class NodeWriter:
         key = (dtype, array.shape, array.tobytes())
         value = self._constants.get(key)
         if value is None:
-            name = self.new_name("constant")
+            stem = "constant"
+            if array.ndim:  # a large one is kept in one file for all graphs of a bundle, by name
+                told = f"{dtype} {array.shape} ".encode() + array.tobytes()
+                stem = f"constant_{hashlib.sha256(told).hexdigest()[:12]}"
+            name = self.new_name(stem)
             value = self.initializer(ir.Tensor(array, dtype, name=name))
             self._constants[key] = value
         return value

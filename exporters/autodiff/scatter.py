@@ -39,6 +39,11 @@ class Scatter:
         return self._emit(emit, dense, {})
 
     def _emit(self, emit: Emitter, dense: ir.Value, attributes: dict[str, Any]) -> ir.Value:
+        if attributes and dense.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            # onnxruntime adds up in these nowhere but on a GPU.
+            wide = Scatter(self.indices, emit.cast(self.updates, ir.DataType.FLOAT), self.axis)
+            total = wide._emit(emit, emit.cast(dense, ir.DataType.FLOAT), attributes)
+            return emit.cast(total, dense.dtype)
         if self.axis is None:
             return emit.op("ScatterND", dense, self.indices, self.updates, like=dense, **attributes)
         attributes = {"axis": self.axis, **attributes}

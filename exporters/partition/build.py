@@ -13,7 +13,7 @@ from ..losses import Loss
 from ..losses.causal_lm import causal_lm_loss
 from .context import build_context
 from .lookups import looked_up
-from .pieces import cut_into_pieces, name_of
+from .pieces import Uncut, cut_into_pieces, name_of
 from .stages import StageGraphs, build_head, build_stage
 from .vocabulary_head import build_vocabulary_head
 
@@ -28,7 +28,7 @@ class Partitioned:
     graphs: dict[str, ir.Model]
 
 
-def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
+def build_partition(forward: Forward, loss: Loss) -> Partitioned | Uncut:
     """Cut `forward` into stages, equal ones sharing their graphs.
 
     Args:
@@ -36,15 +36,15 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | None:
         loss: of the task.
 
     Returns:
-        The chain, or None where the graph has no cut below which something trains.
+        The chain, or why there is none: the graph has no cut below which something trains.
     """
     cut = cut_into_pieces(forward, loss.output, slice_output=loss.function is causal_lm_loss)
-    if cut is None:
-        return None
+    if isinstance(cut, Uncut):
+        return cut
     pieces, signatures, names, layer = cut.pieces, cut.signatures, cut.names, cut.layer
     trained = [index for index, signature in enumerate(signatures) if signature.adapter]
     if not trained:
-        return None
+        return Uncut("none of its stages trains")
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
     built: dict[str, StageGraphs] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..graph import initializer
+from ..graph import digest, initializer
 
 
 class Copier:
@@ -36,8 +36,9 @@ class Copier:
         if value not in self.values:
             tensor = value.const_value
             assert tensor is not None, f"{value.name} is neither copied nor a constant"
+            # All graphs of a bundle keep their large constants in one file, by name.
             self.values[value] = initializer(
-                self.graph, f"constant_{len(self.graph.initializers)}", ir.tensor(tensor.numpy())
+                self.graph, f"constant_{digest(tensor)}", ir.tensor(tensor.numpy())
             )
 
 

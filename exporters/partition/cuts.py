@@ -59,19 +59,27 @@ class Dependence:
 
 
 def dependences(
-    graph: ir.Graph, weights: Collection[str], adapter_inputs: Collection[str]
+    graph: ir.Graph,
+    weights: Collection[str],
+    adapter_inputs: Collection[str],
+    shared_inputs: Collection[str] = (),
 ) -> dict[ir.Value, Dependence]:
     """What each value of `graph` depends on.
 
     Args:
         weights: names of the initializers that are parameters.
         adapter_inputs: names of the graph inputs that are adapter tensors.
+        shared_inputs: names of model inputs whose data belongs to the context, whatever table is looked up
+            with it.
     """
     found: dict[ir.Value, Dependence] = {}
     for value in graph.inputs:
-        of_adapter = value.name in adapter_inputs
+        of_adapter, shared = value.name in adapter_inputs, value.name in shared_inputs
         found[value] = Dependence(
-            inputs=not of_adapter, data=not of_adapter, parameters=of_adapter, adapter=of_adapter
+            inputs=not of_adapter,
+            data=not of_adapter and not shared,
+            parameters=of_adapter,
+            adapter=of_adapter,
         )
     for name, value in graph.initializers.items():
         found[value] = Dependence(parameters=name in weights)

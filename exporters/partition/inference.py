@@ -18,7 +18,7 @@ from ..passes.drop_cache import PRESENT
 from .context import build_context
 from .lookups import looked_up
 from .output_layer import build_output_layer
-from .pieces import cut_into_pieces, name_of
+from .pieces import Uncut, cut_into_pieces, name_of
 from .signature import Signature
 from .stages import build_inference_stage
 
@@ -33,7 +33,7 @@ class StreamedGraphs:
     graphs: dict[str, ir.Model]
 
 
-def build_streamed_inference(forward: Forward, *, slice_output: bool) -> StreamedGraphs | None:
+def build_streamed_inference(forward: Forward, *, slice_output: bool) -> StreamedGraphs | Uncut:
     """Cut an inference graph into stages, equal ones sharing their graphs.
 
     Args:
@@ -41,11 +41,11 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
         slice_output: run the output layer by slices of its rows where it is a product by a quantized matrix.
 
     Returns:
-        The chain, or None where the graph has no cut, or makes its cache where no stage does.
+        The chain, or why there is none: the graph has no cut, or makes its cache where no stage does.
     """
     cut = cut_into_pieces(forward, None, slice_output=slice_output)
-    if cut is None:
-        return None
+    if isinstance(cut, Uncut):
+        return cut
     graph, names, layer = cut.graph, cut.names, cut.layer
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
@@ -70,7 +70,7 @@ def build_streamed_inference(forward: Forward, *, slice_output: bool) -> Streame
         )
     cached = [name for stage in stages for name in stage.cache.values()]
     if sorted(cached) != sorted(filter(_is_cache, map(name_of, graph.outputs))):
-        return None
+        return Uncut("its key/value cache is not made by its layers")
     context, context_weights = build_context(graph, names, cut.weight_names)
     if context is not None:
         graphs[CONTEXT_ROLE] = context

@@ -10,10 +10,21 @@ import onnx_ir as ir
 from ..forward import Forward
 from ..graph import tidy
 from ..passes.input_shapes import take_sizes_from_inputs
-from ..writer import is_weight
+from ..writer import INLINE_BYTES, is_weight
 from .cuts import Segment, ancestors, cut, dependences
 from .output_slice import OutputLayer, find_output_layer
 from .signature import Signature, describe, find_period
+
+#: Of these a stage reads what all stages share: positions, masks, rotary angles.
+_SHARED_INPUTS = ("attention_mask", "position_ids")
+_NUMBERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+
+
+@dataclass(frozen=True)
+class Uncut:
+    """Why a graph is not run in stages."""
+
+    because: str
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Pieces:
     layer: OutputLayer | None
 
 
-def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool) -> Pieces | None:
+def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool) -> Pieces | Uncut:
     """Cut a copy of a forward graph, its weights frozen.
 
     Args:
@@ -46,7 +57,7 @@ def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool)
         slice_output: leave an output layer that can run by slices of its rows out of the pieces.
 
     Returns:
-        The pieces, or None where there is one piece only, or a size that only a hidden state has.
+        The pieces, or why there are none: there is one piece only, or a size that only a hidden state has.
     """
     model = forward.model.clone()
     graph = model.graph
@@ -62,17 +73,71 @@ def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool)
         *(module.input for module in forward.saved_modules),
     }
     last = next(value for value in graph.outputs if output in (None, value.name))
-    depends = dependences(graph, weight_names, adapter_names)
-    pieces = group(cut(graph, last, depends), weight_names, adapter_names)
+    parameters = {name for name in weight_names if _is_parameter(graph.initializers[name])}
+    small = {
+        name
+        for name, value in graph.initializers.items()
+        if value.dtype not in _NUMBERS and name not in weight_names
+    }
+    for shared in ((), _SHARED_INPUTS):
+        # Tables of angles and of masks are looked up with positions: read as parameters, they tie all layers
+        # to one another.
+        depends = dependences(graph, parameters, adapter_names, shared)
+        segments = cut(graph, last, depends)
+        pieces = max(
+            (group(segments, names, adapter_names) for names in (weight_names, weight_names | small)), key=len
+        )
+        if len(pieces) > 1:
+            break
+    else:
+        return Uncut(
+            "its layers are not the same computation of their weights"
+            if len(segments) > 1
+            else "nothing lies between its layers that everything passes through"
+        )
     layer = find_output_layer(pieces[-1], weight_names) if slice_output else None
     if layer is not None:
         # What comes before the output layer, a normalization, is a stage of its own.
         pieces[-1:] = [] if layer.x is pieces[-1][0].hidden else [_ending_with(pieces[-1], layer.x)]
+    weight_names |= _differing(pieces, weight_names, small, adapter_names)
     signatures = [describe(piece, weight_names, adapter_names) for piece in pieces]
     names = _name_context(signatures)
-    if len(pieces) < 2 or any(depends[value].hidden for node in ancestors(names) for value in node.outputs):
-        return None
+    if len(pieces) < 2:
+        return Uncut("it is an output layer alone")
+    if any(depends[value].hidden for node in ancestors(names) for value in node.outputs):
+        return Uncut("something that all its layers share is computed from a hidden state")
     return Pieces(graph, weight_names, pieces, signatures, names, layer)
+
+
+def _is_parameter(value: ir.Value) -> bool:
+    """Whether a weight makes what is computed with it a hidden state: a matrix does, or a long vector. A
+    number or a short vector may be a mask's least value, or the frequencies of rotary angles."""
+    tensor = value.const_value
+    assert tensor is not None
+    wide = sum(dim > 1 for dim in tensor.shape.numpy()) > 1
+    return tensor.dtype not in _NUMBERS and (wide or tensor.nbytes >= INLINE_BYTES)
+
+
+def _differing(
+    pieces: Sequence[Sequence[Segment]],
+    weight_names: set[str],
+    small: set[str],
+    adapter_names: Collection[str],
+) -> set[str]:
+    """Of the `small` constants those in which pieces differ that are alike but for them: a scale, a bias of a
+    few numbers. They are weights, whatever they are called."""
+    alike: dict[object, list[Signature]] = {}
+    for piece in pieces:
+        signature = describe(piece, weight_names | small, adapter_names)
+        alike.setdefault(signature.text, []).append(signature)
+    found: set[str] = set()
+    for signatures in alike.values():
+        for values in zip(*(signature.weights for signature in signatures), strict=True):
+            names = {name_of(value) for value in values}
+            tensors = {value.const_value.tobytes() for value in values if value.const_value is not None}
+            if names <= small and len(tensors) > 1:
+                found |= names
+    return found
 
 
 def _ending_with(piece: Sequence[Segment], output: ir.Value) -> list[Segment]:

@@ -53,13 +53,23 @@ def standardize(model: ir.Model, path: Path) -> ir.Model:
     with _quiet():
         InlinePass()(model)
         model = _at_opset(model, path)
+    settle(model)
+    return model
+
+
+def settle(model: ir.Model) -> None:
+    """Make the constants of a model initializers, and infer the shapes of all values.
+
+    Raises:
+        ExportError: the shapes cannot be inferred.
+    """
+    with _quiet():
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         RemoveInitializersFromInputsPass()(model)
         IdentityEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
         NameFixPass()(model)
     infer_shapes(model)
-    return model
 
 
 def _at_opset(model: ir.Model, path: Path) -> ir.Model:

@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from edgepeft.bundle.manifest import GraphSpec
 from edgepeft.bundle.memory_formula import MemoryTerm
+from edgepeft.errors import ExportError
 
 from .feeds import axis_sizes, sample_feeds
 
@@ -47,13 +48,24 @@ def measure_peaks(
         length_unit: sequences are multiples of it: the frames of a waveform are a quotient that rounds down,
             and polynomials of its length only there.
         batch_unit: batches are multiples of it: some losses split them.
+
+    Raises:
+        ExportError: the graph does not run.
     """
     grid = grid_of(spec, batch_unit)
     runs = [
         sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
         for batch, sequence, rank, _ in grid.sizes
     ]
-    return fit_peaks(bytes_in_use(graph, folder, runs), grid, length_unit)
+    try:
+        in_use = bytes_in_use(graph, folder, runs)
+    except Exception as error:  # onnxruntime's are of several kinds
+        raise ExportError(
+            f"{spec.file}: onnxruntime {ort.__version__} does not run this graph, whose memory was to be "
+            f"measured ({' '.join(str(error).split())[:300]}): report the operator that it names; if it is a "
+            "graph of training, --no-train leaves it out"
+        ) from error
+    return fit_peaks(in_use, grid, length_unit)
 
 
 def bytes_in_use(graph: bytes, folder: Path, runs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:

@@ -82,7 +82,9 @@ class ChainCost:
         """Seconds of a step relative to one of the resident graph."""
         quantization = self._manifest.quantization
         packed = quantization.bits <= 8
-        bits = quantization.bits + (32 / quantization.block_size if packed else 0)
+        # A block size of 0: a scale for a whole row or matrix, which weighs nothing.
+        block_size = quantization.block_size if packed else 0
+        bits = quantization.bits + (32 / block_size if block_size else 0)
         decode_s = _DECODE_S if packed else 0.0
         product_s = _PRODUCT_S * self._workload.rows * self._workload.seq_len
         stages, head = 8 * self._stage_bytes / bits, 8 * self._head_bytes / bits

@@ -19,7 +19,8 @@ from edgepeft.exporters.partition.cuts import cut, dependences
 from edgepeft.exporters.partition.signature import find_period
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.inputs import check_batch, model_inputs
-from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan
+from edgepeft.runtime.memory.chain_cost import ChainCost
+from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload
 from edgepeft.runtime.memory.process import MemoryRecorder
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
@@ -85,7 +86,7 @@ def test_cuts_lie_where_every_path_passes_and_masks_are_shared() -> None:
     ]
 
 
-def _both(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingState, TrainingState]:
+def both_ways(folder: Path, batch: models.Batch) -> tuple[float, float, TrainingState, TrainingState]:
     """Loss and gradients by the resident graph and by the chain, every adapter tensor filled at random."""
     bundle = open_bundle(folder)
     arrays = check_batch(
@@ -124,7 +125,7 @@ def test_a_chain_gives_the_gradients_of_the_one_graph(kind: str, bits: int, tmp_
         "decoder": (models.llama(tied=True), models.batch(labels="tokens")),
     }[kind]
     edgepeft.export(model, tmp_path / "bundle", bits=bits, rank=4, verify=False)
-    loss, staged_loss, resident, staged = _both(tmp_path / "bundle", batch)
+    loss, staged_loss, resident, staged = both_ways(tmp_path / "bundle", batch)
     assert staged_loss == pytest.approx(loss, rel=1e-6, abs=2e-6)
     for name, expected in resident.gradients.items():
         got = staged.gradients[name]
@@ -167,15 +168,31 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
     """Slices of 7 rows, the last one shorter, give what one slice gives."""
     edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=2, verify=False)
     batch = models.batch(labels="tokens")
-    loss, whole, _, whole_state = _both(tmp_path / "bundle", batch)
+    loss, whole, _, whole_state = both_ways(tmp_path / "bundle", batch)
     monkeypatch.setattr("edgepeft.runtime.training.heads.SLICE_VALUES", 7 * models.SIZES["hidden_size"])
-    _, sliced, _, sliced_state = _both(tmp_path / "bundle", batch)
+    _, sliced, _, sliced_state = both_ways(tmp_path / "bundle", batch)
     assert sliced == pytest.approx(whole, rel=1e-6)
     assert sliced == pytest.approx(loss, rel=1e-6)
     for name, expected in whole_state.gradients.items():
         assert np.linalg.norm(sliced_state.gradients[name] - expected) <= 1e-5 * np.linalg.norm(expected), (
             name
         )
+
+
+def test_weights_that_have_no_blocks_have_a_cost(tied_llama: Path) -> None:
+    """A file may have a scale for a whole row: its blocks have size 0."""
+    manifest = open_bundle(tied_llama).manifest
+    assert manifest.partition is not None
+    costs = []
+    for block_size in (0, 32):
+        quantized = dataclasses.replace(manifest.quantization, block_size=block_size)
+        cost = ChainCost(
+            dataclasses.replace(manifest, quantization=quantized),
+            manifest.partition,
+            Workload(rows=1, seq_len=8, rank=4, adapter_values=1, trained_values=1),
+        )
+        costs.append(cost.relative_step(NOTHING_HELD))
+    assert costs[0] == pytest.approx(costs[1], rel=0.1)
 
 
 RECORDS = [{"input_ids": row.tolist()} for row in np.random.default_rng(0).integers(3, 300, (12, 12))]

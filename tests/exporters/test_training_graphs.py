@@ -9,13 +9,15 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from edgepeft.exporters.graph import append, graph_input, new_model, tidy
+from edgepeft.errors import ExportError
+from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
 from edgepeft.exporters.losses import loss_for
 from edgepeft.exporters.passes.run_order import run_in_order
 from edgepeft.exporters.training import memory
 from edgepeft.exporters.training.feeds import axis_sizes, sample_feeds
 from edgepeft.exporters.training.joint import build_loss
 from edgepeft.exporters.training.optimizer import build_adamw, build_grad_norm
+from edgepeft.exporters.writer import graph_spec
 
 from .conftest import Exported
 
@@ -181,3 +183,16 @@ def test_what_nothing_reads_is_run_as_soon_as_it_can_be(tmp_path: Path) -> None:
         peaks.append(float(in_use.max() - in_use.min()))
     assert peaks[0] > 15 * 4096
     assert peaks[1] < 4 * 4096
+
+
+def test_a_graph_that_does_not_run_is_named(tmp_path: Path) -> None:
+    graph = ir.Graph([], [], nodes=[], name="halves")
+    model = new_model(graph)
+    x = graph_input(graph, "x", ["batch", 4], ir.DataType.FLOAT16)
+    rows = initializer(graph, "rows", np.array([[0]]))
+    once = append(graph, "ScatterND", [x, rows, x], {"reduction": "add"}, shape=x.shape, dtype=x.dtype)
+    graph.outputs.append(once)
+    with pytest.raises(ExportError, match=r"graphs/train\.onnx: onnxruntime .* does not run .*ScatterND"):
+        memory.measure_peaks(
+            ir.to_proto(model).SerializeToString(), graph_spec(model, "graphs/train.onnx"), tmp_path
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from edgepeft.exporters.autodiff.registry import (
 
 from .cases import all_cases
 from .harness import Case
+from .standard import COUNTS
+from .standard_check import AS_EXPORTED, AS_IS, FAULTS, REFUSED, RIGHT, UNPROVEN
 
 PATH = Path(__file__).parents[2] / "docs" / "operators.md"
 
@@ -30,10 +33,27 @@ A bar over a name is its cotangent: the gradient of the loss with respect to it.
 where nothing else is said. Every case runs with all subsets of wanted inputs, with static and with unknown
 dimensions, in float32 in onnxruntime against PyTorch; the column says what else it is compared with.
 
+{standard}
+
 ## Rules
 
 | operator | versions | cotangents | cases | proven by |
 |---|---|---|---|---|
+"""
+
+
+STANDARD = """
+The standard's own node tests, those {tests} of onnx {version} with a floating-point tensor among their inputs
+and their outputs, go the way of a file that somebody else wrote: a bundle's opset, the exporter's shapes, the
+gradients of all inputs in onnxruntime, compared with differences in float64 (`python -m
+tests.gradcheck.standard`, some minutes; CI runs a sample). *Refused* are those that the compiler declines by
+name; *unproven* those that onnxruntime does not run or computes otherwise than the standard, and those that
+nothing computes in float64; *faults* are wrong gradients, graphs that do not run, shapes that are not the
+declared ones and errors of other kinds than the project's.
+
+| form | right | refused | unproven | faults |
+|---|---|---|---|---|
+{rows}
 """
 
 
@@ -43,7 +63,7 @@ def render() -> str:
     for case in all_cases():
         cases[case.domain, case.op_type].append(case)
     registrations = sorted(RULES, key=lambda r: (r.domain, r.op_type, r.since))
-    lines = [HEADER.rstrip("\n")]
+    lines = [HEADER.replace("{standard}", _standard()).rstrip("\n")]
     for registration in registrations:
         if isinstance(registration.entry, Rule):
             lines.append(_rule_row(registration, registration.entry, cases))
@@ -56,6 +76,18 @@ def render() -> str:
             row = (_name(registration), _versions(registration), registration.entry.because)
             lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
+
+
+def _standard() -> str:
+    """What came of the standard's own tests."""
+    counts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    tests = sum(counts[AS_IS].values())
+    rows = []
+    for form in (AS_IS, AS_EXPORTED):
+        told = [counts[form].get(outcome, 0) for outcome in (RIGHT, REFUSED, UNPROVEN)]
+        told.append(sum(counts[form].get(fault, 0) for fault in FAULTS))
+        rows.append(f"| {form} | {' | '.join(map(str, told))} |")
+    return STANDARD.format(version=counts["onnx"], tests=tests, rows="\n".join(rows)).strip()
 
 
 def _rule_row(registration: Registration, rule: Rule, cases: dict[tuple[str, str], list[Case]]) -> str:

@@ -107,7 +107,7 @@ def batch_normalization(c: RuleContext) -> RuleResult:
 
 @rule("LpNormalization", since=1, until=22)
 def lp_normalization(c: RuleContext) -> RuleResult:
-    """p = 2: x̄ = (ȳ − y·Σ ȳ·y) / ‖x‖₂;  p = 1: x̄ = (ȳ − sign(x)·Σ ȳ·y) / ‖x‖₁"""
+    """p = 2: x̄ = (ȳ − y·Σ ȳ·y) / ‖x‖₂;  p = 1: x̄ = (ȳ − sign(x)·Σ ȳ·y) / ‖x‖₁;  0 where the norm is 0"""
     e, x, y, dy = c.emit, c.input(0), c.output, c.cotangent
     axis = c.attr_int("axis", -1)
 
@@ -115,7 +115,9 @@ def lp_normalization(c: RuleContext) -> RuleResult:
         euclidean = c.attr_int("p", 2) == 2
         norm = e.reduce("ReduceL2" if euclidean else "ReduceL1", x, [axis], keepdims=True)
         direction = y if euclidean else e.unary("Sign", x)
-        return e.div(e.sub(dy, e.mul(direction, e.sum(e.mul(dy, y), [axis]))), norm)
+        zero = e.scalar(0, x)
+        moved = e.div(e.sub(dy, e.mul(direction, e.sum(e.mul(dy, y), [axis]))), norm)
+        return e.where(e.compare("Equal", norm, zero), zero, moved)
 
     return [operand]
 

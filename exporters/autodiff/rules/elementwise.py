@@ -211,10 +211,10 @@ def cast(c: RuleContext) -> RuleResult:
     return [lambda: c.emit.cast(c.cotangent, c.emit.dtype(c.input(0)))]
 
 
-@rule("CastLike", since=15, until=25, differentiable=(0,))
+@rule("CastLike", since=15, until=25)
 def cast_like(c: RuleContext) -> RuleResult:
-    """x̄ = ȳ in the element type of x"""
-    return [lambda: c.emit.cast(c.cotangent, c.emit.dtype(c.input(0)))]
+    """x̄ = ȳ in the element type of x; of the other input only the type is read"""
+    return [lambda: c.emit.cast(c.cotangent, c.emit.dtype(c.input(0))), None]
 
 
 @rule("Identity", since=1, until=25)

@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from ..context import RuleContext
 from ..registry import RULES, RuleResult
+from ..scatter import Scatter
 
 rule = RULES.rule
 INT64 = ir.DataType.INT64
@@ -35,7 +36,7 @@ def scatter_flat(c: RuleContext, positions: ir.Value, x: ir.Value) -> ir.Value:
     updates = e.op("Reshape", c.cotangent, e.int64([-1]), dtype=x.dtype, shape=flat)
     size = e.op("Size", x, dtype=INT64, shape=ir.Shape([]))
     zeros = e.op("Expand", e.scalar(0, x), e.unsqueeze(size, [0]), dtype=x.dtype, shape=flat)
-    filled = e.op("ScatterElements", zeros, indices, updates, like=zeros, axis=0, reduction="add")
+    filled = Scatter(indices, updates, axis=0).add_to(e, zeros)
     return e.op("Reshape", filled, e.shape_of(x), like=x, allowzero=1)
 
 

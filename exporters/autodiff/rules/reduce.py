@@ -51,10 +51,17 @@ class _Reduction:
         e = self.c.emit
         if self.axes is not None:
             return e.cast(e.element_count(self.x, self.axes), e.dtype(like))
+        assert self.operand is not None
         sizes = e.op(
             "Gather", e.shape_of(self.x), self.operand, dtype=ir.DataType.INT64, shape=ir.Shape([None])
         )
         count = e.op("ReduceProd", sizes, dtype=ir.DataType.INT64, shape=ir.Shape([]), keepdims=0)
+        # No axes are all of them, and the product of no sizes is 1.
+        number, every = (
+            e.op("Size", value, dtype=ir.DataType.INT64, shape=ir.Shape([]))
+            for value in (self.operand, self.x)
+        )
+        count = e.where(e.compare("Equal", number, e.int64(0)), every, count)
         return e.cast(count, e.dtype(like))
 
 
