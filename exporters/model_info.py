@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from edgepeft.adapters import Adapter
+from edgepeft.adapters import PREFIX, Adapter
 from edgepeft.bundle.manifest import ModelInfo
 from edgepeft.errors import ExportError
 
@@ -46,14 +46,20 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
 
 
 def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tuple[str, ...]:
-    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole.
+    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole."""
+    adapters = tuple(adapters)
+    heads = HEADS if source.task in CLASSIFICATION else ()
+    stored = {key.removeprefix(PREFIX).rpartition(".")[0] for each in adapters for key in each.saved_keys}
+    return tuple(
+        name
+        for name in source.module_names()
+        if name.endswith(heads) or name in stored or any(matches_saved(name, each) for each in adapters)
+    )
 
-    PEFT saves every module whose name ends with one of `modules_to_save`; so does this.
-    """
-    endings = list(HEADS) if source.task in CLASSIFICATION else []
-    for adapter in adapters:
-        endings += adapter.config.get("modules_to_save") or []
-    return tuple(name for name in source.module_names() if name.endswith(tuple(endings)))
+
+def matches_saved(module: str, adapter: Adapter) -> bool:
+    """Whether PEFT saves a module whole: its name ends with one of `modules_to_save`."""
+    return module.endswith(tuple(adapter.config.get("modules_to_save") or ()))
 
 
 def default_targets(source: ModelSource) -> list[str]:

@@ -26,6 +26,7 @@ from .sources.base import ModelSource
 from .sources.loading import Source, load_source
 from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
 from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
+from .stored_modules import prepare_stored, without_unused
 from .verify import verify_bundle
 from .verify_file import verify_against_file
 from .versions import outside_range
@@ -116,6 +117,8 @@ def export(
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
         base = base_fingerprint(source)
+        _check_modules(loaded, source)
+        loaded = prepare_stored(loaded, source, report)
         freezer = _freezer(source, bits, block_size)
         losses = Losses(source, loss, drift_penalty)
         targets = None if targets is None else source.resolve_targets(targets)
@@ -127,7 +130,6 @@ def export(
             else:
                 write_starting_adapter(source, folder, fresh)
             loaded[STARTING_ADAPTER] = load_adapter(folder)
-        _check_modules(loaded, source)
         for name, adapter in loaded.items():
             if not force:
                 check_base(adapter, base)
@@ -148,8 +150,9 @@ def export(
             )
         report("tracing and quantizing the inference graph")
         inference = build_forward(source, freezer, modules=modules, modules_to_save=saved)
-        for adapter in loaded.values():
-            fit(adapter, inference.slots, inference.saved_modules)
+        for name, adapter in loaded.items():
+            loaded[name] = without_unused(adapter, inference.saved_modules, report)
+            fit(loaded[name], inference.slots, inference.saved_modules)
         forward = inference
         if train and source.own_training_graph:
             report("quantizing the training graph")

@@ -26,7 +26,7 @@ from .quiet import quiet
 from .samples import sample_inputs
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
-from .tracing import trace
+from .tracing import conv1d_weights, trace
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
@@ -98,6 +98,10 @@ class Source:
         """Names of all modules."""
         return [name for name, _ in self.model.named_modules()]
 
+    def parameter_names(self) -> set[str]:
+        """Names of all parameters, a shared one by each of its names."""
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+
     def linear_names(self) -> list[str]:
         """Names of the linear modules but the output head of a language model."""
         head = self.model.get_output_embeddings()
@@ -121,6 +125,7 @@ class Source:
         if self.traced is None:
             self.traced = trace(self, with_past=self.task == "text-generation")
         traced = self.traced.copy()
+        traced.turned = frozenset(conv1d_weights(self.model))
         if training:
             drop_cache(traced.model.graph)
             take_sizes_from_inputs(traced.model.graph)

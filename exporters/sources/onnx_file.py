@@ -100,6 +100,10 @@ class OnnxFile:
         linears = [*self.linears(), *(name.removesuffix(".weight") for name in self.weights)]
         return [name for name in dict.fromkeys(linears) if not name.endswith(".bias")]
 
+    def parameter_names(self) -> set[str]:
+        """Names of the float matrices, and of a head's bias."""
+        return set(self.weights)
+
     def linear_names(self) -> list[str]:
         """Names of the linears but the one whose output is a language model's logits, and tied tables."""
         head = self._head() if self.task == "text-generation" else None

@@ -23,6 +23,7 @@ from ..passes.drop_cache import PAST, PRESENT
 from ..versions import range_run
 from .base import Traced
 from .samples import Samples, sample_inputs
+from .tied_weights import canonical_names
 
 if TYPE_CHECKING:
     from .loading import Source
@@ -134,16 +135,19 @@ def _nearest(output: ir.Value, inputs: Sequence[ir.Value]) -> ir.Value | None:
 def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Turn the module's parameters among the initializers into graph inputs; return them by name.
 
-    The weight of a `Conv1D` (GPT-2), `[in, out]`, becomes one like any linear's, `[out, in]`.
+    A shared one has its canonical name. The weight of a `Conv1D` (GPT-2), `[in, out]`, becomes one like any
+    linear's, `[out, in]`.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    canonical = canonical_names(module)
     turned = conv1d_weights(module)
-    weights = {}
-    for name in list(graph.initializers):
-        if name not in parameters:
+    weights: dict[str, torch.Tensor] = {}
+    for found in list(graph.initializers):
+        if found not in parameters:
             continue
-        value = graph.initializers.pop(name)
+        value = graph.initializers.pop(found)
         value.const_value = None
+        value.name = name = canonical[found]
         weights[name] = parameters[name].detach()
         if name in turned:
             weights[name] = weights[name].T.contiguous()
