@@ -64,8 +64,9 @@ def build_forward(
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
-    saved = keep_saved_modules(graph, weights, modules_to_save, traced.turned)
+    # One adapter may have a LoRA on what another replaces whole.
     linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
+    saved = keep_saved_modules(graph, weights, modules_to_save, traced.turned)
     chosen = select(linears, default_targets(source) if modules is None else modules)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")

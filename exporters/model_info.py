@@ -1,6 +1,6 @@
 """What the manifest says of the base model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgepeft.adapters import PREFIX, Adapter
@@ -22,7 +22,7 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
     ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
     if source.task in CLASSIFICATION:
-        labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        labels = label_names(config.id2label, config.num_labels)
     return ModelInfo(
         name=source.name,
         model_type=config.model_type,
@@ -43,6 +43,19 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
         default_prompt=None if source.pooling is None else source.pooling.default_prompt,
         mask_token_id=mask_token_id(source.tokenizer_files) if source.task == "fill-mask" else None,
     )
+
+
+def label_names(id2label: Mapping[Any, Any] | None, count: int) -> tuple[str, ...]:
+    """A name for each of `count` classes: that of the configuration, or transformers' own, `LABEL_1`, for one
+    that it leaves out. Of a name that it gives twice, the second has its class behind it."""
+    named = {int(index): str(name) for index, name in (id2label or {}).items()}
+    names: list[str] = []
+    for index in range(count):
+        name = named.get(index, f"LABEL_{index}")
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
+    return tuple(names)
 
 
 def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tuple[str, ...]:

@@ -63,7 +63,7 @@ def export(
     Args:
         model: a transformers model object, a folder, a hub id, the path of a GGUF file (`….gguf`), whose
             weights are decoded and rounded anew, or that of an ONNX file (`….onnx`) that somebody else
-            exported.
+            exported. A PEFT model or an adapter's folder is exported merged into its base.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4

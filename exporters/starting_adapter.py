@@ -19,16 +19,7 @@ from .passes.linears import select
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.onnx_file import OnnxFile
-
-#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
-#: none for images and recordings.
-TASK_TYPES = {
-    "text-classification": peft.TaskType.SEQ_CLS,
-    "token-classification": peft.TaskType.TOKEN_CLS,
-    "feature-extraction": peft.TaskType.FEATURE_EXTRACTION,
-    "text-generation": peft.TaskType.CAUSAL_LM,
-    "text2text-generation": peft.TaskType.SEQ_2_SEQ_LM,
-}
+from .sources.tasks import TASK_TYPES
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,12 @@ def prepare_stored(
         for key in (*adapter.saved_keys, *adapter.base_layer_keys):
             if (name := _parameter(key)) not in source.parameter_names():
                 raise AdapterError(f"{adapter.origin}: {_not_there(name, source)}")
+            if isinstance(source, OnnxFile) and source.is_tied(name):
+                raise AdapterError(
+                    f"{adapter.origin}: {name} is saved in the adapter, and in {source.name} it is the "
+                    "embedding and the output layer at once, of which PEFT replaces one: export the "
+                    "transformers model with this adapter"
+                )
     if not isinstance(source, Source):
         return dict(adapters)
     _resize_vocabulary(adapters, source, report)

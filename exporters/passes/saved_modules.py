@@ -5,10 +5,8 @@ from collections.abc import Collection, Iterable
 import onnx_ir as ir
 
 from edgepeft.bundle.manifest import SavedModule
-from edgepeft.errors import ExportError
 
 from ..graph import transposed_input
-from .linears import find_embeddings, linear_products
 from .lora import PEFT_PREFIX
 
 
@@ -17,18 +15,10 @@ def keep_saved_modules(
 ) -> list[SavedModule]:
     """Rename the weight inputs of `modules` to PEFT's state-dict keys and take them out of `weights`; what
     nothing reads stays there. Those in `turned` become inputs as PyTorch and PEFT have them.
-
-    Raises:
-        ExportError: a weight is both an embedding and an output layer, which PEFT replaces one by one.
     """
     prefixes = tuple(f"{module}." for module in modules)
     saved = []
     for name in [name for name, value in weights.items() if name.startswith(prefixes) and value.uses()]:
-        if linear_products(weights[name]) and find_embeddings([weights[name]]):
-            raise ExportError(
-                f"{name} is the output layer's weight too, and an adapter that saves one module whole leaves "
-                "the other: export the transformers model, where they can be told apart"
-            )
         value = weights.pop(name)
         if name in turned:
             graph.inputs.remove(value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +21,9 @@ from ..passes.drop_cache import drop_cache
 from ..passes.input_shapes import take_sizes_from_inputs
 from .base import Pooling, Traced
 from .gguf import is_gguf_file, load_gguf
+from .last_token import pool_by_mask
 from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
+from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
 from .samples import sample_inputs
@@ -187,6 +190,8 @@ def load_source(
 ) -> Source:
     """Load `model`: a transformers model object, a folder, a hub id or a GGUF file.
 
+    A PEFT model or the folder of an adapter is loaded as what it computes.
+
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
         labels: names of the classes of a new classification head (of the tasks that have one); the weights of
@@ -196,6 +201,10 @@ def load_source(
         UsageError: unknown task, or labels for a task that has none.
         ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
     """
+    if is_adapter_folder(model):
+        return _load_adapted(AdapterFolder(Path(model)), task, labels, seed)
+    if isinstance(model, peft.PeftModel):
+        model = merged(model)
     resolved = resolve_task(task) if task else infer_task(model)
     if is_gguf_file(model) and resolved != "text-generation":
         raise UsageError(f"{model}: a GGUF file is exported for text-generation, not for {resolved}")
@@ -220,6 +229,8 @@ def load_source(
             f"compared: edgepeft exports models that do, for {resolved}"
         )
     module = module.float().cpu().eval().requires_grad_(False)
+    if resolved == "text-classification":
+        pool_by_mask(module)
     return Source(
         model=module,
         task=resolved,
@@ -229,6 +240,23 @@ def load_source(
         max_length=read_max_length(resolved, module.config, shipped),
         shipped=shipped,
     )
+
+
+def _load_adapted(
+    adapter: AdapterFolder, task: str | None, labels: Sequence[str] | None, seed: int
+) -> Source:
+    """The base of an adapter with that merged into it; the tokenizer is the adapter's where it has one."""
+    task = task or adapter.task
+    if labels is None and adapter.classes is not None and task in CLASSIFICATION:
+        config = transformers.AutoConfig.from_pretrained(adapter.base)
+        if config.num_labels != adapter.classes:
+            labels = [f"LABEL_{number}" for number in range(adapter.classes)]
+    source = load_source(adapter.base, task=task, labels=labels, seed=seed)
+    source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
+    source.name = _name(adapter.path)
+    if (adapter.path / "tokenizer.json").is_file():
+        source.tokenizer_files |= read_copied_files(str(adapter.path))
+    return source
 
 
 def _name(model: Path) -> str:

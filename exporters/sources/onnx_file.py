@@ -20,7 +20,7 @@ from ..passes.drop_cache import PAST, drop_cache, is_cache
 from ..passes.exact_products import use_exact_products
 from ..passes.group_query_attention import lower_group_query_attention
 from ..passes.lift_weights import Weights, find_weights, lift, lift_weights, to_torch
-from ..passes.linears import Linear, find_linears, find_marked_linears, unpack
+from ..passes.linears import Linear, find_embeddings, find_linears, find_marked_linears, unpack
 from ..passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
 from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
@@ -103,6 +103,11 @@ class OnnxFile:
     def parameter_names(self) -> set[str]:
         """Names of the float matrices, and of a head's bias."""
         return set(self.weights)
+
+    def is_tied(self, weight: str) -> bool:
+        """Whether a weight is multiplied by and looked up."""
+        values = [value for value in self.model.graph.inputs if value.name == weight]
+        return bool(find_linears(values)) and bool(find_embeddings(values))
 
     def linear_names(self) -> list[str]:
         """Names of the linears but the one whose output is a language model's logits, and tied tables."""

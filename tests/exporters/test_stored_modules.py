@@ -157,10 +157,12 @@ def test_a_lora_on_the_output_layer(build: Build, embeddings: Any, tmp_path: Pat
     assert keys(folder) == (parts if embeddings else set())
     check(build, folder, tmp_path / "bundle", **UNVERIFIED)
     assert not keys(tmp_path / "bundle" / "adapters" / "a"), "the base's own weights are not stored twice"
-    model = peft.PeftModel.from_pretrained(build(), str(folder)).eval()
-    wanted = model.generate(input_ids=torch.from_numpy(IDS[:1]), max_new_tokens=8, do_sample=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(build(), str(folder)).eval()
+        wanted = model.generate(input_ids=torch.from_numpy(IDS[:1]), max_new_tokens=8, do_sample=False)
     with edgepeft.load(tmp_path / "bundle") as device:
-        assert device.manifest.decoder is not None
+        assert (device.manifest.decoder is None) == (build is phi)
         assert device.generate_ids(IDS[0].tolist(), adapter="a", max_new_tokens=8) == wanted[0, 12:].tolist()
         # The same folder from outside: what it holds of the base has the base's shape.
         close(
