@@ -107,7 +107,7 @@ def _match(node: ir.Node) -> _Layer | None:
 
 
 def _takes_size(layer: _Layer) -> bool:
-    """Whether the kernel takes heads of this size, keys and values alike: multiples of 8, or, turned, of 16."""
+    """Whether the kernel takes heads of this size, keys' and values': multiples of 8, or, turned, of 16."""
     key, value = (_fixed(past, 3) for past in layer.pasts)
     return key == value and key % (8 if layer.cos is None else 16) == 0
 

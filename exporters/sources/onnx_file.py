@@ -46,6 +46,7 @@ class OnnxFile:
         weights: the values of those inputs.
         aliases: module names by the names that nodes and initializers had in the file.
         packed: linears that compute several modules at once, with the width of each.
+        widened: whether the file computes in 16 bits what the graph computes in float32.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class OnnxFile:
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
+    widened: bool = False
 
     @property
     def image_preprocessing(self) -> None:
@@ -177,7 +179,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         raise ExportError(f"{path}: no such file")
     model = read_graph(path)
     producer = model.producer_name or "unknown"
-    model = standardize(model, path)
+    model, widened = standardize(model, path)
     graph = model.graph
     _check_inputs(path, graph)
     resolved, output = _infer_task(path, graph, resolve_task(task) if task else None)
@@ -219,6 +221,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         pooling=Pooling() if output.name == "last_hidden_state" else None,
         tokenizer_files=read_copied_files(str(path.parent)),
         max_length=read_max_length(resolved, config, str(path.parent)),
+        widened=widened,
     )
 
 

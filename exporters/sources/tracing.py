@@ -40,7 +40,8 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
         ExportError: the model cannot be traced.
     """
     module = source.model
-    samples = sample_inputs(source, with_past)
+    with _quiet():
+        samples = sample_inputs(source, with_past)
     module.config.use_cache = with_past
     config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
