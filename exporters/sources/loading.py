@@ -26,7 +26,7 @@ from .model_files import read_copied_files, read_json, read_max_seq_length, read
 from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
-from .samples import sample_inputs
+from .samples import keeps_keys_and_values, sample_inputs
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import conv1d_weights, trace
@@ -94,7 +94,7 @@ class Source:
 
     @property
     def own_training_graph(self) -> bool:
-        """A language model has a cache, which training has no use for."""
+        """A language model has a cache, as a rule, which training has no use for."""
         return self.task == "text-generation"
 
     def module_names(self) -> list[str]:
@@ -126,7 +126,9 @@ class Source:
     def trace(self, *, training: bool) -> Traced:
         """A copy of the model's one trace (see `tracing.trace`); for training without its cache."""
         if self.traced is None:
-            self.traced = trace(self, with_past=self.task == "text-generation")
+            # A model that keeps something else reads the whole text for every token.
+            with_past = self.task == "text-generation" and keeps_keys_and_values(self)
+            self.traced = trace(self, with_past=with_past)
         traced = self.traced.copy()
         traced.turned = frozenset(conv1d_weights(self.model))
         if training:

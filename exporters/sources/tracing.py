@@ -49,13 +49,25 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
             # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
             exported: Any = OnnxExporter().export(module, samples.inputs, config=config)
     except Exception as error:  # torch.export raises whatever the model's own code raised
-        raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
+        raise ExportError(_untraced(source, with_past, error)) from error
     program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
     caches = _name_inputs(program.graph, samples, source.name)
     _name_presents(program.graph, caches, source.name)
     if source.task == "text2text-generation":  # the encoder's states are for a cache
         program.graph.outputs[:] = program.graph.outputs[:1]
     return Traced(program, _lift_weights(program.graph, module))
+
+
+def _untraced(source: Source, with_past: bool, error: Exception) -> str:
+    """Why a model is refused that torch.export does not trace."""
+    what = f"{source.name} ({source.architecture})"
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if source.task == "text-generation" and not with_past:
+        return (
+            f"{what} keeps something else than keys and values of every layer while it writes, and cannot be "
+            f"traced without that, either ({reason[:200]}): choose a model whose layers all have attention"
+        )
+    return f"{what} cannot be traced by torch.export: {reason[:400]}"
 
 
 def _name_inputs(graph: ir.Graph, samples: Samples, model: str) -> list[ir.Value]:

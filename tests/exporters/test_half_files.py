@@ -17,7 +17,7 @@ IDS = np.arange(24).reshape(2, 12) % 300 + 3
 
 
 @pytest.mark.parametrize(
-    ("name", "keep_io_types"), [("bert-script", True), ("bert-script", False), ("llama-cache", True)]
+    ("name", "keep_io_types"), [("bert-script", True), ("bert-script", False), ("llama-script", True)]
 )
 def test_a_float16_file_runs_and_trains_in_float32(
     files: Callable[[str], Path], name: str, keep_io_types: bool, tmp_path: Path
@@ -31,10 +31,6 @@ def test_a_float16_file_runs_and_trains_in_float32(
     assert manifest.verification["gradients"]["default"]["resolved_directions"] > 0
     session = ort.InferenceSession(path)
     feeds = {"input_ids": IDS, "attention_mask": np.ones_like(IDS), "token_type_ids": np.zeros_like(IDS)}
-    for item in session.get_inputs():
-        if item.name not in feeds:
-            dtype = np.float16 if item.type == "tensor(float16)" else np.float32
-            feeds[item.name] = np.zeros((2, item.shape[1], 0, item.shape[3]), dtype)
     own = session.run(["logits"], {item.name: feeds[item.name] for item in session.get_inputs()})[0]
     with edgepeft.load(tmp_path / "bundle") as device:
         got = device.forward({"input_ids": IDS})["logits"]
