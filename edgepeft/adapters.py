@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_folder, atomic_write
+from edgepeft.foreign_adapters import foreign_format
 from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
@@ -251,6 +252,8 @@ def load_adapter(folder: Path | str) -> Adapter:
             message names the option or the tensor.
     """
     folder = Path(folder)
+    if (foreign := foreign_format(folder)) is not None:
+        raise AdapterError(f"{folder}: {foreign}")
     if not folder.is_dir():
         raise AdapterError(
             f"{folder}: no such folder; a PEFT adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"

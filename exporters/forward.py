@@ -64,10 +64,15 @@ def build_forward(
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
-    # One adapter may have a LoRA on what another replaces whole.
     linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
+    targets = default_targets(source) if modules is None else list(modules)
+    # One adapter may have a LoRA on what another replaces whole; then it is named, not meant by its ending.
+    whole = tuple(f"{module}." for module in modules_to_save)
+    offered = {
+        name: item for name, item in linears.items() if name in targets or not f"{name}.".startswith(whole)
+    }
     saved = keep_saved_modules(graph, weights, modules_to_save, traced.turned)
-    chosen = select(linears, default_targets(source) if modules is None else modules)
+    chosen = select(offered, targets)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
     generates = source.task == "text-generation" and not training and not saved

@@ -68,7 +68,9 @@ def write_starting_adapter(source: Source, folder: Path, options: LoraOptions) -
         try:
             model = peft.get_peft_model(source.model, config)
         except ValueError as error:
-            raise UsageError(f"--targets {','.join(options.targets or [])}: {error}") from error
+            if options.targets is None:
+                raise UsageError(f"a LoRA on every linear: {error} Name others with --targets") from error
+            raise UsageError(f"--targets {','.join(options.targets)}: {error}") from error
         # Not embeddings: an adapter does not train them, and asking the hub whether it should needs a
         # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -14,7 +14,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
-from edgepeft.errors import ExportError, UsageError
+from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import tidy
 from ..passes.drop_cache import drop_cache
@@ -35,6 +35,7 @@ from .tracing import conv1d_weights, trace
 DEFAULT_MAX_LENGTH = 2048
 #: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
 MAX_SAMPLES = 30 * 16_000
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 @dataclass
@@ -278,13 +279,38 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
             "label2id": {label: index for index, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,
         }
+    folder = Path(model)
+    if folder.is_dir() and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise ExportError(f"{model}: holds no weights (model.safetensors): copy all files of the model")
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        _check_not_quantized(model, config)
         cls: Any = model_class(task, config.model_type)
         with quiet():
-            return cls.from_pretrained(model, dtype=torch.float32, **heads)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"cannot load {model!r} for {task}: {str(error).splitlines()[0]}") from error
+            return cls.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **heads)
+    except EdgePeftError:
+        raise
+    except Exception as error:  # readers of checkpoints, and packages that they want, raise what they like
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"cannot load {model!r} for {task}: {reason}") from error
+
+
+def _check_not_quantized(model: str, config: Any) -> None:
+    """Refuse a model whose weights are rounded already.
+
+    Raises:
+        ExportError: they are, and how.
+    """
+    # The latter is mlx-lm's.
+    settings = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "mlx" if "group_size" in settings else "quantization_config")
+    raise ExportError(
+        f"{model}: its weights are quantized already ({method}), and rounding them again would lose more: "
+        "export the float model that it was made of, or this one as saved after model.dequantize()"
+    )
 
 
 def read_max_length(task: str, config: Any, model: str | None) -> int:

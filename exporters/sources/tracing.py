@@ -62,6 +62,7 @@ def _untraced(source: Source, with_past: bool, error: Exception) -> str:
     """Why a model is refused that torch.export does not trace."""
     what = f"{source.name} ({source.architecture})"
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = reason.partition("! For more information")[0]
     if source.task == "text-generation" and not with_past:
         return (
             f"{what} keeps something else than keys and values of every layer while it writes, and cannot be "
