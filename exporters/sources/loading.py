@@ -26,7 +26,7 @@ from .model_files import read_copied_files, read_json, read_max_seq_length, read
 from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
-from .samples import keeps_keys_and_values, sample_inputs
+from .samples import keeps_keys_and_values, run_once, sample_inputs
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
 from .tracing import conv1d_weights, trace
@@ -151,8 +151,7 @@ class Source:
             if isinstance(module, torch.nn.Linear | Conv1D)
         ]
         try:
-            with torch.no_grad():
-                self.model(**sample_inputs(self, with_past=False).inputs)
+            run_once(self, sample_inputs(self, with_past=False).inputs)
         finally:
             for hook in hooks:
                 hook.remove()

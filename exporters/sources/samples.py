@@ -118,6 +118,22 @@ def _add_decoder_tokens(source: Source, samples: Samples) -> None:
     samples.axes["decoder_input_ids"] = ("batch", "decoder_sequence")
 
 
+def run_once(source: Source, inputs: dict[str, Any]) -> Any:
+    """What the model makes of its sample inputs.
+
+    Raises:
+        ExportError: it cannot be run.
+    """
+    try:
+        with torch.no_grad():
+            return source.model(**inputs)
+    except Exception as error:  # whatever the model's own code raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(
+            f"{source.name} ({source.architecture}) does not run in PyTorch on {', '.join(inputs)}: {reason}"
+        ) from error
+
+
 def keeps_keys_and_values(source: Source) -> bool:
     """Whether a language model keeps keys and values of every layer while it writes, and nothing else."""
     return _kept(source, _tokens(source).inputs) is not None
@@ -197,8 +213,7 @@ def _kept(source: Source, inputs: dict[str, Any]) -> list[tuple[Any, Any]] | Non
     """Keys and values of every layer as a run leaves them; None where some layer keeps something else (a
     state-space model, one with convolutions)."""
     source.model.config.use_cache = True
-    with torch.no_grad():
-        output = source.model(**inputs)
+    output = run_once(source, inputs)
     filled = [value for value in output.values() if isinstance(value, Cache)]
     kept: list[tuple[Any, Any]] = (
         [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in filled[0].layers]

@@ -40,7 +40,7 @@ GGUF, MLX, KOHYA = (
     "an adapter of mlx-lm: fuse it",
     "an adapter of a diffusion model",
 )
-UNET = "lora_unet_down_blocks_0.lora_down.weight"
+UNET, PEFT = "lora_unet_down_blocks_0.lora_down.weight", "base_model.model.q.lora_A.weight"
 
 
 @pytest.mark.parametrize(

@@ -198,3 +198,9 @@ def test_folders_and_files_that_hold_no_model(output: Path, tmp_path: Path) -> N
     refuse(
         r"no config\.json: give a file in it \(small\.Q4_0\.gguf\)", edgepeft.ExportError, output, str(model)
     )
+
+
+def test_a_model_that_does_not_run_is_no_traceback(output: Path) -> None:
+    model = models.bert_encoder()
+    model.embeddings.LayerNorm = torch.nn.LayerNorm(7)
+    refuse("does not run in PyTorch on input_ids", edgepeft.ExportError, output, model, rank=2)
