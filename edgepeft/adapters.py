@@ -20,6 +20,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_folder, atomic_write
+from edgepeft.foreign_adapters import foreign_format
 from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
@@ -35,7 +36,13 @@ of what it does not know in the configuration."""
 LABELS_KEY = "edgepeft_labels"
 """Where it has the labels of a classifier that learned more than the base has, as a JSON list."""
 
+BASE_LAYER = ".base_layer."
+"""In the key of what lies below a LoRA: PEFT stores it of an output layer, frozen as it is."""
+
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+# What PEFT's wrapper of a saved module holds besides, where all of an embedding is stored: the base's own,
+# and the adapter's once more.
+_WRAPPED = (".original_module.", ".modules_to_save.")
 _MAX_CONFIG_BYTES = 2**20
 # Options that make the layer something else than y += scaling * B(A(x)), by the value that switches them off.
 _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
@@ -94,7 +101,12 @@ class Adapter:
     @property
     def saved_keys(self) -> tuple[str, ...]:
         """Keys of the parameters that the adapter replaces whole (`modules_to_save`)."""
-        return tuple(key for key in self.tensors if not key.endswith((_A, _B)))
+        return tuple(key for key in self.tensors if not key.endswith((_A, _B)) and BASE_LAYER not in key)
+
+    @property
+    def base_layer_keys(self) -> tuple[str, ...]:
+        """Keys of what the base has below a LoRA, which the adapter does not change."""
+        return tuple(key for key in self.tensors if BASE_LAYER in key)
 
     @property
     def parameters(self) -> int:
@@ -240,6 +252,8 @@ def load_adapter(folder: Path | str) -> Adapter:
             message names the option or the tensor.
     """
     folder = Path(folder)
+    if (foreign := foreign_format(folder)) is not None:
+        raise AdapterError(f"{folder}: {foreign}")
     if not folder.is_dir():
         raise AdapterError(
             f"{folder}: no such folder; a PEFT adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}"
@@ -269,6 +283,7 @@ def load_adapter(folder: Path | str) -> Adapter:
             "save_pretrained(..., safe_serialization=True)"
         )
     tensors = read_tensors(folder / TENSOR_FILE)
+    tensors = {key: value for key, value in tensors.items() if not any(part in key for part in _WRAPPED)}
     metadata = read_metadata(folder / TENSOR_FILE)
     labels = _labels(metadata, folder / TENSOR_FILE)
     return Adapter(
@@ -385,12 +400,22 @@ def fit(
             ": the adapter was made for another base"
         )
     by_key = {saved.input: saved for saved in saved_modules}
+    for key in adapter.base_layer_keys:
+        module = key[len(PREFIX) : key.index(BASE_LAYER)]
+        slot, stored = by_module.get(module), adapter.tensors[key].shape
+        if slot is None or (len(stored) == 2 and stored != (slot.out_features, slot.in_features)):
+            raise AdapterError(
+                f"{adapter.origin}: module {module} was {list(stored)} where the adapter was trained: the "
+                "adapter was made for another base, or for one with its vocabulary resized"
+            )
     for key in adapter.saved_keys:
-        saved = by_key.get(key)
+        saved, module = by_key.get(key), key[len(PREFIX) :].rpartition(".")[0]
         if saved is None:
+            asked = module.endswith(tuple(adapter.config.get("modules_to_save") or ()))
             raise AdapterError(
                 f"{adapter.origin}: module {key[len(PREFIX) :]} is saved in the adapter, but this bundle "
                 "does not let an adapter replace it: export the base together with this adapter"
+                + ("" if asked else ", or save it with save_embedding_layers=False if that was not trained")
             )
         shape, expected = adapter.tensors[key].shape, saved.shape
         if adapter.labels is not None and head is not None and key in head.inputs:

@@ -92,6 +92,16 @@ def count_values(path: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
+def tensor_names(path: Path) -> list[str]:
+    """Names of the tensors of a safetensors file, of which none is read.
+
+    Raises:
+        AdapterError: the file is missing or damaged.
+    """
+    with _opened(Path(path)) as file:
+        return sorted(file.keys())
+
+
 def read_state(path: Path, name: str) -> npt.NDArray[np.generic] | None:
     """One tensor of a safetensors file as it is, float32 or uint8; None if there is no such tensor.
 

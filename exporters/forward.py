@@ -64,9 +64,15 @@ def build_forward(
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
-    saved = keep_saved_modules(weights, modules_to_save)
     linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
-    chosen = select(linears, default_targets(source) if modules is None else modules)
+    targets = default_targets(source) if modules is None else list(modules)
+    # One adapter may have a LoRA on what another replaces whole; then it is named, not meant by its ending.
+    whole = tuple(f"{module}." for module in modules_to_save)
+    offered = {
+        name: item for name, item in linears.items() if name in targets or not f"{name}.".startswith(whole)
+    }
+    saved = keep_saved_modules(graph, weights, modules_to_save, traced.turned)
+    chosen = select(offered, targets)
     if not chosen:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
     generates = source.task == "text-generation" and not training and not saved
@@ -76,7 +82,10 @@ def build_forward(
         append_pooling(graph, source.pooling)
     freezer.freeze(graph, {name: (value, traced.weights[name]) for name, value in weights.items()})
     tidy(traced.model)
-    values = {module.default: traced.weights[module.default] for module in saved}
+    values = {
+        name: traced.weights[name].T.contiguous() if name in traced.turned else traced.weights[name]
+        for name in (module.default for module in saved)
+    }
     forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")

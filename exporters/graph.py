@@ -131,6 +131,15 @@ def add_behind(graph: ir.Graph, output: ir.Value, delta: ir.Value) -> None:
         total.name, output.name = output.name, None
 
 
+def take_place(new: ir.Value, old: ir.Value) -> None:
+    """Have everything that reads `old` read `new`, which is the graph's output in its place and has its name
+    there."""
+    name, is_output = old.name, old.is_graph_output()
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if is_output:
+        old.name, new.name = None, name
+
+
 def rename_axes(graph: ir.Graph, names: Mapping[str, str]) -> None:
     """Rename symbolic axes everywhere; an expression of several (`s1 + s2`) is renamed part by part."""
 

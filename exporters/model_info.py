@@ -1,9 +1,9 @@
 """What the manifest says of the base model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from edgepeft.adapters import Adapter
+from edgepeft.adapters import PREFIX, Adapter
 from edgepeft.bundle.manifest import ModelInfo
 from edgepeft.errors import ExportError
 
@@ -22,7 +22,7 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
     ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
     if source.task in CLASSIFICATION:
-        labels = tuple(str(config.id2label[index]) for index in range(config.num_labels))
+        labels = label_names(config.id2label, config.num_labels)
     return ModelInfo(
         name=source.name,
         model_type=config.model_type,
@@ -45,15 +45,34 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
     )
 
 
-def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tuple[str, ...]:
-    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole.
+def label_names(id2label: Mapping[Any, Any] | None, count: int) -> tuple[str, ...]:
+    """A name for each of `count` classes: that of the configuration, or transformers' own, `LABEL_1`, for one
+    that it leaves out. Of a name that it gives twice, the second has its class behind it."""
+    named = {int(index): str(name) for index, name in (id2label or {}).items()}
+    names: list[str] = []
+    for index in range(count):
+        name = named.get(index, f"LABEL_{index}")
+        while name in names:
+            name = f"{name}_{index}"
+        names.append(name)
+    return tuple(names)
 
-    PEFT saves every module whose name ends with one of `modules_to_save`; so does this.
-    """
-    endings = list(HEADS) if source.task in CLASSIFICATION else []
-    for adapter in adapters:
-        endings += adapter.config.get("modules_to_save") or []
-    return tuple(name for name in source.module_names() if name.endswith(tuple(endings)))
+
+def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tuple[str, ...]:
+    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole."""
+    adapters = tuple(adapters)
+    heads = HEADS if source.task in CLASSIFICATION else ()
+    stored = {key.removeprefix(PREFIX).rpartition(".")[0] for each in adapters for key in each.saved_keys}
+    return tuple(
+        name
+        for name in source.module_names()
+        if name.endswith(heads) or name in stored or any(matches_saved(name, each) for each in adapters)
+    )
+
+
+def matches_saved(module: str, adapter: Adapter) -> bool:
+    """Whether PEFT saves a module whole: its name ends with one of `modules_to_save`."""
+    return module.endswith(tuple(adapter.config.get("modules_to_save") or ()))
 
 
 def default_targets(source: ModelSource) -> list[str]:

@@ -26,6 +26,7 @@ from .sources.base import ModelSource
 from .sources.loading import Source, load_source
 from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
 from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
+from .stored_modules import prepare_stored, without_unused
 from .verify import verify_bundle
 from .verify_file import verify_against_file
 from .versions import outside_range
@@ -62,7 +63,7 @@ def export(
     Args:
         model: a transformers model object, a folder, a hub id, the path of a GGUF file (`….gguf`), whose
             weights are decoded and rounded anew, or that of an ONNX file (`….onnx`) that somebody else
-            exported.
+            exported. A PEFT model or an adapter's folder is exported merged into its base.
         output: the bundle's folder; a bundle that is there is replaced, anything else refused.
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
@@ -116,6 +117,8 @@ def export(
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
         base = base_fingerprint(source)
+        _check_modules(loaded, source)
+        loaded = prepare_stored(loaded, source, report)
         freezer = _freezer(source, bits, block_size)
         losses = Losses(source, loss, drift_penalty)
         targets = None if targets is None else source.resolve_targets(targets)
@@ -127,7 +130,6 @@ def export(
             else:
                 write_starting_adapter(source, folder, fresh)
             loaded[STARTING_ADAPTER] = load_adapter(folder)
-        _check_modules(loaded, source)
         for name, adapter in loaded.items():
             if not force:
                 check_base(adapter, base)
@@ -148,8 +150,9 @@ def export(
             )
         report("tracing and quantizing the inference graph")
         inference = build_forward(source, freezer, modules=modules, modules_to_save=saved)
-        for adapter in loaded.values():
-            fit(adapter, inference.slots, inference.saved_modules)
+        for name, adapter in loaded.items():
+            loaded[name] = without_unused(adapter, inference.saved_modules, report)
+            fit(loaded[name], inference.slots, inference.saved_modules)
         forward = inference
         if train and source.own_training_graph:
             report("quantizing the training graph")

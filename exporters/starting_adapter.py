@@ -19,16 +19,7 @@ from .passes.linears import select
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.onnx_file import OnnxFile
-
-#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
-#: none for images and recordings.
-TASK_TYPES = {
-    "text-classification": peft.TaskType.SEQ_CLS,
-    "token-classification": peft.TaskType.TOKEN_CLS,
-    "feature-extraction": peft.TaskType.FEATURE_EXTRACTION,
-    "text-generation": peft.TaskType.CAUSAL_LM,
-    "text2text-generation": peft.TaskType.SEQ_2_SEQ_LM,
-}
+from .sources.tasks import TASK_TYPES
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,9 @@ def write_starting_adapter(source: Source, folder: Path, options: LoraOptions) -
         try:
             model = peft.get_peft_model(source.model, config)
         except ValueError as error:
-            raise UsageError(f"--targets {','.join(options.targets or [])}: {error}") from error
+            if options.targets is None:
+                raise UsageError(f"a LoRA on every linear: {error} Name others with --targets") from error
+            raise UsageError(f"--targets {','.join(options.targets)}: {error}") from error
         # Not embeddings: an adapter does not train them, and asking the hub whether it should needs a
         # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)

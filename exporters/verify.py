@@ -68,20 +68,24 @@ def verify_bundle(
         AdapterError: an adapter does not change the output.
     """
     bundle = open_bundle(folder)
+    own = {
+        saved.default: torch.from_numpy(np.array(bundle.read_weight(saved.default)))
+        for saved in bundle.manifest.saved_modules
+    }
+    parameters = dict(source.model.named_parameters(remove_duplicate=False))
     turned = conv1d_weights(source.model)
-    with torch.no_grad():
-        for name, parameter in source.model.named_parameters(remove_duplicate=False):
-            if name in reference:
-                parameter.copy_(reference[name].T if name in turned else reference[name])
+    frozen = {name: value.T if name in turned else value for name, value in reference.items()}
+    _overwrite(parameters, frozen)
     source.model.config.use_cache = False
     batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)
     check.outputs("no adapter", None, source.model)
     for name, path in adapters.items():
-        adapter = load_adapter(path)
+        adapter = load_adapter(folder / "adapters" / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
+        _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
         if name == starting_adapter:
             adapter = _fill_lora_b(adapter, model)
         check.outputs(f"adapter {name!r}", adapter, model)
@@ -89,7 +93,16 @@ def verify_bundle(
         if bundle.manifest.strategies:
             check.gradients(name, adapter, model)
         source.model = model.unload().requires_grad_(False)
+        _overwrite(parameters, own)  # which an adapter that was not asked to save them has replaced
     return check.figures
+
+
+def _overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """Give those of the model's parameters that are among `values` these."""
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in parameters:
+                parameters[name].copy_(value)
 
 
 class _Check:

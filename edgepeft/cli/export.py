@@ -6,7 +6,6 @@ from typing import Any
 
 import click
 
-from edgepeft.adapters import CONFIG_FILE
 from edgepeft.bundle.validation import TASKS
 from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.cli.console import Console
@@ -92,6 +91,9 @@ def export(
 ) -> None:
     """Export MODEL (a transformers folder, a hub id, a GGUF or an ONNX file) and its adapters as one bundle.
 
+    An adapter's folder as MODEL is merged into the base that it names; give the base and --adapter to keep
+    the two apart.
+
     The bundle is compared with PyTorch before it is put in place: outputs with and without each adapter, the
     loss and every gradient. Of an ONNX file that somebody else exported, quantized or not, the outputs are
     compared with the file's and the gradients with finite differences. Needs the `export` extra.
@@ -154,9 +156,10 @@ def _check_early(model: str, output: Path) -> None:
     check_replaceable(output, MANIFEST_FILE)
     path = Path(model)
     if path.is_dir():
-        for name, kind in ((MANIFEST_FILE, "a bundle already"), (CONFIG_FILE, "a PEFT adapter")):
-            if (path / name).exists() and not (path / "config.json").exists():
-                raise UsageError(f"{model}: is {kind}, expected a model's folder, hub id, GGUF or ONNX file")
+        if (path / MANIFEST_FILE).exists() and not (path / "config.json").exists():
+            raise UsageError(
+                f"{model}: is a bundle already, expected a model's folder, hub id, GGUF or ONNX file"
+            )
     elif path.exists() and path.suffix not in FILES:
         raise UsageError(
             f"{model}: is a file, expected a model's folder, hub id, GGUF or ONNX file ({', '.join(FILES)})"

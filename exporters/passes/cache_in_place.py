@@ -48,7 +48,8 @@ def keep_cache_in_place(model: ir.Model, max_length: int) -> bool:
 
     Returns:
         Whether all of it is now as above. If not, the graph is of no use any more: a mask is not causal, the
-        angles depend on the length of the text, or positions are used otherwise.
+        angles depend on the length of the text, positions are used otherwise, or onnxruntime's operator does
+        not take heads of this size.
     """
     graph = model.graph
     if gather_capped_attention(graph):
@@ -58,7 +59,7 @@ def keep_cache_in_place(model: ir.Model, max_length: int) -> bool:
     if not layers or len(pasts) != 2 * len(layers):
         return False
     matched = [layer for layer in layers if layer is not None]
-    if len(matched) < len(layers):
+    if len(matched) < len(layers) or not all(_takes_size(layer) for layer in matched):
         return False
     windows = _windows(model, matched, max_length)
     tables = _tables(model, matched, max_length)
@@ -103,6 +104,12 @@ def _match(node: ir.Node) -> _Layer | None:
     layer.new = before[0], before[1], new_value
     layer.interleaved = interleaved[0]
     return layer
+
+
+def _takes_size(layer: _Layer) -> bool:
+    """Whether the kernel takes heads of this size, keys' and values': multiples of 8, or, turned, of 16."""
+    key, value = (_fixed(past, 3) for past in layer.pasts)
+    return key == value and key % (8 if layer.cos is None else 16) == 0
 
 
 def _grown(value: ir.Value | None) -> tuple[ir.Value, ir.Value] | None:

@@ -9,7 +9,7 @@ x * sigmoid(x)        → QuickGelu(x)
 
 import onnx_ir as ir
 
-from ..graph import FLOAT, MICROSOFT, append
+from ..graph import FLOAT, MICROSOFT, append, take_place
 
 
 def fuse_sums(graph: ir.Graph) -> None:
@@ -47,7 +47,7 @@ def _fuse_bias(node: ir.Node) -> None:
             continue
         product.resize_inputs(6)
         product.replace_input_with(5, other)
-        node.outputs[0].replace_all_uses_with(product.outputs[0], replace_graph_outputs=True)
+        take_place(product.outputs[0], node.outputs[0])
         return
 
 
@@ -77,9 +77,7 @@ def _fuse_product(graph: ir.Graph, node: ir.Node) -> None:
             reader.replace_input_with(position, moved)
             reader.replace_input_with(1 - position, y)
         else:
-            total.replace_all_uses_with(
-                append(graph, "Gemm", [t, factor, y], shape=y.shape), replace_graph_outputs=True
-            )
+            take_place(append(graph, "Gemm", [t, factor, y], shape=y.shape), total)
         return
 
 
@@ -121,5 +119,5 @@ def _fuse_silu(graph: ir.Graph, node: ir.Node) -> None:
         if x is None or sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.inputs[0] is not x:
             continue
         silu = append(graph, "QuickGelu", [x], {"alpha": 1.0}, shape=x.shape, domain=MICROSOFT)
-        node.outputs[0].replace_all_uses_with(silu, replace_graph_outputs=True)
+        take_place(silu, node.outputs[0])
         return

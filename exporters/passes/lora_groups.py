@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from edgepeft.bundle.wiring import GroupedSlot, LoraGroup
 
-from ..graph import add_behind, append, graph_input
+from ..graph import add_behind, append, graph_input, take_place
 from .linears import Linear
 from .side_by_side import Place
 
@@ -65,15 +65,8 @@ def remove_lora_groups(graph: ir.Graph, groups: Iterable[LoraGroup]) -> None:
             for total, position in list(node.outputs[0].uses()):
                 output = total.inputs[1 - position]
                 if total.op_type == "Add" and output is not None:
-                    _replace(total.outputs[0], output)
+                    take_place(output, total.outputs[0])
         graph.inputs.remove(value)
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    name = old.name
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-    if new.is_graph_output():
-        old.name, new.name = None, name
 
 
 def _with_bias(product: ir.Node) -> ir.Value:

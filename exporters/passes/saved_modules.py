@@ -1,20 +1,29 @@
 """Modules that an adapter replaces whole (PEFT's `modules_to_save`): their weights stay graph inputs."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
 from edgepeft.bundle.manifest import SavedModule
 
+from ..graph import transposed_input
 from .lora import PEFT_PREFIX
 
 
-def keep_saved_modules(weights: dict[str, ir.Value], modules: Iterable[str]) -> list[SavedModule]:
-    """Rename the weight inputs of `modules` to PEFT's state-dict keys and take them out of `weights`."""
+def keep_saved_modules(
+    graph: ir.Graph, weights: dict[str, ir.Value], modules: Iterable[str], turned: Collection[str] = ()
+) -> list[SavedModule]:
+    """Rename the weight inputs of `modules` to PEFT's state-dict keys and take them out of `weights`; what
+    nothing reads stays there. Those in `turned` become inputs as PyTorch and PEFT have them.
+    """
     prefixes = tuple(f"{module}." for module in modules)
     saved = []
-    for name in [name for name in weights if name.startswith(prefixes)]:
+    for name in [name for name, value in weights.items() if name.startswith(prefixes) and value.uses()]:
         value = weights.pop(name)
+        if name in turned:
+            graph.inputs.remove(value)
+            value = transposed_input(graph, value)
+            graph.inputs.append(value)
         assert value.shape is not None
         owner, parameter = name.rsplit(".", 1)
         value.name = f"{PEFT_PREFIX}{name}"

@@ -34,11 +34,13 @@ class Traced:
     Attributes:
         weights: the graph inputs that hold weights, to be bound or lifted later.
         packed: linears that compute several modules at once, with the width of each, in order.
+        turned: those of `weights` that PyTorch has transposed.
     """
 
     model: ir.Model
     weights: dict[str, torch.Tensor]
     packed: dict[str, dict[str, int]] = field(default_factory=dict)
+    turned: frozenset[str] = frozenset()
 
     def copy(self) -> "Traced":
         """The same graph once more, to be changed; the weights are shared."""
@@ -92,6 +94,9 @@ class ModelSource(Protocol):
 
     def module_names(self) -> list[str]:
         """Names of all modules."""
+
+    def parameter_names(self) -> set[str]:
+        """Names of all parameters that an adapter could replace."""
 
     def linear_names(self) -> list[str]:
         """Names of the linear modules but the output head of a language model."""

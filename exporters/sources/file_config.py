@@ -143,9 +143,13 @@ def _labels(settings: dict[str, Any], classes: int, labels: list[str] | None) ->
         if classes and len(labels) != classes:
             raise UsageError(f"--labels names {len(labels)} classes, the file's logits have {classes}")
         return dict(enumerate(labels))
-    named = {int(index): str(label) for index, label in (settings.get("id2label") or {}).items()}
-    if named and len(named) == (classes or len(named)):
-        return named
+    try:
+        named = {int(index): str(label) for index, label in (settings.get("id2label") or {}).items()}
+    except (ValueError, AttributeError) as error:
+        raise ExportError(
+            f"config.json: id2label does not name classes by their numbers ({error})"
+        ) from error
+    classes = classes or len(named)
     if not classes:
         raise ExportError("the number of classes is neither in config.json nor in the graph: pass --labels")
-    return {index: f"LABEL_{index}" for index in range(classes)}
+    return {index: named.get(index, f"LABEL_{index}") for index in range(classes)}

@@ -8,30 +8,34 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
-from edgepeft.errors import ExportError, UsageError
+from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import tidy
 from ..passes.drop_cache import drop_cache
 from ..passes.input_shapes import take_sizes_from_inputs
 from .base import Pooling, Traced
 from .gguf import is_gguf_file, load_gguf
+from .last_token import pool_by_mask
 from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
+from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
-from .samples import sample_inputs
+from .samples import keeps_keys_and_values, run_once, sample_inputs
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
-from .tracing import trace
+from .tracing import conv1d_weights, trace
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
 #: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
 MAX_SAMPLES = 30 * 16_000
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
 
 
 @dataclass
@@ -91,12 +95,16 @@ class Source:
 
     @property
     def own_training_graph(self) -> bool:
-        """A language model has a cache, which training has no use for."""
+        """A language model has a cache, as a rule, which training has no use for."""
         return self.task == "text-generation"
 
     def module_names(self) -> list[str]:
         """Names of all modules."""
         return [name for name, _ in self.model.named_modules()]
+
+    def parameter_names(self) -> set[str]:
+        """Names of all parameters, a shared one by each of its names."""
+        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
 
     def linear_names(self) -> list[str]:
         """Names of the linear modules but the output head of a language model."""
@@ -119,8 +127,11 @@ class Source:
     def trace(self, *, training: bool) -> Traced:
         """A copy of the model's one trace (see `tracing.trace`); for training without its cache."""
         if self.traced is None:
-            self.traced = trace(self, with_past=self.task == "text-generation")
+            # A model that keeps something else reads the whole text for every token.
+            with_past = self.task == "text-generation" and keeps_keys_and_values(self)
+            self.traced = trace(self, with_past=with_past)
         traced = self.traced.copy()
+        traced.turned = frozenset(conv1d_weights(self.model))
         if training:
             drop_cache(traced.model.graph)
             take_sizes_from_inputs(traced.model.graph)
@@ -140,8 +151,7 @@ class Source:
             if isinstance(module, torch.nn.Linear | Conv1D)
         ]
         try:
-            with torch.no_grad():
-                self.model(**sample_inputs(self, with_past=False).inputs)
+            run_once(self, sample_inputs(self, with_past=False).inputs)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -182,6 +192,8 @@ def load_source(
 ) -> Source:
     """Load `model`: a transformers model object, a folder, a hub id or a GGUF file.
 
+    A PEFT model or the folder of an adapter is loaded as what it computes.
+
     Args:
         task: one of `TASKS` or a synonym; inferred from the model where None.
         labels: names of the classes of a new classification head (of the tasks that have one); the weights of
@@ -191,6 +203,10 @@ def load_source(
         UsageError: unknown task, or labels for a task that has none.
         ExportError: the model cannot be loaded or is of a type that edgepeft does not export.
     """
+    if is_adapter_folder(model):
+        return _load_adapted(AdapterFolder(Path(model)), task, labels, seed)
+    if isinstance(model, peft.PeftModel):
+        model = merged(model)
     resolved = resolve_task(task) if task else infer_task(model)
     if is_gguf_file(model) and resolved != "text-generation":
         raise UsageError(f"{model}: a GGUF file is exported for text-generation, not for {resolved}")
@@ -215,6 +231,8 @@ def load_source(
             f"compared: edgepeft exports models that do, for {resolved}"
         )
     module = module.float().cpu().eval().requires_grad_(False)
+    if resolved == "text-classification":
+        pool_by_mask(module)
     return Source(
         model=module,
         task=resolved,
@@ -224,6 +242,23 @@ def load_source(
         max_length=read_max_length(resolved, module.config, shipped),
         shipped=shipped,
     )
+
+
+def _load_adapted(
+    adapter: AdapterFolder, task: str | None, labels: Sequence[str] | None, seed: int
+) -> Source:
+    """The base of an adapter with that merged into it; the tokenizer is the adapter's where it has one."""
+    task = task or adapter.task
+    if labels is None and adapter.classes is not None and task in CLASSIFICATION:
+        config = transformers.AutoConfig.from_pretrained(adapter.base)
+        if config.num_labels != adapter.classes:
+            labels = [f"LABEL_{number}" for number in range(adapter.classes)]
+    source = load_source(adapter.base, task=task, labels=labels, seed=seed)
+    source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
+    source.name = _name(adapter.path)
+    if (adapter.path / "tokenizer.json").is_file():
+        source.tokenizer_files |= read_copied_files(str(adapter.path))
+    return source
 
 
 def _name(model: Path) -> str:
@@ -243,13 +278,38 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
             "label2id": {label: index for index, label in enumerate(labels)},
             "ignore_mismatched_sizes": True,
         }
+    folder = Path(model)
+    if folder.is_dir() and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
+        raise ExportError(f"{model}: holds no weights (model.safetensors): copy all files of the model")
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
+        _check_not_quantized(model, config)
         cls: Any = model_class(task, config.model_type)
         with quiet():
-            return cls.from_pretrained(model, dtype=torch.float32, **heads)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"cannot load {model!r} for {task}: {str(error).splitlines()[0]}") from error
+            return cls.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **heads)
+    except EdgePeftError:
+        raise
+    except Exception as error:  # readers of checkpoints, and packages that they want, raise what they like
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ExportError(f"cannot load {model!r} for {task}: {reason}") from error
+
+
+def _check_not_quantized(model: str, config: Any) -> None:
+    """Refuse a model whose weights are rounded already.
+
+    Raises:
+        ExportError: they are, and how.
+    """
+    # The latter is mlx-lm's.
+    settings = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
+    if not settings:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "mlx" if "group_size" in settings else "quantization_config")
+    raise ExportError(
+        f"{model}: its weights are quantized already ({method}), and rounding them again would lose more: "
+        "export the float model that it was made of, or this one as saved after model.dequantize()"
+    )
 
 
 def read_max_length(task: str, config: Any, model: str | None) -> int:

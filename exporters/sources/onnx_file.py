@@ -20,7 +20,7 @@ from ..passes.drop_cache import PAST, drop_cache, is_cache
 from ..passes.exact_products import use_exact_products
 from ..passes.group_query_attention import lower_group_query_attention
 from ..passes.lift_weights import Weights, find_weights, lift, lift_weights, to_torch
-from ..passes.linears import Linear, find_linears, find_marked_linears, unpack
+from ..passes.linears import Linear, find_embeddings, find_linears, find_marked_linears, unpack
 from ..passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
 from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
@@ -46,6 +46,7 @@ class OnnxFile:
         weights: the values of those inputs.
         aliases: module names by the names that nodes and initializers had in the file.
         packed: linears that compute several modules at once, with the width of each.
+        widened: whether the file computes in 16 bits what the graph computes in float32.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class OnnxFile:
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
     max_length: int = 0
+    widened: bool = False
 
     @property
     def image_preprocessing(self) -> None:
@@ -99,6 +101,15 @@ class OnnxFile:
         """Names of the linears and look-ups."""
         linears = [*self.linears(), *(name.removesuffix(".weight") for name in self.weights)]
         return [name for name in dict.fromkeys(linears) if not name.endswith(".bias")]
+
+    def parameter_names(self) -> set[str]:
+        """Names of the float matrices, and of a head's bias."""
+        return set(self.weights)
+
+    def is_tied(self, weight: str) -> bool:
+        """Whether a weight is multiplied by and looked up."""
+        values = [value for value in self.model.graph.inputs if value.name == weight]
+        return bool(find_linears(values)) and bool(find_embeddings(values))
 
     def linear_names(self) -> list[str]:
         """Names of the linears but the one whose output is a language model's logits, and tied tables."""
@@ -168,7 +179,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         raise ExportError(f"{path}: no such file")
     model = read_graph(path)
     producer = model.producer_name or "unknown"
-    model = standardize(model, path)
+    model, widened = standardize(model, path)
     graph = model.graph
     _check_inputs(path, graph)
     resolved, output = _infer_task(path, graph, resolve_task(task) if task else None)
@@ -210,6 +221,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         pooling=Pooling() if output.name == "last_hidden_state" else None,
         tokenizer_files=read_copied_files(str(path.parent)),
         max_length=read_max_length(resolved, config, str(path.parent)),
+        widened=widened,
     )
 
 

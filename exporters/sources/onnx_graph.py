@@ -14,6 +14,7 @@ from onnx_ir.passes.common import (
     NameFixPass,
     RemoveInitializersFromInputsPass,
     RemoveUnusedNodesPass,
+    TopologicalSortPass,
 )
 from onnxscript import version_converter
 
@@ -21,6 +22,7 @@ from edgepeft.errors import ExportError
 
 from ..graph import IR_VERSION, OPSET_IMPORTS
 from ..passes.shapes import infer_shapes
+from ..passes.widen_floats import drop_idle_casts, widen_floats
 
 #: The oldest opset that onnxscript's converter starts from; onnx's own goes up to it.
 _OLDEST = 18
@@ -43,9 +45,12 @@ def read_graph(path: Path) -> ir.Model:
     return model
 
 
-def standardize(model: ir.Model, path: Path) -> ir.Model:
+def standardize(model: ir.Model, path: Path) -> tuple[ir.Model, bool]:
     """Bring a model to the opset of a bundle, without functions, with its constants as initializers and with
-    the shapes of all values.
+    the shapes of all values, in float32.
+
+    Returns:
+        The model, and whether it computed in 16 bits.
 
     Raises:
         ExportError: the model cannot be converted, or its shapes cannot be inferred.
@@ -53,23 +58,23 @@ def standardize(model: ir.Model, path: Path) -> ir.Model:
     with _quiet():
         InlinePass()(model)
         model = _at_opset(model, path)
-    settle(model)
-    return model
+    lift_constants(model)
+    widened = widen_floats(model)
+    infer_shapes(model)
+    if widened:
+        drop_idle_casts(model.graph)
+    return model, widened
 
 
-def settle(model: ir.Model) -> None:
-    """Make the constants of a model initializers, and infer the shapes of all values.
-
-    Raises:
-        ExportError: the shapes cannot be inferred.
-    """
+def lift_constants(model: ir.Model) -> None:
+    """Make the constants of a model initializers, of different names, and leave out what nothing uses."""
     with _quiet():
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         RemoveInitializersFromInputsPass()(model)
         IdentityEliminationPass()(model)
         RemoveUnusedNodesPass()(model)
         NameFixPass()(model)
-    infer_shapes(model)
+        TopologicalSortPass()(model)  # onnxruntime's converter to float16 appends its casts
 
 
 def _at_opset(model: ir.Model, path: Path) -> ir.Model:

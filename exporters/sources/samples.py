@@ -118,6 +118,27 @@ def _add_decoder_tokens(source: Source, samples: Samples) -> None:
     samples.axes["decoder_input_ids"] = ("batch", "decoder_sequence")
 
 
+def run_once(source: Source, inputs: dict[str, Any]) -> Any:
+    """What the model makes of its sample inputs.
+
+    Raises:
+        ExportError: it cannot be run.
+    """
+    try:
+        with torch.no_grad():
+            return source.model(**inputs)
+    except Exception as error:  # whatever the model's own code raises
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ExportError(
+            f"{source.name} ({source.architecture}) does not run in PyTorch on {', '.join(inputs)}: {reason}"
+        ) from error
+
+
+def keeps_keys_and_values(source: Source) -> bool:
+    """Whether a language model keeps keys and values of every layer while it writes, and nothing else."""
+    return _kept(source, _tokens(source).inputs) is not None
+
+
 def _add_cache(source: Source, samples: Samples) -> None:
     cache = _sample_cache(source, samples.inputs)
     length = SAMPLE_PAST + SAMPLE_SEQUENCE
@@ -178,26 +199,26 @@ def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
 
     Every layer keeps all positions, sliding windows too: the mask is what narrows them.
-
-    Raises:
-        ExportError: the model keeps something else than keys and values (a state-space model).
     """
+    kept = _kept(source, inputs)
+    assert kept is not None, "asked before"
+    cache = DynamicCache()
+    for index, pair in enumerate(kept):
+        keys, values = (torch.zeros(SAMPLE_BATCH, part.shape[1], SAMPLE_PAST, part.shape[3]) for part in pair)
+        cache.update(keys, values, index)
+    return cache
+
+
+def _kept(source: Source, inputs: dict[str, Any]) -> list[tuple[Any, Any]] | None:
+    """Keys and values of every layer as a run leaves them; None where some layer keeps something else (a
+    state-space model, one with convolutions)."""
     source.model.config.use_cache = True
-    with torch.no_grad():
-        output = source.model(**inputs)
+    output = run_once(source, inputs)
     filled = [value for value in output.values() if isinstance(value, Cache)]
     kept: list[tuple[Any, Any]] = (
         [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in filled[0].layers]
         if filled
         else []
     )
-    if not kept or not all(part is not None and part.ndim == 4 for pair in kept for part in pair):
-        raise ExportError(
-            f"{source.name} ({source.architecture}) keeps something else than keys and values of every layer "
-            "while it writes, which edgepeft does not export: choose a model whose layers all have attention"
-        )
-    cache = DynamicCache()
-    for index, pair in enumerate(kept):
-        keys, values = (torch.zeros(SAMPLE_BATCH, part.shape[1], SAMPLE_PAST, part.shape[3]) for part in pair)
-        cache.update(keys, values, index)
-    return cache
+    whole = all(part is not None and part.ndim == 4 for pair in kept for part in pair)
+    return kept if kept and whole else None

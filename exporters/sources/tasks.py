@@ -21,6 +21,17 @@ CLASSIFICATION = (
 )
 
 
+#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
+#: none for images and recordings.
+TASK_TYPES = {
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+    "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
+}
+
+
 def resolve_task(task: str) -> str:
     """The canonical name of `task` (`sequence-classification` → `text-classification`).
 
@@ -47,6 +58,8 @@ def infer_task(model: str | transformers.PreTrainedModel) -> str:
         found = "text-generation"
     elif Path(model).is_dir():
         found = _task_of_folder(Path(model))
+    elif Path(model).is_file():
+        raise ExportError(f"{model}: is a file, expected a model's folder, hub id, GGUF or ONNX file")
     else:
         try:
             found = TasksManager.infer_task_from_model(model)
@@ -71,6 +84,10 @@ def model_class(task: str, model_type: str) -> type:
 def _task_of_folder(folder: Path) -> str:
     if (folder / "modules.json").exists():  # sentence-transformers
         return "feature-extraction"
+    if not (folder / "config.json").is_file():
+        inside = sorted(path.name for path in folder.iterdir() if path.suffix in (".gguf", ".onnx"))
+        hint = f": give a file in it ({', '.join(inside[:3])})" if inside else ""
+        raise ExportError(f"{folder} is not a transformers model: it holds no config.json{hint}")
     try:
         architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or []
     except (OSError, ValueError) as error:

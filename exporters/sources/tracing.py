@@ -23,6 +23,7 @@ from ..passes.drop_cache import PAST, PRESENT
 from ..versions import range_run
 from .base import Traced
 from .samples import Samples, sample_inputs
+from .tied_weights import canonical_names
 
 if TYPE_CHECKING:
     from .loading import Source
@@ -39,7 +40,8 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
         ExportError: the model cannot be traced.
     """
     module = source.model
-    samples = sample_inputs(source, with_past)
+    with _quiet():
+        samples = sample_inputs(source, with_past)
     module.config.use_cache = with_past
     config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
@@ -47,13 +49,26 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
             # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
             exported: Any = OnnxExporter().export(module, samples.inputs, config=config)
     except Exception as error:  # torch.export raises whatever the model's own code raised
-        raise ExportError(f"{source.name} cannot be traced by torch.export: {error}") from error
+        raise ExportError(_untraced(source, with_past, error)) from error
     program: ir.Model = exported.program if hasattr(exported, "program") else exported.model
     caches = _name_inputs(program.graph, samples, source.name)
     _name_presents(program.graph, caches, source.name)
     if source.task == "text2text-generation":  # the encoder's states are for a cache
         program.graph.outputs[:] = program.graph.outputs[:1]
     return Traced(program, _lift_weights(program.graph, module))
+
+
+def _untraced(source: Source, with_past: bool, error: Exception) -> str:
+    """Why a model is refused that torch.export does not trace."""
+    what = f"{source.name} ({source.architecture})"
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = reason.partition("! For more information")[0]
+    if source.task == "text-generation" and not with_past:
+        return (
+            f"{what} keeps something else than keys and values of every layer while it writes, and cannot be "
+            f"traced without that, either ({reason[:200]}): choose a model whose layers all have attention"
+        )
+    return f"{what} cannot be traced by torch.export: {reason[:400]}"
 
 
 def _name_inputs(graph: ir.Graph, samples: Samples, model: str) -> list[ir.Value]:
@@ -134,16 +149,19 @@ def _nearest(output: ir.Value, inputs: Sequence[ir.Value]) -> ir.Value | None:
 def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Turn the module's parameters among the initializers into graph inputs; return them by name.
 
-    The weight of a `Conv1D` (GPT-2), `[in, out]`, becomes one like any linear's, `[out, in]`.
+    A shared one has its canonical name. The weight of a `Conv1D` (GPT-2), `[in, out]`, becomes one like any
+    linear's, `[out, in]`.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    canonical = canonical_names(module)
     turned = conv1d_weights(module)
-    weights = {}
-    for name in list(graph.initializers):
-        if name not in parameters:
+    weights: dict[str, torch.Tensor] = {}
+    for found in list(graph.initializers):
+        if found not in parameters:
             continue
-        value = graph.initializers.pop(name)
+        value = graph.initializers.pop(found)
         value.const_value = None
+        value.name = name = canonical[found]
         weights[name] = parameters[name].detach()
         if name in turned:
             weights[name] = weights[name].T.contiguous()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from edgepeft.adapters import Adapter
-from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.manifest import LoraSlot, Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import find_adapter
@@ -67,7 +67,7 @@ def with_labels(bundle: Bundle, adapter: Adapter, added: Sequence[str]) -> Adapt
 
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     """A LoRA on every slot as PEFT initializes it (A uniform as `kaiming_uniform_(a=sqrt(5))`, B zero, alpha
-    = 2 r), and the base's own saved modules.
+    = 2 r), and the base's own saved modules; PEFT puts no LoRA on one of these.
 
     Raises:
         UsageError: the bundle has no slots.
@@ -76,11 +76,12 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     manifest = bundle.manifest
     if not manifest.lora_slots:
         raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
-    values = sum(rank * (slot.in_features + slot.out_features) for slot in manifest.lora_slots)
+    slots = _fresh_slots(manifest)
+    values = sum(rank * (slot.in_features + slot.out_features) for slot in slots)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
     tensors = {}
-    for slot in manifest.lora_slots:
+    for slot in slots:
         bound = 1 / math.sqrt(slot.in_features)
         tensors[slot.a_input] = generator.uniform(-bound, bound, (rank, slot.in_features)).astype(np.float32)
         tensors[slot.b_input] = np.zeros((slot.out_features, rank), np.float32)
@@ -107,11 +108,17 @@ def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": [slot.module for slot in manifest.lora_slots],
+        "target_modules": [slot.module for slot in _fresh_slots(manifest)],
         "task_type": _PEFT_TASKS.get(manifest.task),
         "use_dora": False,
         "use_rslora": False,
     }
+
+
+def _fresh_slots(manifest: Manifest) -> list[LoraSlot]:
+    """The slots that a fresh adapter has a LoRA in."""
+    saved = {module.module for module in manifest.saved_modules}
+    return [slot for slot in manifest.lora_slots if slot.module not in saved]
 
 
 def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> list[str]:

@@ -1,5 +1,6 @@
 """What the exporter refuses, by name, leaving what was there."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,45 @@ def test_a_model_without_keys_and_values_is_refused(output: Path) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64, "state_size": 8}
     model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).eval()
     refuse("keeps something else than keys and values", edgepeft.ExportError, output, model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "bitsandbytes"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}, "gptq"),
+        ({"quantization_config": {"quant_method": "a-method-of-the-future"}}, "a-method-of-the-future"),
+        ({"quantization": {"group_size": 64, "bits": 4}}, "mlx"),
+    ],
+)
+def test_a_base_that_is_quantized_already(
+    output: Path, tmp_path: Path, settings: dict[str, Any], method: str
+) -> None:
+    """Whether the package that reads it is there or not."""
+    models.llama(tied=True).save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    match = rf"quantized already \({method}\).*export the float model"
+    refuse(match, edgepeft.ExportError, output, str(tmp_path / "model"))
+
+
+def test_folders_and_files_that_hold_no_model(output: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    models.bert_classifier().save_pretrained(model)
+    weights = model / "model.safetensors"
+    refuse("is a file, expected a model's folder", edgepeft.ExportError, output, str(weights))
+    weights.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    refuse("cannot load .* for text-classification", edgepeft.ExportError, output, str(model))
+    weights.unlink()
+    refuse(r"holds no weights \(model\.safetensors\)", edgepeft.ExportError, output, str(model))
+    (model / "config.json").unlink()
+    (model / "small.Q4_0.gguf").write_bytes(b"GGUF")
+    refuse(
+        r"no config\.json: give a file in it \(small\.Q4_0\.gguf\)", edgepeft.ExportError, output, str(model)
+    )
+
+
+def test_a_model_that_does_not_run_is_no_traceback(output: Path) -> None:
+    model = models.bert_encoder()
+    model.embeddings.LayerNorm = torch.nn.LayerNorm(7)
+    refuse("does not run in PyTorch on input_ids", edgepeft.ExportError, output, model, rank=2)

@@ -1,0 +1,39 @@
+"""Classifiers that read the last token and whose configuration has no token that pads: the mask tells it.
+
+transformers takes the rightmost token that is not the padding, and without one the last position, for one row
+only. A bundle pads rows of a batch on the right whatever the token.
+"""
+
+from typing import Any
+
+import torch
+
+
+def pool_by_mask(model: Any) -> None:
+    """Have a sequence classifier without a usable `pad_token_id` read the last token that its mask counts.
+
+    Every family compares `input_ids` with `config.pad_token_id` itself. While the model runs, that is a
+    tensor that equals them where the mask is 0, and nowhere else.
+    """
+    config = model.config.get_text_config()
+    declared = getattr(config, "pad_token_id", None)
+    if model.config.is_encoder_decoder or (declared is not None and 0 <= declared < config.vocab_size):
+        return
+
+    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+        if ids is not None:
+            padded = torch.zeros_like(ids, dtype=torch.bool) if mask is None else mask == 0
+            _set_pad(module, torch.where(padded, ids, -1))
+
+    def forget(module: Any, *_: Any) -> None:
+        _set_pad(module, declared)
+
+    model.register_forward_pre_hook(tell, with_kwargs=True)
+    model.register_forward_hook(forget, always_call=True)
+
+
+def _set_pad(model: Any, value: Any) -> None:
+    """Past the configuration's own checks, which know numbers only."""
+    vars(model.config.get_text_config())["pad_token_id"] = value
