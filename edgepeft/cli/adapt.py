@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     "add_labels",
     multiple=True,
     metavar="NAME",
-    help="A class that the classifier does not have yet; may be repeated. Give records of the others too, unless "
-    "the adapter was taught them here: then it keeps what it needs.",
+    help="A class that the classifier does not have yet; may be repeated. Give records of the others too, "
+    "unless the adapter was taught them here: then it keeps what it needs.",
 )
 @memory_options()
 @click.option("--steps", type=int, help="Optimizer steps; --epochs decides unless given.")
