@@ -80,22 +80,20 @@ class ClosedForm:
         """The head that does best on records that it was not fitted to."""
         return self._ridge.fit(self._targets.losses, self._scales, self._offset, self._least_alpha)
 
-    def with_held(self, given: Evaluation, weight: FloatArray, bias: FloatArray | None) -> Evaluation:
-        """What a head says of the records, and of those that only their features are there of.
+    def with_held(self, given: Evaluation) -> Evaluation:
+        """What the start says of the records, and of those that only their features are there of.
 
-        Args:
-            given: of the records.
-            weight, bias: the head's.
+        It was fitted to the latter, so each is judged by a head that was fitted to the others of them.
         """
         if not self._held or given.said is None:
             return given
-        scores = [rows @ weight.T + (0.0 if bias is None else bias) for rows, _ in self._held]
-        targets = [encoded for _, encoded in self._held]
-        return self._evaluation(
-            Scores(
-                np.concatenate([*scores, given.said.scores]), np.concatenate([*targets, given.said.targets])
-            )
-        )
+        count = sum(len(rows) for rows, _ in self._held)
+        alone = Ridge(self._held[0][0].shape[1], len(self._targets.names), count)
+        for rows, encoded in self._held:
+            alone.add(rows, encoded, self._targets.weight_of(encoded, self._label_weights))
+        fit = alone.fit(self._targets.losses, self._scales, self._offset, _LEAST_PENALTY / count)
+        scores, targets = (fit.left_out, given.said.scores), (fit.targets, given.said.targets)
+        return self._evaluation(Scores(np.concatenate(scores), np.concatenate(targets)))
 
     def features(self) -> dict[str, FloatArray]:
         """Those of the records, or of a sample where they are many, by label; none where there are no labels

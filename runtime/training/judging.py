@@ -50,11 +50,7 @@ class Judging:
         """A classifier's head in closed form, each record judged by a head that was fitted without it."""
         prepared = self._prepared
         closed = self._closed = self._closed_form(prepared.train_on)
-        assert prepared.head is not None
-        weight, bias = prepared.head.weight, prepared.head.bias
-        present = prepared.state.parameters
-        given = self._judge(prepared.train_on, closed.take)
-        before = closed.with_held(given, present[weight], None if bias is None else present[bias])
+        before = closed.with_held(self._judge(prepared.train_on, closed.take))
         fit = closed.fit()
         self._put_head(fit)
         few = len(prepared.train_on) < FEW_TO_SHUFFLE

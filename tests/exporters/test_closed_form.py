@@ -364,7 +364,7 @@ def test_a_label_is_added_without_the_records_of_the_others(exported: Make, tmp_
     with edgepeft.load(bundle.folder) as model:
         with pytest.raises(DataError, match="only labels that are added: what learns from these alone"):
             model.adapt(new, tmp_path / "x", adapter="plain", trainable="head", add_labels=("new",))
-        model.adapt(old, tmp_path / "old", adapter="plain", trainable="head")
+        first = model.adapt(old, tmp_path / "old", adapter="plain", trainable="head")
         kept = safetensors.numpy.load_file(tmp_path / "old" / FILE)
         assert {name: len(rows) for name, rows in kept.items()} == Counter(
             bundle.manifest.model.labels[record["label"]] for record in old
@@ -379,6 +379,11 @@ def test_a_label_is_added_without_the_records_of_the_others(exported: Make, tmp_
             )
             assert (report.records["train"], report.records["remembered"]) == (len(new), len(old))
             assert sum(label["items"] for label in report.by_label.values()) == len(new) + len(old)
+            # The start is judged on the old ones as it was then, not on what it has learned by heart.
+            before, after = report.held_out_before.accuracy, first.held_out_after.accuracy
+            assert before is not None
+            assert after is not None
+            assert before * (len(new) + len(old)) == pytest.approx(after * len(old), abs=1)
         model.adapt([*new, *old], tmp_path / "both", adapter="plain", trainable="head", add_labels=("new",))
     heads = [load_adapter(tmp_path / name).tensors for name in ("head", "all", "both")]
     for name in bundle.manifest.linear_head.inputs:
