@@ -1,10 +1,10 @@
 """Measure what running a graph costs: in a process of its own, by `with_session`.
 
-    python -m edgepeft.exporters.training.probe BUNDLE ROLE BATCH LENGTH
+    python -m edgepeft.exporters.training.probe BUNDLE ROLE BATCH LENGTH BYTES
 
 opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages, with `forward`
-its forward part, with `streamed` streamed inference) once, and prints how much resident memory that added, in
-bytes.
+its forward part, with `streamed` streamed inference) once, in an arena for so many bytes of tensors, and
+prints how much resident memory that added, in bytes.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from edgepeft.errors import ExportError
 from edgepeft.runtime.activation import is_decoder
 from edgepeft.runtime.cache import cache_bytes
 from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.process import PeakMemory, read_memory
 from edgepeft.runtime.streamed import StreamedModel
 
@@ -29,7 +30,8 @@ from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Batch and sequence, in units, of runs that tell what a session takes and what gaps its arena has: a small
 #: one, and the first of the others whose tensors are so much larger and not too large.
-SIZE, LARGER, LARGER_BYTES, LARGEST_BYTES = (6, 4), ((18, 64), (6, 64)), 16 * 2**20, 256 * 2**20
+SIZE, LARGER_BYTES, LARGEST_BYTES = (6, 4), 16 * 2**20, 256 * 2**20
+LARGER = ((288, 64), (72, 64), (18, 64), (6, 64))
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -58,7 +60,7 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         return tensors.activation_bytes(size[0], size[1] * length_unit, RANK)
 
     def resident_bytes(size: tuple[int, int]) -> int:
-        arguments = [str(bundle), role, str(size[0]), str(size[1] * length_unit)]
+        arguments = [str(bundle), role, str(size[0]), str(size[1] * length_unit), str(tensor_bytes(size))]
         command = [sys.executable, "-m", "edgepeft.exporters.training.probe", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -109,6 +111,7 @@ def main() -> None:
     """Print a number of bytes."""
     bundle, role = open_bundle(sys.argv[1]), sys.argv[2]
     sizes = axis_sizes(int(sys.argv[3]), int(sys.argv[4]))
+    renew_shared_arena(int((1 + ARENA_GAPS) * int(sys.argv[5])))  # as large as a plan would say
     if role in (STAGES, FORWARD):
         print(_chain_bytes(bundle, role, sizes))
     elif role == STREAMED:
@@ -156,7 +159,8 @@ def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     if is_decoder(bundle.manifest, role):
         session = open_whole(bundle, role)
     else:
-        session = GraphSession(bundle, role, shared_arena=role in _trained_graphs(bundle.manifest))
+        trains = role in _trained_graphs(bundle.manifest)
+        session = GraphSession(bundle, role, shared_arena=True, exact_products=trains)
     session.bind(feeds)
     session.run_for(list(session.outputs))
     return read_memory().resident_bytes - before_bytes
