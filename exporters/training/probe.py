@@ -29,9 +29,13 @@ from edgepeft.runtime.streamed import StreamedModel
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Batch and sequence, in units, of runs that tell what a session takes and what gaps its arena has: a small
-#: one, and the first of the others whose tensors are so much larger and not too large.
+#: one, and the first of the others whose tensors are so much larger and not too large. The last two are for
+#: small models.
 SIZE, LARGER_BYTES, LARGEST_BYTES = (6, 4), 16 * 2**20, 256 * 2**20
-LARGER = ((288, 64), (72, 64), (18, 64), (6, 64))
+LARGER = ((18, 64), (6, 64), (72, 64), (288, 64))
+#: What comes before them for recordings: ten seconds at the strides of wav2vec 2.0, where it is the attention
+#: that takes the most.
+RECORDINGS = (6, 512)
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -68,9 +72,11 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         return int(done.stdout)
 
     first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    sizes = [size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES]
+    all_sizes = (RECORDINGS, *LARGER) if length_unit > 1 else LARGER
+    sizes = [size for size in all_sizes if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES]
     if sizes:
-        larger = next((size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES), sizes[-1])
+        small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
+        larger = next(small, min(sizes, key=tensor_bytes))
         between = larger[0], larger[1] // BETWEEN
         if tensor_bytes(between) == tensor_bytes(larger):  # images have no length
             between, between_bytes = SIZE, first_bytes
