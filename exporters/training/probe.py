@@ -33,9 +33,9 @@ from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 #: small models.
 SIZE, LARGER_BYTES, LARGEST_BYTES = (6, 4), 16 * 2**20, 256 * 2**20
 LARGER = ((18, 64), (6, 64), (72, 64), (288, 64))
-#: What comes before them for recordings: ten seconds at the strides of wav2vec 2.0, where it is the attention
-#: that takes the most.
-RECORDINGS = (6, 512)
+#: Of recordings one more: half a minute at the strides of wav2vec 2.0, where few and large tensors, those of
+#: attention, may leave larger gaps.
+RECORDING = (1, 1536)
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -71,12 +71,8 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
             raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         return int(done.stdout)
 
-    first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    all_sizes = (RECORDINGS, *LARGER) if length_unit > 1 else LARGER
-    sizes = [size for size in all_sizes if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES]
-    if sizes:
-        small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
-        larger = next(small, min(sizes, key=tensor_bytes))
+    def line(larger: tuple[int, int]) -> tuple[float, float]:
+        """The gaps, and what is held beside the tensors, of a line through two runs."""
         between = larger[0], larger[1] // BETWEEN
         if tensor_bytes(between) == tensor_bytes(larger):  # images have no length
             between, between_bytes = SIZE, first_bytes
@@ -85,10 +81,21 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         larger_bytes = resident_bytes(larger)
         slope = (larger_bytes - between_bytes) / (tensor_bytes(larger) - tensor_bytes(between))
         gaps = round(min(max(slope - 1, 0.0), MOST_GAPS), 3)
-        held_bytes = max(
+        return gaps, max(
             larger_bytes - (1 + gaps) * tensor_bytes(larger),
             between_bytes - (1 + gaps) * tensor_bytes(between),
         )
+
+    def large(size: tuple[int, int]) -> bool:
+        return tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES
+
+    first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
+    sizes = [size for size in LARGER if large(size)]
+    if sizes:
+        small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
+        gaps, held_bytes = line(next(small, min(sizes, key=tensor_bytes)))
+        if length_unit > 1 and large(RECORDING) and tensor_bytes(RECORDING) <= LARGEST_BYTES:
+            gaps, held_bytes = max((gaps, held_bytes), line(RECORDING))
     # Some graphs take more for the smallest batch than a line through the others says: it runs between.
     small_bytes = first_bytes - (1 + gaps) * tensor_bytes(SIZE)
     session_bytes = held_bytes + max(small_bytes - held_bytes, 0.0) / 2 if sizes else small_bytes
