@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "PPM", "JPEG")
 _ROWS = 64
+LEFT_BYTES = 3 * 2**20
+"""What decoding pictures leaves in the process, beside the decoders: 1.3 to 4.6 MiB, measured."""
 MAX_PIXELS = 2**26
 """Largest image that is opened: 67 million pixels."""
 
