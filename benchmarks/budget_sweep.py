@@ -44,6 +44,8 @@ LESS_BYTES = 4 * MIB
 NOISE_BYTES = 2 * MIB
 """Two processes with the same libraries differ by that."""
 TOLERANCE = 0.1
+MARGIN = 1.02
+"""What a plan leaves free."""
 PLENTY = "64GiB"
 TEXT_TASKS = ("text-classification", "text-generation")
 WORDS = (json.__doc__ or "").split()
@@ -255,23 +257,31 @@ def _judge(
         outcome.faults.append("a traceback")
     memory = report.get("memory")
     if memory is None:
-        if planned[0] is not None and done.returncode == 3:
+        fits = planned[0] is not None and planned[1] + NOISE_BYTES <= outcome.budget_bytes / MARGIN
+        if fits and done.returncode == 3:
             outcome.faults.append(f"plan chooses {planned[0]}, adapt refuses: {_said(done, report)}")
         return
-    downs = report["stepped_down"]
-    outcome.strategy, outcome.stepped_down = report["strategy"], len(downs)
-    outcome.measured_bytes = memory["measured_peak_bytes"]
-    outcome.predicted_bytes = (downs[0] if downs else memory)["predicted_peak_bytes"]
+    _compare(outcome, report)
     if outcome.measured_bytes > outcome.budget_bytes:
         outcome.faults.append("its own count is over the budget")
-    if abs(outcome.predicted_bytes / outcome.measured_bytes - 1) > TOLERANCE:
-        outcome.faults.append("the prediction is off by more than a tenth")
-    if min(memory["predicted"].values()) < 0:
-        outcome.faults.append("a part of the prediction is negative")
+    downs = report["stepped_down"]
     first = downs[0]["before"] if downs else report["strategy"]
     noise_bytes = NOISE_BYTES + 4 * sum(outcome.case.lengths)  # and the records, which adapting holds
     if planned[0] == first and abs(planned[1] - outcome.predicted_bytes) > noise_bytes:
         outcome.faults.append(f"plan says {planned[1] / MIB:.1f} MiB")
+
+
+def _compare(outcome: Outcome, report: dict[str, Any]) -> None:
+    """The predicted peak with the measured one: that of the run or, where it was refused, of the run in the
+    named minimum."""
+    memory, downs = report["memory"], report["stepped_down"]
+    outcome.strategy, outcome.stepped_down = report["strategy"], len(downs)
+    outcome.measured_bytes = memory["measured_peak_bytes"]
+    outcome.predicted_bytes = (downs[0] if downs else memory)["predicted_peak_bytes"]
+    if abs(outcome.predicted_bytes / outcome.measured_bytes - 1) > TOLERANCE:
+        outcome.faults.append("the prediction is off by more than a tenth")
+    if min(memory["predicted"].values()) < 0:
+        outcome.faults.append("a part of the prediction is negative")
 
 
 def _said(done: subprocess.CompletedProcess[str], report: dict[str, Any]) -> str:
@@ -285,8 +295,10 @@ def _check_refusal(outcome: Outcome, required_bytes: int, adapt: Any) -> None:
     if done.returncode not in (0, 4):
         told = _said(done, report)
         outcome.faults.append(f"{required_bytes // MIB} MiB are named as enough, and then: {told}")
-    elif report["memory"]["measured_peak_bytes"] > required_bytes:
-        outcome.faults.append("its own count is over the named minimum")
+    else:
+        _compare(outcome, report)
+        if outcome.measured_bytes > required_bytes:
+            outcome.faults.append("its own count is over the named minimum")
     done, _ = adapt(required_bytes - LESS_BYTES)
     if done.returncode != 3:
         outcome.faults.append(f"4 MiB below the named {required_bytes // MIB} MiB is not refused")
