@@ -18,9 +18,14 @@ from edgepeft.runtime.decoding.prompt_cache import PromptCache, open_prompt_cach
 from edgepeft.runtime.generation import Generation
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan, plan_forward, plan_generation
+from edgepeft.runtime.memory.room import check_room, within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows, grouped
 from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.tasks import Task
+from edgepeft.sizes import format_size
+
+# Bytes that encoding takes for each of a text: 86 to 284, measured with two tokenizers.
+_ENCODED = 300
 
 Messages = Sequence[Mapping[str, Any]]
 CacheSpec = PromptCache | str | Path | None
@@ -267,10 +272,12 @@ class Generator:
         self._require_language_model()
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages")
-        if prompt is not None:
-            return self._task.text.encode(prompt)[0]
         # The template writes the special tokens itself.
-        return self._task.text.encode(self._task.chat.prompt(messages, "generate"), special_tokens=False)[0]
+        text = self._task.chat.prompt(messages, "generate") if messages is not None else prompt or ""
+        count = len(text.encode("utf-8", "surrogatepass"))
+        with within(self._budget_bytes, self._sessions.make_room):
+            check_room(_ENCODED * count, f"a prompt of {format_size(count)}")
+        return self._task.text.encode(text, special_tokens=messages is None)[0]
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Refuse what cannot be generated, before any work is done."""

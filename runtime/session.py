@@ -64,7 +64,7 @@ class GraphSession:
         threads: threads of this session; 0 lets onnxruntime choose.
         shared_arena: take memory from the arena that all such sessions of the process share.
         profile: where to write a profile, which `end_profile` ends; none where empty.
-        exact_products: never round activations; always so in sessions that train.
+        exact_products: never round activations; None: where the session shares the arena, or trains.
 
     Raises:
         BundleError: onnxruntime refuses the graph, or its inputs and outputs are not the manifest's.
@@ -78,7 +78,7 @@ class GraphSession:
         *,
         shared_arena: bool = False,
         profile: str = "",
-        exact_products: bool = False,
+        exact_products: bool | None = None,
     ) -> None:
         self.role = role
         self._weights_file = bundle.path.absolute() / bundle.manifest.weights_file
@@ -90,8 +90,9 @@ class GraphSession:
         options = _options(threads, shared_arena)
         options.enable_profiling = bool(profile)
         options.profile_file_prefix = profile
-        trains = shared_arena or any(strategy.graph == role for strategy in bundle.manifest.strategies)
-        if trains or exact_products:
+        if exact_products is None:
+            exact_products = shared_arena or any(item.graph == role for item in bundle.manifest.strategies)
+        if exact_products:
             # onnxruntime fuses DequantizeLinear and MatMul and then rounds the activations to int8 (level 4):
             # the loss would be a staircase, and not the function whose gradient the graph computes.
             options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -172,19 +173,14 @@ class GraphSession:
         except ORT_ERRORS as error:
             raise self._translation(error) from error
 
-    def run_for(self, names: Sequence[str], *, shrink: bool = False) -> dict[str, ort.OrtValue]:
-        """Run and return these outputs, whose shapes need not be known beforehand; with `shrink`, the arena
-        gives what is free of it back to the system."""
-        options = None
-        if shrink:
-            options = ort.RunOptions()
-            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    def run_for(self, names: Sequence[str]) -> dict[str, ort.OrtValue]:
+        """Run and return these outputs, whose shapes need not be known beforehand."""
         with self._translated():
             # Bound outputs keep the last run's buffers, and its shapes.
             self._binding.clear_binding_outputs()
             for name in names:
                 self._binding.bind_output(name, "cpu")
-            self._session.run_with_iobinding(self._binding, options)
+            self._session.run_with_iobinding(self._binding)
             values = dict(zip(names, self._binding.get_outputs(), strict=True))
             self._binding.clear_binding_outputs()
             return values
@@ -246,17 +242,6 @@ def open_whole(bundle: Bundle, role: str, threads: int = 0) -> GraphSession:
     session.drop_mapped_pages()
     gather_into_huge_pages()
     return session
-
-
-def shrink_shared_arena(bundle: Bundle) -> None:
-    """Give the memory that is free in the arena of a chain's sessions back to the system.
-
-    Any session that shares it can; this one runs the smallest graph that a bundle has.
-    """
-    session = GraphSession(bundle, "grad_norm", threads=1, shared_arena=True)
-    session.bind({"grad": np.zeros(1, np.float32)})
-    session.run_for(["sum_of_squares"], shrink=True)
-    session.close()
 
 
 def one_line(error: BaseException) -> str:

@@ -12,10 +12,11 @@ import numpy.typing as npt
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec, group_bytes, inputs_taken, is_decoder
+from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.inference import STREAMED, RunPlan
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.runtime.registry import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
-from edgepeft.runtime.session import GraphSession, open_whole, shrink_shared_arena
+from edgepeft.runtime.session import GraphSession, open_whole
 from edgepeft.runtime.streamed import StreamedModel
 
 FloatArray = npt.NDArray[np.float32]
@@ -215,8 +216,8 @@ class Sessions:
             return
         streamed = STREAMED in self._open
         self.close()
-        if streamed and "grad_norm" in self._bundle.manifest.graphs:
-            shrink_shared_arena(self._bundle)
+        if streamed:
+            renew_shared_arena()
             release_freed_memory()
 
     def close(self) -> None:

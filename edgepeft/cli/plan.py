@@ -59,6 +59,7 @@ def plan(
     """
     from edgepeft.bundle.reader import open_bundle
     from edgepeft.runtime.memory.planner import choose, judging_alone
+    from edgepeft.runtime.preprocessing.images import LEFT_BYTES, load_decoders
     from edgepeft.runtime.tasks import task_for
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.preparation import plans_now
@@ -82,16 +83,20 @@ def plan(
     start = starting_adapter(opened, options)
     names = trained_names(opened.manifest, start, options)
     task = task_for(opened)
-    # So does reading text and conversations.
+    # So does reading texts, conversations and pictures.
     with contextlib.suppress(MissingExtraError, BundleError):
         if task.has_text:
             task.text.encode("text")
         if opened.manifest.task == "text-generation":
             assert task.chat
+    later_bytes = 0
+    if opened.manifest.image_preprocessing is not None:
+        load_decoders()
+        later_bytes = LEFT_BYTES
     task.release()
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
-    candidates = plans_now(opened, sizes, budget)
+    candidates = plans_now(opened, sizes, budget, later_bytes)
     if options.trainable == "head":
         candidates = judging_alone(candidates)
     fits: str | None = None

@@ -1,10 +1,10 @@
 """Measure what running a graph costs: in a process of its own, by `with_session`.
 
-    python -m edgepeft.exporters.training.probe BUNDLE ROLE BATCH LENGTH
+    python -m edgepeft.exporters.training.probe BUNDLE ROLE BATCH LENGTH BYTES
 
 opens the bundle as a device does, runs the graph (with the role `stages`, the chain of stages, with `forward`
-its forward part, with `streamed` streamed inference) once, and prints how much resident memory that added, in
-bytes.
+its forward part, with `streamed` streamed inference) once, in an arena for so many bytes of tensors, and
+prints how much resident memory that added, in bytes.
 """
 
 import dataclasses
@@ -22,14 +22,20 @@ from edgepeft.errors import ExportError
 from edgepeft.runtime.activation import is_decoder
 from edgepeft.runtime.cache import cache_bytes
 from edgepeft.runtime.inputs import model_inputs
+from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.process import PeakMemory, read_memory
 from edgepeft.runtime.streamed import StreamedModel
 
 from .feeds import axis_sizes, sample_adapter, sample_batch, sample_feeds
 
 #: Batch and sequence, in units, of runs that tell what a session takes and what gaps its arena has: a small
-#: one, and the first of the others whose tensors are so much larger and not too large.
-SIZE, LARGER, LARGER_BYTES, LARGEST_BYTES = (6, 4), ((18, 64), (6, 64)), 16 * 2**20, 256 * 2**20
+#: one, and the first of the others whose tensors are so much larger and not too large. The last two are for
+#: small models.
+SIZE, LARGER_BYTES, LARGEST_BYTES = (6, 4), 16 * 2**20, 256 * 2**20
+LARGER = ((18, 64), (6, 64), (72, 64), (288, 64))
+#: Of recordings one more: half a minute at the strides of wav2vec 2.0, where few and large tensors, those of
+#: attention, may leave larger gaps.
+RECORDING = (1, 1536)
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -58,17 +64,15 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         return tensors.activation_bytes(size[0], size[1] * length_unit, RANK)
 
     def resident_bytes(size: tuple[int, int]) -> int:
-        arguments = [str(bundle), role, str(size[0]), str(size[1] * length_unit)]
+        arguments = [str(bundle), role, str(size[0]), str(size[1] * length_unit), str(tensor_bytes(size))]
         command = [sys.executable, "-m", "edgepeft.exporters.training.probe", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
         return int(done.stdout)
 
-    first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    sizes = [size for size in LARGER if tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES]
-    if sizes:
-        larger = next((size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES), sizes[-1])
+    def line(larger: tuple[int, int]) -> tuple[float, float]:
+        """The gaps, and what is held beside the tensors, of a line through two runs."""
         between = larger[0], larger[1] // BETWEEN
         if tensor_bytes(between) == tensor_bytes(larger):  # images have no length
             between, between_bytes = SIZE, first_bytes
@@ -77,10 +81,21 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         larger_bytes = resident_bytes(larger)
         slope = (larger_bytes - between_bytes) / (tensor_bytes(larger) - tensor_bytes(between))
         gaps = round(min(max(slope - 1, 0.0), MOST_GAPS), 3)
-        held_bytes = max(
+        return gaps, max(
             larger_bytes - (1 + gaps) * tensor_bytes(larger),
             between_bytes - (1 + gaps) * tensor_bytes(between),
         )
+
+    def large(size: tuple[int, int]) -> bool:
+        return tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES
+
+    first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
+    sizes = [size for size in LARGER if large(size)]
+    if sizes:
+        small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
+        gaps, held_bytes = line(next(small, min(sizes, key=tensor_bytes)))
+        if length_unit > 1 and large(RECORDING) and tensor_bytes(RECORDING) <= LARGEST_BYTES:
+            gaps, held_bytes = max((gaps, held_bytes), line(RECORDING))
     # Some graphs take more for the smallest batch than a line through the others says: it runs between.
     small_bytes = first_bytes - (1 + gaps) * tensor_bytes(SIZE)
     session_bytes = held_bytes + max(small_bytes - held_bytes, 0.0) / 2 if sizes else small_bytes
@@ -109,6 +124,7 @@ def main() -> None:
     """Print a number of bytes."""
     bundle, role = open_bundle(sys.argv[1]), sys.argv[2]
     sizes = axis_sizes(int(sys.argv[3]), int(sys.argv[4]))
+    renew_shared_arena(int((1 + ARENA_GAPS) * int(sys.argv[5])))  # as large as a plan would say
     if role in (STAGES, FORWARD):
         print(_chain_bytes(bundle, role, sizes))
     elif role == STREAMED:
@@ -156,7 +172,8 @@ def _graph_bytes(bundle: Bundle, role: str, sizes: dict[str, int]) -> int:
     if is_decoder(bundle.manifest, role):
         session = open_whole(bundle, role)
     else:
-        session = GraphSession(bundle, role, shared_arena=role in _trained_graphs(bundle.manifest))
+        trains = role in _trained_graphs(bundle.manifest)
+        session = GraphSession(bundle, role, shared_arena=True, exact_products=trains)
     session.bind(feeds)
     session.run_for(list(session.outputs))
     return read_memory().resident_bytes - before_bytes

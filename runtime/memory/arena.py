@@ -1,21 +1,40 @@
-"""One arena for all sessions of a chain, which run one after the other and want the same memory."""
+"""One arena for the sessions of an update, which run one after the other and want the same memory."""
 
 import functools
 
 import onnxruntime as ort
 
 _KIB, _MIB = 2**10, 2**20
+_MOST_BYTES = 2**31 - 1  # onnxruntime's setting is an int
 
 
 @functools.cache
 def register_shared_arena() -> None:
-    """Give this process's onnxruntime an arena that sessions with `session.use_env_allocators` share.
+    """Give this process's onnxruntime an arena that sessions with `session.use_env_allocators` share, unless
+    it has one.
 
     It asks the system for regions, each twice as large as the last: what no tensor has been in yet takes no
-    memory, and within a region a free place beside another is one place. So a batch finds an empty arena,
-    whatever ran before it, and a process takes what its largest batch takes. An arena that asks for every
-    tensor apart keeps a place of each size that it ever had: `docs/decisions.md` has the figures.
+    memory, and within a region a free place beside another is one place. An arena that asks for every tensor
+    apart keeps a place of each size that it ever had: `docs/decisions.md` has the figures.
     """
+    _register(_MIB)
+
+
+def renew_shared_arena(nbytes: int = _MIB) -> None:
+    """Have sessions that are opened from now on share a new arena; the last one is freed with the sessions
+    that are still open on it.
+
+    Args:
+        nbytes: what they are expected to take, which is the size of its first region. Where that is enough,
+            a batch finds it empty and whole, whatever ran before it, and the process takes what its largest
+            batch takes. Tensors of mixed lengths in several regions are each time other ones in other places.
+            onnxruntime's record of a region takes 1/32 of it at once.
+    """
+    register_shared_arena()
+    _register(min(max(nbytes, _MIB), _MOST_BYTES))
+
+
+def _register(region_bytes: int) -> None:
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     ort.create_and_register_allocator(
         memory,
@@ -23,10 +42,7 @@ def register_shared_arena() -> None:
             {
                 "max_mem": 0,
                 "arena_extend_strategy": 0,  # by powers of two
-                # The first region is never given back. The second follows it, and again after the arena was
-                # shrunk; onnxruntime's record of a region takes 1/32 of it at once.
-                "initial_chunk_size_bytes": _MIB,
-                "initial_growth_chunk_size_bytes": 2 * _MIB,
+                "initial_chunk_size_bytes": region_bytes,
                 # A tensor that leaves more of a place than this leaves it to others.
                 "max_dead_bytes_per_chunk": 64 * _KIB,
             }

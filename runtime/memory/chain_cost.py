@@ -1,7 +1,10 @@
 """What a chain of stages costs beside its formula: pages of weights, what is held, and time."""
 
+import ast
 import dataclasses
 import math
+import operator
+from collections.abc import Callable
 
 from edgepeft.bundle.manifest import Manifest, TensorSpec
 from edgepeft.bundle.wiring import Partition, Stage
@@ -17,6 +20,12 @@ _PAGE_BYTES = 4096
 # What Linux maps around a page that is touched, and of the blocks that evenly drawn rows hit, the share that
 # those of a text hit: on MiniLM at 4, 8 and 32 bits, 8 docstrings of 128 tokens measured 0.4 to 0.6.
 _AROUND_BYTES, _TEXT_ROWS = 2**16, 0.6
+_OPERATIONS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 # Gaps that values of many sizes leave in the arena.
 _GAPS = 1.05
 
@@ -116,10 +125,31 @@ class ChainCost:
             if isinstance(dim, int)
             else self._workload.rank
             if dim.startswith("rank")
-            else sizes.get(dim, self._workload.seq_len)
+            else sizes[dim]
+            if dim in sizes
+            else size_of(dim, self._workload.seq_len)
             for dim in spec.shape
         )
         return 4 * math.prod(dims)
+
+
+def size_of(dim: str, seq_len: int) -> int:
+    """The size of an axis: `seq_len` itself, or what an expression of it says, such as the frames of a
+    recording, `((sequence//10)) - 1`."""
+
+    def value(node: ast.AST) -> int:
+        match node:
+            case ast.BinOp(left, operation, right) if type(operation) in _OPERATIONS:
+                return _OPERATIONS[type(operation)](value(left), value(right))
+            case ast.Constant(int() as number):
+                return number
+            case _:
+                return seq_len
+
+    try:
+        return max(value(ast.parse(dim, mode="eval").body), 0)
+    except (SyntaxError, ValueError, ZeroDivisionError, RecursionError):
+        return seq_len
 
 
 def row_bytes(manifest: Manifest, partition: Partition, rows: int) -> int:

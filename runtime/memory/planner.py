@@ -30,6 +30,8 @@ _READ_AHEAD_BYTES = 16 * 2**20
 _STRIDES = (2, 4)
 # The loss graph holds the outputs it is given, their log-softmax and a temporary of that size.
 _LOSS_COPIES = 3
+# See `_batch_bytes`.
+_BATCHES = 3
 # What the first run touches beside tensors (code, stacks): on MiniLM, six sizes of batches from 2 x 32 to
 # 32 x 16 measured 3 to 4 MiB.
 _FIRST_RUN_BYTES = 4 * 2**20
@@ -308,10 +310,11 @@ def _loss_bytes(manifest: Manifest, workload: Workload) -> int:
 
 
 def _batch_bytes(manifest: Manifest, role: str, workload: Workload) -> int:
-    """What a batch of the caller's inputs holds."""
+    """What batches of the caller's inputs hold: while one is made, its examples and the batch before it are
+    there as well."""
     values = model_inputs(manifest, manifest.graphs[role].inputs).values()
     sizes = {"batch": workload.rows}
-    return sum(
+    return _BATCHES * sum(
         np.dtype(spec.dtype).itemsize
         * math.prod(dim if isinstance(dim, int) else sizes.get(dim, workload.seq_len) for dim in spec.shape)
         for spec in values

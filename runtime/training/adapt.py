@@ -17,10 +17,10 @@ from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable
 from edgepeft.runtime.activation import to_peft_layout
 from edgepeft.runtime.data import RecordSource
+from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.chain_cost import ChainCost
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
-from edgepeft.runtime.session import shrink_shared_arena
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.checkpoint import checkpoint_path, save_checkpoint
 from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
@@ -148,6 +148,8 @@ class Update:
         """Loss and accuracy of the adapter as it is now."""
         self._recorder.mark("evaluate")
         began_s = time.perf_counter()
+        plan = self._present
+        renew_shared_arena(plan.evaluation_bytes or plan.activation_bytes)
         result = evaluate(
             self._bundle,
             self._task,
@@ -158,6 +160,7 @@ class Update:
             self._threads,
             sink,
         )
+        renew_shared_arena()
         release_freed_memory()
         self._seconds["evaluate"] += time.perf_counter() - began_s
         return result
@@ -195,6 +198,7 @@ class Update:
 
         self._output.parent.mkdir(parents=True, exist_ok=True)
         while True:
+            renew_shared_arena(self._present.activation_bytes)
             try:
                 train(
                     self._bundle,
@@ -216,7 +220,7 @@ class Update:
                 self._step_down(prepared, stepping.plan)
             else:
                 break
-        shrink_shared_arena(self._bundle)  # the judge has memory of its own
+        renew_shared_arena()
         release_freed_memory()
         self._seconds["train"] = time.perf_counter() - began_s
 
@@ -234,7 +238,7 @@ class Update:
             prepared.state.pass_gradients()
         if plan.state_in_file and not before.state_in_file:
             prepared.state.move_to_file(self._output.parent)
-        shrink_shared_arena(self._bundle)
+        renew_shared_arena()
         release_freed_memory()
         self._recorder.forget_peak()
 
@@ -268,7 +272,6 @@ class Update:
         )
 
     def _keep(self, prepared: Prepared, report: AdaptReport, features: dict[str, FloatArray]) -> None:
-        shrink_shared_arena(self._bundle)  # makes room for a copy of the adapter
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
         tensors = {**prepared.untrained, **trained}
         with atomic_folder(self._output, CONFIG_FILE) as folder:

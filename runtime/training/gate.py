@@ -145,8 +145,10 @@ class _ResidentJudge:
         exact_products: bool,
     ) -> None:
         self._outputs = [task.output] if bundle.manifest.linear_head is None else [task.output, FEATURES]
-        self._inference = GraphSession(bundle, "inference", threads, exact_products=exact_products)
-        self._loss = GraphSession(bundle, "loss", threads=1)
+        self._inference = GraphSession(
+            bundle, "inference", threads, shared_arena=True, exact_products=exact_products
+        )
+        self._loss = GraphSession(bundle, "loss", threads=1, shared_arena=True)
         self._inference.bind(inputs)
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:

@@ -198,14 +198,15 @@ def _check_old_labels(bundle: Bundle, classes: npt.NDArray[np.int64] | None, tas
         )
 
 
-def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None) -> list[Plan]:
-    """What every strategy would need in this process, which holds an adapter as it was read, and no session.
+def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None, later_bytes: int = 0) -> list[Plan]:
+    """What every strategy would need in this process, which holds an adapter as it was read, no session, and
+    `later_bytes` more once the records have been read.
 
     Raises:
         UsageError: the bundle cannot be trained.
     """
     release_freed_memory()
-    return plans(bundle.manifest, sizes, read_memory().resident_bytes, budget_bytes)
+    return plans(bundle.manifest, sizes, read_memory().resident_bytes + later_bytes, budget_bytes)
 
 
 def _total_steps(bundle: Bundle, task: Task, options: TrainingOptions, count: int) -> int:

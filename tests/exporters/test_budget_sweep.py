@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.budget_sweep import sweep
+from benchmarks.budget_sweep import RATE, picture, recording, sweep
+from edgepeft.bundle.manifest import AudioPreprocessing
 from edgepeft.errors import BudgetError, CgroupError, UpdateRejectedError
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
+from edgepeft.runtime.preprocessing.audio import read_audio
+from edgepeft.runtime.preprocessing.images import read_image
 
 MIB = 2**20
 #: Python itself, without any package, needs about 13 MiB.
@@ -47,6 +50,17 @@ def test_no_budget_kills(tied_llama: Path, tmp_path: Path) -> None:
     assert not endings[0]
     assert endings[-1]
     assert endings == sorted(endings), "a smaller budget was met where a larger one was refused"
+
+
+def test_a_sweep_has_pictures_and_recordings_that_are_read(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    pictures = [picture(tmp_path, number, generator) for number in range(8)]
+    assert len({Path(name).suffix for name in pictures}) == 3
+    assert len({read_image(tmp_path / name, 3).shape for name in pictures}) == 8
+    settings = AudioPreprocessing(RATE, normalize=True)
+    for number in range(6):
+        name = recording(tmp_path, number, 1000, generator)
+        assert len(read_audio(tmp_path / name, settings, 10_000)) == (1000 if number % 3 else 2000)
 
 
 @pytest.mark.slow

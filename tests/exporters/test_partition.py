@@ -263,8 +263,8 @@ import numpy as np
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.runtime.activation import graph_inputs
 from edgepeft.runtime.memory.plan import Held
+from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.process import read_memory
-from edgepeft.runtime.session import shrink_shared_arena
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
 
@@ -276,7 +276,7 @@ ids = np.ones((64, 128), np.int64)
 chain.gradients({"input_ids": ids, "attention_mask": ids, "labels": ids}, state)
 chain.close()
 before_bytes = read_memory().resident_bytes
-shrink_shared_arena(bundle)
+renew_shared_arena()
 shrunk = read_memory()
 print(before_bytes - shrunk.resident_bytes)
 chain = Chain(bundle, inputs)

@@ -1,5 +1,7 @@
 """Images and recordings against Pillow and transformers' own processors."""
 
+import subprocess
+import sys
 import wave
 from pathlib import Path
 
@@ -168,3 +170,15 @@ def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         audio.read_audio(np.array([0, 2**14], np.int16), AudioPreprocessing(16_000, False), 9), [0, 0.5]
     )
+
+
+def test_a_plan_counts_what_reading_pictures_imports(tmp_path: Path) -> None:
+    """After `load_decoders`, decoding a file brings in nothing of Pillow's."""
+    Image.new("RGB", (3, 2)).save(tmp_path / "picture.jpg")
+    code = (
+        "import sys; from edgepeft.runtime.preprocessing.images import load_decoders, read_image; "
+        "load_decoders(); before = set(sys.modules); "
+        "read_image(sys.argv[1], 3); print(sorted(set(sys.modules) - before))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "picture.jpg")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -230,3 +230,13 @@ def test_sessions_are_closed_to_make_room(classifier: Path) -> None:
             check_room(100 * MIB, "a record")
         assert not model._sessions._open
         np.testing.assert_array_equal(model.forward(batch, "mine")["logits"], want)
+
+
+def test_a_long_prompt(language_model: Path) -> None:
+    """Is refused before it is encoded."""
+    budget_bytes = read_memory().resident_bytes + 128 * MIB
+    with (
+        edgepeft.load(language_model, memory_budget=budget_bytes) as model,
+        pytest.raises(BudgetError, match=r"a prompt of 1\.9 MiB takes 566\.5 MiB"),
+    ):
+        model.generate("ab " * 660_000)
