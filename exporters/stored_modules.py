@@ -54,6 +54,7 @@ def prepare_stored(
                 )
     if not isinstance(source, Source):
         return dict(adapters)
+    adapters = {name: _apart(adapter) for name, adapter in adapters.items()}
     _resize_vocabulary(adapters, source, report)
     before = canonical_names(source.model)
     untie(source.model, [module for adapter in adapters.values() for module in _asked(adapter, source)])
@@ -112,6 +113,18 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
     folder = Path(adapter.origin)
     if (folder / "tokenizer.json").is_file():
         source.tokenizer_files |= read_copied_files(str(folder))
+
+
+def _apart(adapter: Adapter) -> Adapter:
+    """An adapter whose saved modules PEFT keeps equal (`ensure_weight_tying`), as one that has each of them.
+
+    In a bundle they train apart.
+    """
+    if not adapter.config.get("ensure_weight_tying"):
+        return adapter
+    modules = sorted({_parameter(key).rpartition(".")[0] for key in adapter.saved_keys})
+    settings = {"ensure_weight_tying": False, "modules_to_save": modules or None}
+    return dataclasses.replace(adapter, config=adapter.config | settings)
 
 
 def _asked(adapter: Adapter, source: ModelSource) -> list[str]:
