@@ -80,7 +80,9 @@ class AdapterFolder:
         parameters = dict(base.named_parameters(remove_duplicate=False))
         for key, shape in self._shapes.items():
             own = parameters.get(key.removeprefix(PREFIX).replace(BASE_LAYER, "."))
-            if own is not None and own is getattr(table, "weight", None) and len(own) != shape[0]:
+            if own is None or own is not getattr(table, "weight", None):
+                continue
+            if own.shape[0] != shape[0]:
                 base.resize_token_embeddings(shape[0], mean_resizing=False)
         try:
             with warnings.catch_warnings():

@@ -325,3 +325,14 @@ def test_what_the_device_learns_opens_in_peft(config: dict[str, Any], tmp_path: 
         got = device.forward({"input_ids": IDS}, adapter=tmp_path / "new")["logits"]
     assert np.abs(got - before).max() > 1e-3
     close(got, expected(tied(), tmp_path / "new", input_ids=IDS))
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"), [(t5_tied, ["q", "lm_head"]), (bert_mask, ["query", "decoder"])], ids=["t5", "bert"]
+)
+def test_a_lora_on_the_tied_output_layer_of_an_encoder(
+    build: Build, targets: list[str], tmp_path: Path
+) -> None:
+    folder = save(build, tmp_path / "a", target_modules=targets)
+    assert any(module.endswith(targets[1]) for module in load_adapter(folder).modules)
+    check(build, folder, tmp_path / "bundle", **UNVERIFIED)
