@@ -21,7 +21,7 @@ from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.model_files import read_copied_files
 from .sources.onnx_file import OnnxFile
-from .sources.tied_weights import canonical_names, untie
+from .sources.tied_weights import canonical_names, untie, vocabulary_tables
 
 Report = Callable[[str], None]
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -79,8 +79,7 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
     The first adapter's rows are those of the tokens that are new, if it stored them unasked: these are the
     base's that it was trained on. The tokenizer beside it knows what they stand for.
     """
-    layers = (source.model.get_input_embeddings(), source.model.get_output_embeddings())
-    tables = {part for layer in layers if layer is not None for part in [getattr(layer, "weight", None)]}
+    tables = set(vocabulary_tables(source.model))
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     stored = [
         (adapter, key)
@@ -95,7 +94,7 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
             f"{second.origin}: has a vocabulary of {other} tokens, {first.origin} one of {one}: export each "
             "with the base in a bundle of its own"
         )
-    old = source.model.get_input_embeddings().weight.shape[0] if stored else 0
+    old = len(next(iter(tables))) if stored else 0
     if not stored or old in sizes:
         return
     adapter = stored[0][0]
