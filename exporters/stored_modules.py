@@ -21,7 +21,7 @@ from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.model_files import read_copied_files
 from .sources.onnx_file import OnnxFile
-from .sources.tied_weights import canonical_names, untie
+from .sources.tied_weights import canonical_names, untie, vocabulary_tables
 
 Report = Callable[[str], None]
 _HALVES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,6 +54,7 @@ def prepare_stored(
                 )
     if not isinstance(source, Source):
         return dict(adapters)
+    adapters = {name: _apart(adapter) for name, adapter in adapters.items()}
     _resize_vocabulary(adapters, source, report)
     before = canonical_names(source.model)
     untie(source.model, [module for adapter in adapters.values() for module in _asked(adapter, source)])
@@ -78,8 +79,7 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
     The first adapter's rows are those of the tokens that are new, if it stored them unasked: these are the
     base's that it was trained on. The tokenizer beside it knows what they stand for.
     """
-    layers = (source.model.get_input_embeddings(), source.model.get_output_embeddings())
-    tables = {part for layer in layers if layer is not None for part in [getattr(layer, "weight", None)]}
+    tables = set(vocabulary_tables(source.model))
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     stored = [
         (adapter, key)
@@ -94,7 +94,7 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
             f"{second.origin}: has a vocabulary of {other} tokens, {first.origin} one of {one}: export each "
             "with the base in a bundle of its own"
         )
-    old = source.model.get_input_embeddings().weight.shape[0] if stored else 0
+    old = len(next(iter(tables))) if stored else 0
     if not stored or old in sizes:
         return
     adapter = stored[0][0]
@@ -112,6 +112,18 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
     folder = Path(adapter.origin)
     if (folder / "tokenizer.json").is_file():
         source.tokenizer_files |= read_copied_files(str(folder))
+
+
+def _apart(adapter: Adapter) -> Adapter:
+    """An adapter whose saved modules PEFT keeps equal (`ensure_weight_tying`), as one that has each of them.
+
+    In a bundle they train apart.
+    """
+    if not adapter.config.get("ensure_weight_tying"):
+        return adapter
+    modules = sorted({_parameter(key).rpartition(".")[0] for key in adapter.saved_keys})
+    settings = {"ensure_weight_tying": False, "modules_to_save": modules or None}
+    return dataclasses.replace(adapter, config=adapter.config | settings)
 
 
 def _asked(adapter: Adapter, source: ModelSource) -> list[str]:

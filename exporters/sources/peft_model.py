@@ -18,7 +18,7 @@ from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TENSOR_FILE
 from edgepeft.errors import ExportError
 
 from .tasks import TASK_TYPES
-from .tied_weights import untie
+from .tied_weights import untie, vocabulary_tables
 
 _APART = "to keep them apart, export the base with --adapter NAME=DIR"
 
@@ -76,12 +76,13 @@ class AdapterFolder:
         Raises:
             ExportError: PEFT cannot read, fit or merge the adapter.
         """
-        table = base.get_input_embeddings()
+        tables = {id(table): len(table) for table in vocabulary_tables(base)}
         parameters = dict(base.named_parameters(remove_duplicate=False))
         for key, shape in self._shapes.items():
             own = parameters.get(key.removeprefix(PREFIX).replace(BASE_LAYER, "."))
-            if own is not None and own is getattr(table, "weight", None) and len(own) != shape[0]:
+            if tables.get(id(own), shape[0]) != shape[0]:
                 base.resize_token_embeddings(shape[0], mean_resizing=False)
+                break
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

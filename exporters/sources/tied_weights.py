@@ -44,3 +44,13 @@ def untie(model: Any, modules: Iterable[str]) -> None:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, own)
             parameters[name] = own
+
+
+def vocabulary_tables(model: Any) -> list[torch.nn.Parameter]:
+    """The weights with a row for every token: the embedding's and the output layer's, where there are any."""
+    try:
+        layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    except NotImplementedError:  # a model of recordings
+        return []
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    return [weight for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.ndim == 2]

@@ -165,7 +165,7 @@ def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
 def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     toy = Toy()
     weights = dict(toy.inputs)
-    saved = keep_saved_modules(weights, ["down"])
+    saved = keep_saved_modules(toy.model.graph, weights, ["down"])
     assert [(item.input, item.shape) for item in saved] == [
         ("base_model.model.down.weight", (WIDTH, HIDDEN)),
         ("base_model.model.down.bias", (WIDTH,)),

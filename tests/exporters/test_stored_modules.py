@@ -302,3 +302,37 @@ def test_what_pefts_wrapper_holds_besides_is_not_read(tmp_path: Path) -> None:
     }
     check(untied, folder, tmp_path / "bundle", **UNVERIFIED)
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == ["lm_head"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=["lora", "tied", "saved"],
+)
+def test_what_the_device_learns_opens_in_peft(config: dict[str, Any], tmp_path: Path) -> None:
+    """Trained from such an adapter, on a tied model."""
+    folder = save(tied, tmp_path / "a", embeddings="auto", **{"target_modules": ["q_proj"], **config})
+    edgepeft.export(tied(), tmp_path / "bundle", bits=32, adapters={"a": folder}, verify=False)
+    records = [{"input_ids": ((np.arange(10) * 7 + 3 * (n % 2)) % 300).tolist()} for n in range(24)]
+    with edgepeft.load(tmp_path / "bundle") as device:
+        before = device.forward({"input_ids": IDS}, adapter="a")["logits"]
+        options = {"adapter": "a", "steps": 6, "seq_len": 10, "learning_rate": 5e-3}
+        device.adapt(records, tmp_path / "new", **options)
+        got = device.forward({"input_ids": IDS}, adapter=tmp_path / "new")["logits"]
+    assert np.abs(got - before).max() > 1e-3
+    close(got, expected(tied(), tmp_path / "new", input_ids=IDS))
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"), [(t5_tied, ["q", "lm_head"]), (bert_mask, ["query", "decoder"])], ids=["t5", "bert"]
+)
+def test_a_lora_on_the_tied_output_layer_of_an_encoder(
+    build: Build, targets: list[str], tmp_path: Path
+) -> None:
+    folder = save(build, tmp_path / "a", target_modules=targets)
+    assert any(module.endswith(targets[1]) for module in load_adapter(folder).modules)
+    check(build, folder, tmp_path / "bundle", **UNVERIFIED)
