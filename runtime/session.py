@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -140,9 +140,10 @@ class GraphSession:
             for name, value in values.items():
                 if not value.flags.c_contiguous:
                     raise EdgePeftError(f"{self._where}: input {name!r} is not contiguous")
-                kind, shape = value.dtype, value.shape
+                kind: Any = value.dtype
+                shape = value.shape
                 if (spec := self.inputs.get(name)) is not None and spec.dtype in PACKED:
-                    kind, shape = PACKED[spec.dtype], spec.shape
+                    kind, shape = PACKED[spec.dtype], tuple(int(dim) for dim in spec.shape)
                 self._binding.bind_input(name, "cpu", 0, kind, shape, value.ctypes.data)
                 self._inputs_kept[name] = value
 
