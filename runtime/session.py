@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_state
 
 from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
+from edgepeft.bundle.sizes_on_disk import PACKED
 from edgepeft.errors import BundleError, EdgePeftError
 from edgepeft.runtime.memory.arena import register_shared_arena
 from edgepeft.runtime.memory.huge_pages import gather_into_huge_pages
@@ -140,7 +141,11 @@ class GraphSession:
             for name, value in values.items():
                 if not value.flags.c_contiguous:
                     raise EdgePeftError(f"{self._where}: input {name!r} is not contiguous")
-                self._binding.bind_input(name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+                kind: Any = value.dtype
+                shape = value.shape
+                if (spec := self.inputs.get(name)) is not None and spec.dtype in PACKED:
+                    kind, shape = PACKED[spec.dtype], tuple(int(dim) for dim in spec.shape)
+                self._binding.bind_input(name, "cpu", 0, kind, shape, value.ctypes.data)
                 self._inputs_kept[name] = value
 
     def bind_values(self, values: Mapping[str, ort.OrtValue]) -> None:

@@ -12,6 +12,8 @@ DTYPE_BITS = {
     **dict.fromkeys(("int4", "uint4"), 4),
     **dict.fromkeys(("int2", "uint2"), 2),
 }
+#: Types that numpy has not, whose values share bytes, with ONNX's number for each.
+PACKED = {"uint4": 21, "int4": 22, "uint2": 25, "int2": 26}
 
 
 def tensor_bytes(dtype: str, shape: Iterable[int]) -> int:

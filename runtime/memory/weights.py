@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
+from edgepeft.bundle.sizes_on_disk import PACKED
 from edgepeft.runtime.memory.system import advise, discard, private_memory
 
 Array = npt.NDArray[np.generic]
@@ -34,13 +35,13 @@ class Weights(ABC):
 
     def view(self, name: str, spec: TensorSpec) -> Array:
         """The bytes of a weight as `spec` wants to read them, until the next `release`: its dtype and shape,
-        the same number of bytes.
+        the same number of bytes; those of a type below 8 bits, which numpy has not, one after the other.
 
         Raises:
             ValueError: the weight has another number of bytes.
         """
         weight = self._weights[name]
-        return self._array(spec, weight.offset, weight.nbytes).reshape([int(dim) for dim in spec.shape])
+        return _shaped(self._array(spec, weight.offset, weight.nbytes), spec)
 
     def rows(self, name: str, spec: TensorSpec, first: int, last: int) -> Array:
         """Rows `first` to `last` (exclusive) of a weight whose rows have the shape that `spec` says."""
@@ -65,7 +66,7 @@ class Weights(ABC):
                 if 0 <= start < weight.nbytes:  # onnxruntime refuses what is outside, and says so better
                     self._file.seek(weight.offset + start)
                     self._file.readinto(room[start : start + row_bytes])
-        return _as_array(memory, spec, 0, weight.nbytes).reshape(shape)
+        return _shaped(_as_array(memory, spec, 0, weight.nbytes), spec)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Have these weights read while something else is computed; it may be so or not."""
@@ -164,6 +165,10 @@ def bound_weights(
     }
 
 
+def _shaped(array: Array, spec: TensorSpec) -> Array:
+    return array if spec.dtype in PACKED else array.reshape([int(dim) for dim in spec.shape])
+
+
 def _as_array(memory: mmap.mmap, spec: TensorSpec, offset: int, nbytes: int) -> Array:
-    dtype = np.dtype(spec.dtype)
+    dtype = np.dtype(np.uint8 if spec.dtype in PACKED else spec.dtype)
     return np.frombuffer(memory, dtype, nbytes // dtype.itemsize, offset)

@@ -149,6 +149,7 @@ def files(shared: sharing.Shared) -> Callable[[str], Path]:
         "bert-script": lambda path: foreign.export_torchscript(foreign.bert(), path),
         "bert-fused": lambda path: foreign.fuse_bert(files("bert-script"), path),
         "bert-qdq": lambda path: foreign.quantize_qdq(files("bert-dynamo"), path),
+        "bert-q8": lambda path: foreign.quantize_whole(files("bert-script"), path),
         "llama-nf4": lambda path: foreign.quantize_bnb4(files("llama-script"), path),
         "llama-cache": lambda path: foreign.with_cache(models.llama(tied=False), path),
     }

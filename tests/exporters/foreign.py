@@ -221,6 +221,29 @@ def quantize_qdq(path: Path, output: Path) -> Path:
     return output
 
 
+def quantize_whole(path: Path, output: Path) -> Path:
+    """8 bits with one scale for a whole matrix, a number of which every layer has another."""
+    model = onnx.load(path)
+    arrays = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    nodes = []
+    for node in model.graph.node:
+        weight = arrays.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is not None:
+            scale = np.float32(np.abs(weight).max() / 127)
+            name = f"{node.input[1]}_quantized"
+            codes = np.round(weight / scale).astype(np.int8)
+            model.graph.initializer.append(numpy_helper.from_array(codes, name))
+            model.graph.initializer.append(numpy_helper.from_array(np.asarray(scale), f"{name}_scale"))
+            inputs = [name, f"{name}_scale"]
+            nodes.append(onnx.helper.make_node("DequantizeLinear", inputs, [f"{name}_decoded"]))
+            node.input[1] = f"{name}_decoded"
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, output)
+    return output
+
+
 def quantize_bnb4(path: Path, output: Path) -> Path:
     """bitsandbytes' NF4."""
     from onnxruntime.quantization.matmul_bnb4_quantizer import MatMulBnb4Quantizer

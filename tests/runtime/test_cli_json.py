@@ -17,6 +17,30 @@ from edgepeft.errors import ExportError
 from . import tiny
 from .test_cli import run
 
+#: What `edgepeft.export` returns, as far as the command reads it.
+EXPORTED = SimpleNamespace(
+    task="fill-mask",
+    files={},
+    quantization=SimpleNamespace(bits=4, calibration=None),
+    adapters=(),
+    lora_slots=(),
+    strategies=(SimpleNamespace(name="resident"),),
+    missing={"streamed inference": "a", "checkpointed": "b", "streamed": "b"},
+    verification={},
+)
+
+
+def test_export_says_what_a_bundle_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(vars(edgepeft), "export", lambda *_, **__: EXPORTED)
+    (tmp_path / "model").mkdir()
+    result = run("export", tmp_path / "model", "-o", tmp_path / "b")
+    assert (
+        "training: resident\nwithout streamed inference: a\nwithout checkpointed, streamed: b"
+        in result.stdout
+    )
+    result = run("export", tmp_path / "model", "-o", tmp_path / "b", "--json")
+    assert json.loads(result.stdout)["missing"] == EXPORTED.missing
+
 
 def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The names that lead to every command that is no group."""
@@ -110,15 +134,7 @@ def test_a_result_is_json(
     data.write_text("\n".join(json.dumps(record) for record in tiny.records()))
     model.mkdir()
     save_adapter(tiny.adapter(trained=True), tmp_path / "adapter")
-    exported = SimpleNamespace(
-        task="fill-mask",
-        files={},
-        quantization=SimpleNamespace(bits=4, calibration=None),
-        adapters=(),
-        lora_slots=(),
-        verification={},
-    )
-    monkeypatch.setitem(vars(edgepeft), "export", lambda *_, **__: exported)
+    monkeypatch.setitem(vars(edgepeft), "export", lambda *_, **__: EXPORTED)
     places = {
         "BUNDLE": classifier,
         "LANGUAGE": language_model,
