@@ -95,7 +95,7 @@ def test_an_update_is_kept_and_reported(classifier: Path, tmp_path: Path) -> Non
     assert not any(np.array_equal(trained.tensors[key], start.tensors[key]) for key in start.tensors)
     written = json.loads((tmp_path / "out" / "adapt_report.json").read_text())
     assert written["losses"] == report.losses
-    assert written["records"] == {"train": 36, "held_out": 4, "truncated": 0, "left_out": 0}
+    assert written["records"] == {"train": 36, "held_out": 4, "truncated": 0, "left_out": 0, "remembered": 0}
     assert written["memory"]["budget_bytes"] == 4 * 2**30
     assert written["memory"]["measured_peak_bytes"] > 0
     assert written["trained_values"] == sum(tensor.size for tensor in start.tensors.values())
