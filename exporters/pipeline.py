@@ -130,6 +130,7 @@ def export(
             else:
                 write_starting_adapter(source, folder, fresh)
             loaded[STARTING_ADAPTER] = load_adapter(folder)
+            _check_modules({STARTING_ADAPTER: loaded[STARTING_ADAPTER]}, source)
         for name, adapter in loaded.items():
             if not force:
                 check_base(adapter, base)
