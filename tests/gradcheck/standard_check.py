@@ -351,4 +351,8 @@ def _run(model: ir.Model | onnx.ModelProto, feeds: dict[str, Any]) -> list[Any]:
         proto.SerializeToString(), options, disabled_optimizers=["ConstantFolding"]
     )
     names = {item.name for item in session.get_inputs()}
-    return list(session.run(None, {name: value for name, value in feeds.items() if name in names}))
+    given = {name: value for name, value in feeds.items() if name in names}
+    for item in session.get_inputs():
+        if item.type == "tensor(float)":  # a file that computes in 16 bits is read as one of 32
+            given[item.name] = np.asarray(given[item.name], np.float32)
+    return list(session.run(None, given))

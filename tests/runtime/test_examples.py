@@ -123,7 +123,7 @@ def test_a_record_with_nothing_to_learn_is_left_out(language_model: Path, tmp_pa
     source = [*tiny.sentences(12), empty, {"input_ids": [7]}, *tiny.sentences(12)]
     with edgepeft.load(language_model) as model:
         report = model.adapt(source, tmp_path / "out", steps=2, batch_size=4, learning_rate=1e-3)
-        assert report.records == {"train": 22, "held_out": 2, "truncated": 0, "left_out": 2}
+        assert report.records == {"train": 22, "held_out": 2, "truncated": 0, "left_out": 2, "remembered": 0}
         assert report.first_left_out == "record 13: no token behind the first is to be learned"
         with pytest.raises(DataError, match=r"record 1: .*: none of the 3 records has anything to learn"):
             model.adapt([empty] * 3, tmp_path / "out")
