@@ -127,7 +127,7 @@ def test_a_plan_for_pictures_has_no_sequence(exported: Make) -> None:
         run("plan", folder, "--budget", "2GiB", "--batch-size", size)["strategies"][0] for size in (8, 16)
     ]
     assert plans[1]["activation_bytes"] > plans[0]["activation_bytes"]
-    assert plans[1]["state_bytes"] - plans[0]["state_bytes"] == 8 * (3 * 16 * 16 * 4 + 8)
+    assert plans[1]["state_bytes"] - plans[0]["state_bytes"] == 3 * 8 * (3 * 16 * 16 * 4 + 8)
     refused = CliRunner().invoke(cli.main, ["plan", str(folder), "--budget", "2GiB", "--seq-len", "4"])
     assert refused.exit_code == 2
     assert "images have no length to cut" in refused.stderr
