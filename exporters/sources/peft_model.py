@@ -56,7 +56,9 @@ class AdapterFolder:
             raise ExportError(
                 f"{path}: is an adapter that names no base: export that with --adapter NAME=DIR"
             )
-        self.base = str(path / base) if (path / base).is_dir() and not Path(base).is_dir() else base
+        # PEFT notes a path as it was given, which may have been from the adapter's folder.
+        beside = (path / base / "config.json").is_file() and not (Path(base) / "config.json").is_file()
+        self.base = str(path / base) if beside else base
         if self.base.startswith((".", "/", "~")) and not Path(self.base).is_dir():
             raise ExportError(
                 f"{path}: is an adapter of {base}, which is not there: export that with --adapter NAME=DIR"

@@ -87,8 +87,11 @@ def torch_features(model: torch.nn.Module, data: list[dict[str, Any]]) -> list[n
 @pytest.mark.parametrize(
     "name",
     [
-        *("bert-classifier", "bert-tokens", "bert-regression", "bert-regression-3", "bert-multi-label"),
-        *("vit", "convnext", "wav2vec2"),
+        *("bert-classifier", "bert-tokens", "bert-regression", "bert-multi-label", "vit"),
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("bert-regression-3", "convnext", "wav2vec2")
+        ),
     ],
 )
 def test_it_is_scikit_learns_on_pytorchs_features(exported: Make, name: str, tmp_path: Path) -> None:
@@ -281,7 +284,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["bert-classifier", "bert-tokens", "bert-multi-label", "vit", "wav2vec2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("bert-classifier", "bert-tokens", "bert-multi-label", "vit"),
+        pytest.param("wav2vec2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_label_can_be_added(exported: Make, name: str, tmp_path: Path) -> None:
     """The adapter says which it knows, predicts them, learns on from there, and opens in PEFT."""
     bundle = exported(name, 32)

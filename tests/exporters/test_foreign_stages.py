@@ -121,6 +121,7 @@ def test_a_constant_is_made_where_the_graph_has_another_of_its_name() -> None:
     assert [value.const_value.numpy() for value in (theirs, ours) if value.const_value] == [2, 1]
 
 
+@pytest.mark.slow
 def test_what_a_bundle_cannot_do_is_said(switched: Callable[[str], Path]) -> None:
     folder = switched("seq2seq")
     missing = open_bundle(folder).manifest.missing

@@ -132,8 +132,14 @@ UNVERIFIED: dict[str, Any] = {"train": False, "verify": False}
             {"modules_to_save": ["wte", "mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
         ),
         (gpt2, {"modules_to_save": ["lm_head", "wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
-        (t5_tied, {"modules_to_save": ["embed_tokens"], "target_modules": ["q"]}),
-        (t5_tied, {"modules_to_save": ["lm_head", "shared"], "target_modules": ["q"]}),
+        pytest.param(
+            t5_tied, {"modules_to_save": ["embed_tokens"], "target_modules": ["q"]}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            t5_tied,
+            {"modules_to_save": ["lm_head", "shared"], "target_modules": ["q"]},
+            marks=pytest.mark.slow,
+        ),
         (bert_mask, {"modules_to_save": ["decoder"], "target_modules": ["query"]}),
         (bert_mask, {"modules_to_save": ["word_embeddings"], "target_modules": ["query"]}),
     ],
@@ -198,12 +204,16 @@ def resized(build: Build, rows: int) -> Build:
     return make
 
 
-@pytest.mark.parametrize("build", [tied, untied])
-@pytest.mark.parametrize("rows", [304, 331])
 @pytest.mark.parametrize(
-    "config",
-    [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["q_proj", "lm_head"]}],
-    ids=["unasked", "saved", "lora"],
+    ("build", "rows", "config"),
+    [
+        (tied, 304, {}),
+        (untied, 331, {}),
+        (tied, 331, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        pytest.param(untied, 304, {"modules_to_save": ["embed_tokens", "lm_head"]}, marks=pytest.mark.slow),
+        (untied, 331, {"target_modules": ["q_proj", "lm_head"]}),
+        pytest.param(tied, 304, {"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_vocabulary_that_was_resized(
     build: Build, rows: int, config: dict[str, Any], tmp_path: Path
