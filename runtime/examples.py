@@ -21,6 +21,8 @@ from edgepeft.runtime.tasks.base import NothingToLearnError
 
 HELD_BYTES = 2**20
 """Examples that take no more together are held in memory."""
+LEFT_BYTES = 2**19
+"""What reading records leaves in the process: of twenty short ones 0.6 to 1.1 MiB were measured."""
 
 
 class _Numbered(Sequence[Example]):

@@ -58,6 +58,7 @@ def plan(
       edgepeft plan model.edge --device pi-zero-2w
     """
     from edgepeft.bundle.reader import open_bundle
+    from edgepeft.runtime import examples
     from edgepeft.runtime.memory.planner import choose, judging_alone
     from edgepeft.runtime.preprocessing.images import LEFT_BYTES, load_decoders
     from edgepeft.runtime.tasks import task_for
@@ -89,10 +90,10 @@ def plan(
             task.text.encode("text")
         if opened.manifest.task == "text-generation":
             assert task.chat
-    later_bytes = 0
+    later_bytes = examples.LEFT_BYTES
     if opened.manifest.image_preprocessing is not None:
         load_decoders()
-        later_bytes = LEFT_BYTES
+        later_bytes += LEFT_BYTES
     task.release()
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
