@@ -39,6 +39,16 @@ LABELS_KEY = "edgepeft_labels"
 BASE_LAYER = ".base_layer."
 """In the key of what lies below a LoRA: PEFT stores it of an output layer, frozen as it is."""
 
+TASK_TYPES = {
+    "text-classification": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "feature-extraction": "FEATURE_EXTRACTION",
+    "text-generation": "CAUSAL_LM",
+    "text2text-generation": "SEQ_2_SEQ_LM",
+}
+"""PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
+none for images and recordings."""
+
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 # What PEFT's wrapper of a saved module holds besides, where all of an embedding is stored: the base's own,
 # and the adapter's once more.

@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import torch
 
-from edgepeft.adapters import CONFIG_FILE, PREFIX, Adapter, write_adapter
+from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, write_adapter
 from edgepeft.errors import UsageError
 
 from .model_info import default_targets, saved_module_names
@@ -19,7 +19,6 @@ from .passes.linears import select
 from .sources.base import ModelSource
 from .sources.loading import Source
 from .sources.onnx_file import OnnxFile
-from .sources.tasks import TASK_TYPES
 
 
 @dataclass(frozen=True)

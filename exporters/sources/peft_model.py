@@ -14,10 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError, safe_open
 
-from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TENSOR_FILE
+from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TASK_TYPES, TENSOR_FILE
 from edgepeft.errors import ExportError
 
-from .tasks import TASK_TYPES
 from .tied_weights import untie, vocabulary_tables
 
 _APART = "to keep them apart, export the base with --adapter NAME=DIR"

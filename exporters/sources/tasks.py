@@ -21,17 +21,6 @@ CLASSIFICATION = (
 )
 
 
-#: PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
-#: none for images and recordings.
-TASK_TYPES = {
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "feature-extraction": "FEATURE_EXTRACTION",
-    "text-generation": "CAUSAL_LM",
-    "text2text-generation": "SEQ_2_SEQ_LM",
-}
-
-
 def resolve_task(task: str) -> str:
     """The canonical name of `task` (`sequence-classification` → `text-classification`).
 

@@ -11,7 +11,7 @@ from edgepeft.runtime.examples import Part
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.closed_form import ClosedForm, label_weights
 from edgepeft.runtime.training.gate import Evaluation, Sink
-from edgepeft.runtime.training.preparation import Prepared
+from edgepeft.runtime.training.preparation import Prepared, classes_of
 from edgepeft.runtime.training.remembered import balanced_sample, most_records
 from edgepeft.runtime.training.ridge import Fit
 from edgepeft.runtime.training.verdict import Judged, Outcome, calibrate, decide, judged, judged_earlier
@@ -48,19 +48,15 @@ class Judging:
 
     def fit_head_alone(self) -> Outcome:
         """A classifier's head in closed form, each record judged by a head that was fitted without it."""
-        prepared = self._prepared
-        closed = self._closed = self._closed_form(prepared.train_on)
-        before = closed.with_held(self._judge(prepared.train_on, closed.take))
-        fit = closed.fit()
-        self._put_head(fit)
-        few = len(prepared.train_on) < FEW_TO_SHUFFLE
+        train_on = self._prepared.train_on
+        self._closed, given, fit = self._fit_head(train_on)
         return decide(
-            self._judged(FROM, before),
-            [self._judged(CLOSED_FORM, closed.evaluation(fit))],
+            self._judged(FROM, self._closed.with_held(given)),
+            [self._judged(CLOSED_FORM, self._closed.evaluation(fit))],
             self._targets,
             self._weights,
             judged_by="leave-one-out",
-            says_something=closed.says_something(fit) if few else None,
+            says_something=_says_something(self._closed, fit, len(train_on)),
         )
 
     def begin(self) -> None:
@@ -73,9 +69,7 @@ class Judging:
         if head is None or progress.step:
             return
         present = {name: state.parameters[name].copy() for name in head.inputs}
-        closed = self._closed_form(self._prepared.train_on)
-        self._judge(self._prepared.train_on, closed.take)
-        self._put_head(closed.fit())
+        self._fit_head(self._prepared.train_on)
         fitted = self._judged(CLOSED_FORM, self._judge(held_out))
         if fitted.loss <= judged_earlier(FROM, progress.held_out_before).loss:
             progress.held_out_head = fitted.figures
@@ -101,7 +95,9 @@ class Judging:
             return outcome
         self._prepared.state.return_to_start()
         fitted = self._judged(CLOSED_FORM, self._judge(held_out))
-        says_something = self._fit_again()
+        examples = self._prepared.examples
+        self._closed, _, fit = self._fit_head(examples)
+        says_something = _says_something(self._closed, fit, len(examples))
         outcome = self._decided(before, [fitted], says_something)
         return dataclasses.replace(outcome, candidates=[*candidates, fitted])
 
@@ -117,27 +113,16 @@ class Judging:
             says_something=says_something,
         )
 
-    def _fit_again(self) -> bool | None:
-        """Fit the head to all records; whether that beats shuffled labels, where there are few records."""
-        closed = self._closed = self._closed_form(self._prepared.examples)
-        self._judge(self._prepared.examples, closed.take)
-        fit = closed.fit()
-        self._put_head(fit)
-        few = len(self._prepared.examples) < FEW_TO_SHUFFLE
-        return closed.says_something(fit) if few else None
-
     def features(self) -> dict[str, npt.NDArray[np.float32]]:
         """What the adapter keeps of the records, as it is now: their features, by label; see `remembered`."""
         head, train_on = self._prepared.head, self._prepared.train_on
-        labels = [example.label for example in train_on]
-        if head is None or not all(isinstance(label, int) for label in labels):
+        classes = classes_of(train_on, self._task)
+        if head is None or classes is None:
             return {}
         if self._closed is None:
             most = most_records(self._prepared.state.parameters[head.weight].shape[1])
-            chosen = balanced_sample(np.array(labels, np.int64), most, self._prepared.options.seed)
-            sample = Part(train_on, chosen)
-            self._closed = self._closed_form(sample)
-            self._judge(sample, self._closed.take)
+            chosen = balanced_sample(classes, most, self._prepared.options.seed)
+            self._closed, _ = self._gathered(Part(train_on, chosen))
         return self._closed.features()
 
     def _calibrated(self, trained: Evaluation) -> Evaluation:
@@ -151,7 +136,15 @@ class Judging:
             state.replace(name, np.float32(scale) * state.parameters[name])
         return calibrated
 
-    def _closed_form(self, examples: Sequence[Example]) -> ClosedForm:
+    def _fit_head(self, examples: Sequence[Example]) -> tuple[ClosedForm, Evaluation, Fit]:
+        """Fit the head to examples and put it in place; beside it, what the adapter said of them before."""
+        closed, given = self._gathered(examples)
+        fit = closed.fit()
+        self._put_head(fit)
+        return closed, given, fit
+
+    def _gathered(self, examples: Sequence[Example]) -> tuple[ClosedForm, Evaluation]:
+        """The features of examples, and what the adapter says of them."""
         prepared = self._prepared
         assert prepared.head is not None
         assert self._targets is not None
@@ -159,7 +152,8 @@ class Judging:
         count = self._task.label_count(examples)
         seed, held = prepared.options.seed, prepared.held
         weights = label_weights(self._targets, examples, held)
-        return ClosedForm(self._task, self._targets, weights, count, width, seed, held)
+        closed = ClosedForm(self._task, self._targets, weights, count, width, seed, held)
+        return closed, self._judge(examples, closed.take)
 
     def _put_head(self, fit: Fit) -> None:
         head, state = self._prepared.head, self._prepared.state
@@ -170,3 +164,8 @@ class Judging:
 
     def _judged(self, name: str, evaluation: Evaluation) -> Judged:
         return judged(name, evaluation, self._targets, self._weights)
+
+
+def _says_something(closed: ClosedForm, fit: Fit, count: int) -> bool | None:
+    """Whether a head beats those to shuffled labels; None where there are too many records to try."""
+    return closed.says_something(fit) if count < FEW_TO_SHUFFLE else None

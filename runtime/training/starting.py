@@ -8,22 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from edgepeft.adapters import Adapter
+from edgepeft.adapters import TASK_TYPES, Adapter
 from edgepeft.bundle.manifest import LoraSlot, Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import find_adapter
 from edgepeft.runtime.memory.room import check_room
 from edgepeft.runtime.training.options import TrainingOptions
-
-# PEFT has none for images and recordings.
-_PEFT_TASKS = {
-    "text-classification": "SEQ_CLS",
-    "token-classification": "TOKEN_CLS",
-    "feature-extraction": "FEATURE_EXTRACTION",
-    "text-generation": "CAUSAL_LM",
-    "text2text-generation": "SEQ_2_SEQ_LM",
-}
 
 
 def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
@@ -109,7 +100,7 @@ def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "target_modules": [slot.module for slot in _fresh_slots(manifest)],
-        "task_type": _PEFT_TASKS.get(manifest.task),
+        "task_type": TASK_TYPES.get(manifest.task),
         "use_dora": False,
         "use_rslora": False,
     }
