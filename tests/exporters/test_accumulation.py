@@ -35,7 +35,7 @@ def data_of(kind: str, count: int = 11) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", ["resident", "streamed"])
-@pytest.mark.parametrize("kind", ["classifier", "decoder"])
+@pytest.mark.parametrize("kind", [pytest.param("classifier", marks=pytest.mark.slow), "decoder"])
 def test_micro_batches_give_the_gradient_of_the_big_batch(
     switched: Switched, kind: str, strategy: str
 ) -> None:

@@ -31,7 +31,7 @@ def gpt2_classifier(**options: object) -> transformers.PreTrainedModel:
     return transformers.GPT2ForSequenceClassification(config).eval()
 
 
-@pytest.mark.parametrize("build", [llama_classifier, gpt2_classifier])
+@pytest.mark.parametrize("build", [llama_classifier, pytest.param(gpt2_classifier, marks=pytest.mark.slow)])
 def test_without_a_token_that_pads_the_mask_says_which_token_is_last(
     build: Callable[..., transformers.PreTrainedModel], tmp_path: Path
 ) -> None:

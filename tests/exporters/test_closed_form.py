@@ -87,10 +87,10 @@ def torch_features(model: torch.nn.Module, data: list[dict[str, Any]]) -> list[n
 @pytest.mark.parametrize(
     "name",
     [
-        *("bert-classifier", "bert-tokens", "bert-regression", "bert-multi-label", "vit"),
+        *("bert-classifier", "bert-tokens", "bert-multi-label"),
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("bert-regression-3", "convnext", "wav2vec2")
+            for name in ("bert-regression", "bert-regression-3", "vit", "convnext", "wav2vec2")
         ),
     ],
 )

@@ -109,7 +109,8 @@ def test_a_language_model(
 
 @pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize(
-    "name", [pytest.param("llama-q4-symmetric", marks=pytest.mark.slow), "llama-q4-asymmetric"]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("llama-q4-symmetric", "llama-q4-asymmetric")],
 )
 def test_a_quantized_file_keeps_its_weights(files: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     path = files(name)

@@ -43,7 +43,7 @@ def data_of(kind: str) -> list[dict[str, Any]]:
     return [{"input_ids": phrase} for phrase in phrases]
 
 
-@pytest.mark.parametrize("kind", ["decoder", "seq2seq"])
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("seq2seq", marks=pytest.mark.slow)])
 def test_a_loss_goes_down_and_an_update_resumes_bit_for_bit(
     switched: Switched, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

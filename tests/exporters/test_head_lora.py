@@ -24,7 +24,9 @@ def swin() -> transformers.PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    "build", [task_models.vit, swin, models.bert_classifier], ids=["vit", "swin", "bert"]
+    "build",
+    [task_models.vit, pytest.param(swin, marks=pytest.mark.slow), models.bert_classifier],
+    ids=["vit", "swin", "bert"],
 )
 def test_a_lora_on_the_head_and_a_head_saved_whole_share_a_bundle(
     build: Callable[[], transformers.PreTrainedModel], tmp_path: Path

@@ -38,7 +38,7 @@ def gpt2(size: int) -> transformers.PreTrainedModel:
     [
         (llama, 10, False),
         *(pytest.param(llama, size, size == 16, marks=pytest.mark.slow) for size in (6, 16)),
-        (gpt2, 12, False),  # which looks its positions up
+        pytest.param(gpt2, 12, False, marks=pytest.mark.slow),  # which looks its positions up
     ],
 )
 def test_generated_tokens_are_those_of_transformers(

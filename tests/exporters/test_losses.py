@@ -109,6 +109,7 @@ def test_gradients_with_a_drift_penalty_equal_pytorchs(kind: str, tmp_path: Path
     assert {"base_logits", "drift_weight"} <= {item.name for item in manifest.graphs["train"].inputs}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_a_heavier_penalty_keeps_the_model_closer(tmp_path: Path) -> None:
     edgepeft.export(models.bert_classifier(), tmp_path / "b", bits=32, rank=4, drift_penalty=True)

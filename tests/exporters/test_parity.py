@@ -15,8 +15,9 @@ from .conftest import Exported
 pytestmark = pytest.mark.versions
 
 Make = Callable[[str, int], Exported]
+FAST = {("bert-classifier", 4), ("bert-encoder", 32), ("llama-tied", 32), ("llama-tied", 4)}
 CASES = [
-    pytest.param(name, bits, marks=[] if bits in (4, 32) and name != "llama-untied" else pytest.mark.slow)
+    pytest.param(name, bits, marks=[] if (name, bits) in FAST else pytest.mark.slow)
     for name in ("bert-classifier", "bert-encoder", "llama-tied", "llama-untied")
     for bits in (32, 4, 8, 16)
 ]

@@ -82,7 +82,7 @@ def test_more_memory_is_never_slower_and_never_overdrawn(tied_llama: Path) -> No
     assert len(held) > 1, "what lies between holds some stages"
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_slices_of_the_output_layer_give_pytorchs_gradients(
     tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

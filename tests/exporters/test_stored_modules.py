@@ -123,13 +123,14 @@ UNVERIFIED: dict[str, Any] = {"train": False, "verify": False}
     ("build", "config"),
     [
         (tied, {"modules_to_save": ["lm_head"]}),
-        (tied, {"modules_to_save": ["embed_tokens"]}),
+        pytest.param(tied, {"modules_to_save": ["embed_tokens"]}, marks=pytest.mark.slow),
         (tied, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (tied, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         (untied, {"modules_to_save": ["embed_tokens", "norm"]}),
-        (
+        pytest.param(
             gpt2,
             {"modules_to_save": ["wte", "mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            marks=pytest.mark.slow,
         ),
         (gpt2, {"modules_to_save": ["lm_head", "wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
         pytest.param(
@@ -140,7 +141,9 @@ UNVERIFIED: dict[str, Any] = {"train": False, "verify": False}
             {"modules_to_save": ["lm_head", "shared"], "target_modules": ["q"]},
             marks=pytest.mark.slow,
         ),
-        (bert_mask, {"modules_to_save": ["decoder"], "target_modules": ["query"]}),
+        pytest.param(
+            bert_mask, {"modules_to_save": ["decoder"], "target_modules": ["query"]}, marks=pytest.mark.slow
+        ),
         (bert_mask, {"modules_to_save": ["word_embeddings"], "target_modules": ["query"]}),
     ],
     ids=lambda value: "-".join(value["modules_to_save"]) if isinstance(value, dict) else value.__name__,
@@ -154,7 +157,7 @@ def test_a_module_that_is_saved_whole_leaves_the_one_that_shared_its_weights(
 
 
 @pytest.mark.parametrize("embeddings", [False, "auto"])
-@pytest.mark.parametrize("build", [tied, untied, phi])
+@pytest.mark.parametrize("build", [tied, pytest.param(untied, marks=pytest.mark.slow), phi])
 def test_a_lora_on_the_output_layer(build: Build, embeddings: Any, tmp_path: Path) -> None:
     """PEFT stores the layer below it as well unless told not to; the decoder has the LoRA too."""
     target = ["q_proj", "lm_head"]
@@ -177,7 +180,7 @@ def test_a_lora_on_the_output_layer(build: Build, embeddings: Any, tmp_path: Pat
         )
 
 
-@pytest.mark.parametrize("bits", [4, 32])
+@pytest.mark.parametrize("bits", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_verification_and_training_with_a_tied_output_layer(bits: int, tmp_path: Path) -> None:
     """Outputs, loss and gradients of a LoRA on it, of the layer saved whole, and of an embedding stored
     unasked; PEFT overwrites the base with the last, so what is verified after it needs the base again."""
@@ -207,11 +210,11 @@ def resized(build: Build, rows: int) -> Build:
 @pytest.mark.parametrize(
     ("build", "rows", "config"),
     [
-        (tied, 304, {}),
+        pytest.param(tied, 304, {}, marks=pytest.mark.slow),
         (untied, 331, {}),
         (tied, 331, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         pytest.param(untied, 304, {"modules_to_save": ["embed_tokens", "lm_head"]}, marks=pytest.mark.slow),
-        (untied, 331, {"target_modules": ["q_proj", "lm_head"]}),
+        pytest.param(untied, 331, {"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.slow),
         pytest.param(tied, 304, {"target_modules": ["q_proj", "lm_head"]}, marks=pytest.mark.slow),
     ],
 )

@@ -332,6 +332,7 @@ def test_a_model_without_a_loss_is_refused() -> None:
         load_source(model)
 
 
+@pytest.mark.slow
 def test_numbers_and_several_labels_are_shown(exported: Make, tmp_path: Path) -> None:
     """A regression has no accuracy; a record of several labels is right if all of them are."""
     data = tmp_path / "data.jsonl"

@@ -108,6 +108,7 @@ def interface(graph: ir.Graph, weights: int) -> tuple[list[tuple[str | None, str
     return [(value.name, str(value.shape)) for value in inputs], [value.name for value in graph.outputs]
 
 
+@pytest.mark.slow
 def test_inputs_and_caches_are_found_whatever_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.24 renamed `past_key_values.{i}` to `cache.{i}`: a KeyError ended every export."""
     expected = [("input_ids", "[batch,sequence]"), ("attention_mask", "[batch,total_sequence]")]
@@ -145,6 +146,7 @@ def test_a_trace_without_its_presents_is_refused(monkeypatch: pytest.MonkeyPatch
         traced_after(lambda graph: graph.outputs.pop(), monkeypatch)
 
 
+@pytest.mark.slow
 def test_both_kinds_of_result_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before 5.23 the exporter returned an ONNXProgram (`.model`), since then an ExportedModel."""
     export = OnnxExporter.export
@@ -162,6 +164,7 @@ def test_both_kinds_of_result_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [value.name for value in graphs[0].inputs] == [value.name for value in graphs[1].inputs]
 
 
+@pytest.mark.slow
 def test_a_cache_is_taken_apart_as_its_pytree_says() -> None:
     """The order of keys and values is transformers' own; leaves are recognized, not counted."""
     source = load_source(models.llama(tied=True))
