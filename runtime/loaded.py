@@ -20,6 +20,7 @@ from edgepeft.runtime.memory.inference import RunPlan, plan_forward
 from edgepeft.runtime.memory.room import within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
 from edgepeft.runtime.serialized import one_at_a_time
+from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.sessions import Sessions
 from edgepeft.runtime.streamed import StreamedModel
 from edgepeft.runtime.tasks import Task, task_for
@@ -28,6 +29,18 @@ if TYPE_CHECKING:
     from edgepeft.runtime.generator import Generator
 
 FloatArray = npt.NDArray[np.float32]
+
+
+def _in_own_memory(session: GraphSession, output: str, sizes: Mapping[str, int]) -> FloatArray:
+    """Run for an output that lies in no arena: there it would be in the next run's way, and keep an arena
+    that is no longer used. Where its size is not known beforehand, it is copied."""
+    dims = [sizes.get(dim) if isinstance(dim, str) else dim for dim in session.outputs[output].shape]
+    if None in dims:
+        return np.array(session.run_for([output])[output].numpy())
+    dtype = np.dtype(session.outputs[output].dtype)
+    array = np.empty([dim for dim in dims if dim is not None], dtype)
+    session.run_into({output: array}, [])
+    return array
 
 
 class LoadedBundle:
@@ -150,12 +163,21 @@ class LoadedBundle:
             return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
 
         session, _ = self._sessions.activated(adapter, plan)
+        output = self._task.output
         if isinstance(session, StreamedModel):
-            return {self._task.output: session.forward(arrays)}
+            return {output: session.forward(arrays)}
         session.bind(arrays)
         session.bind(empty_cache(session.inputs, shape[0]))
-        outputs = session.run_for([self._task.output])
-        return {name: value.numpy() for name, value in outputs.items()}
+        sizes = {
+            axis: size
+            for name, array in arrays.items()
+            for axis, size in zip(specs[name].shape, array.shape, strict=True)
+            if isinstance(axis, str)
+        }
+        found = {output: _in_own_memory(session, output, sizes)}
+        if self._budget_bytes is not None:
+            session.drop_mapped_pages()  # rows of an embedding, in time all of it
+        return found
 
     @one_at_a_time
     def close(self) -> None:

@@ -236,14 +236,15 @@ class GraphSession:
         return EdgePeftError(f"{self._where}: failed: {text}")
 
 
-def open_whole(bundle: Bundle, role: str, threads: int = 0) -> GraphSession:
+def open_whole(bundle: Bundle, role: str, threads: int = 0, *, shared_arena: bool = False) -> GraphSession:
     """A session for inference that stays open: its packed weights in huge pages where the system has any, and
     without the pages of the file that they were packed from.
 
     Raises:
         BundleError: see `GraphSession`.
     """
-    session = GraphSession(bundle, role, threads)
+    trains = any(item.graph == role for item in bundle.manifest.strategies)
+    session = GraphSession(bundle, role, threads, shared_arena=shared_arena, exact_products=trains)
     session.drop_mapped_pages()
     gather_into_huge_pages()
     return session

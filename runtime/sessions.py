@@ -49,7 +49,8 @@ class _Size:
 @dataclass(frozen=True)
 class _Open:
     """A session, the adapter that is bound in it (as `graph_inputs` gives it and as the session's graph takes
-    it), how large that is, and what the process held before it was opened, without adapters."""
+    it), how large that is, what the process held before it was opened, without adapters, and the bytes that
+    any run finds whole in its arena."""
 
     session: AnySession
     adapter: AdapterSpecs
@@ -58,6 +59,7 @@ class _Open:
     stamp: object
     size: _Size
     process_bytes: int
+    region_bytes: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ class Sessions:
     Args:
         bundle: the bundle.
         threads: threads of a session; 0 lets onnxruntime choose.
-        one_at_a_time: close what is open before another is opened: two at once are in no plan.
+        one_at_a_time: there is a budget. Close what is open before another is opened: two at once are in no
+            plan. And have runs of mixed shapes take what the largest does.
 
     Attributes:
         plan: the last one that was chosen.
@@ -134,6 +137,13 @@ class Sessions:
         plan = self._in_open_twin(plan)
         self.plan = plan
         entry = self._open.get(plan.role)
+        region_bytes = 0 if entry is None else entry.region_bytes
+        if self._one_at_a_time and plan.is_whole and not self._borrowers:
+            wanted_bytes = plan.session_bytes + plan.activation_bytes
+            if wanted_bytes > region_bytes:
+                region_bytes = max(wanted_bytes, 2 * region_bytes)
+                self.close()
+                entry = None
         if entry is not None and entry.stamp == stamp:
             return entry.session, plan
         if inputs is None:  # another graph took them, perhaps as parts of larger ones
@@ -143,10 +153,12 @@ class Sessions:
             self.check_unused("this call needs the memory in another way")
             self.close()
         self._close_plain_twin(plan.role)
-        session = self._session(plan.role) if entry is None else entry.session
+        session = self._session(plan.role, region_bytes) if entry is None else entry.session
         taken = inputs_taken(self._bundle.manifest, plan.role, inputs)
         session.bind(taken)
-        self._open[plan.role] = _Open(session, adapter, inputs, taken, stamp, size, process_bytes)
+        self._open[plan.role] = _Open(
+            session, adapter, inputs, taken, stamp, size, process_bytes, region_bytes
+        )
         return session, plan
 
     def borrowed(
@@ -255,7 +267,9 @@ class Sessions:
             self._open.pop(twin).session.close()
             release_freed_memory()
 
-    def _session(self, role: str) -> AnySession:
+    def _session(self, role: str, region_bytes: int) -> AnySession:
+        if region_bytes:
+            renew_shared_arena(region_bytes)
         if role == STREAMED:
             return StreamedModel(self._bundle, self._threads)
-        return open_whole(self._bundle, role, self._threads)
+        return open_whole(self._bundle, role, self._threads, shared_arena=region_bytes > 0)

@@ -83,8 +83,7 @@ class StreamedModel:
         """The inference graph's first output for a batch, whole."""
         hidden = self._hidden(batch, None)
         if self._streamed.output_layer is None:
-            whole: FloatArray = hidden.numpy()
-            return whole
+            return np.array(hidden.numpy())  # not in the arena, where it would be in the next run's way
         return self._logits(hidden)
 
     def read(self, batch: Mapping[str, Array], cache: KeyValueCache) -> None:

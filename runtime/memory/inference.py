@@ -10,6 +10,7 @@ from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.errors import BudgetError
 from edgepeft.runtime.cache import cache_bytes, cache_specs, growing_cache_bytes
+from edgepeft.runtime.memory.chain_cost import mapped_row_bytes
 from edgepeft.runtime.memory.plan import suggested_budget
 from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
@@ -30,6 +31,7 @@ class RunPlan:
         activation_bytes: tensors of a run.
         cache_bytes: key/value caches; the first row's is among the activations of a resident graph.
         chunk: tokens of a prompt that are read at a time; 0 for all of them.
+        is_whole: a run leaves nothing behind, so that the next one may have all of its memory.
     """
 
     role: str
@@ -38,6 +40,7 @@ class RunPlan:
     activation_bytes: int
     cache_bytes: int = 0
     chunk: int = 0
+    is_whole: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -80,16 +83,20 @@ def plan_forward(
     Raises:
         BudgetError: neither fits; names the smallest budget that would do.
     """
-    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank)
+    rows, tokens = shape
+    looked_up_bytes = 0
+    if manifest.partition is not None:
+        looked_up_bytes = mapped_row_bytes(manifest, manifest.partition, rows * tokens)
+    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank, looked_up_bytes)
     if resident is not None:
-        return resident
+        activation_bytes = resident.activation_bytes + looked_up_bytes
+        return dataclasses.replace(resident, activation_bytes=activation_bytes, cache_bytes=0, is_whole=True)
     streamed = manifest.streamed_inference
     assert streamed is not None
     assert budget_bytes is not None
-    rows, tokens = shape
     output_bytes = 0 if streamed.output_layer is None else 4 * rows * tokens * streamed.output_layer.rows
     activation_bytes = run_bytes(streamed.memory.arena_bytes(rows, tokens, rank)) + output_bytes
-    plan = RunPlan(STREAMED, process_bytes, streamed.memory.session_bytes, activation_bytes)
+    plan = RunPlan(STREAMED, process_bytes, streamed.memory.session_bytes, activation_bytes, is_whole=True)
     if plan.peak_bytes > budget_bytes:
         raise _refusal(
             plan, budget_bytes, f"{rows} rows of {tokens} tokens need", "smaller batches or shorter texts"
