@@ -9,6 +9,7 @@ from edgepeft.runtime.decoding.base import Array, Decoder, FloatArray
 from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
 from edgepeft.runtime.decoding.options import Completion, FinishReason, GenerationOptions
 from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.decoding.rules import Rules
 from edgepeft.runtime.decoding.sampling import Sampler
 
 Decode = Callable[[list[int]], str]
@@ -40,11 +41,13 @@ class _Row:
         self._stops = StopTexts(options.stop)
         # An encoder-decoder's penalty counts what the decoder has said, its start token included.
         start = manifest.model.decoder_start_token_id
-        self._seen = set(prompt if start is None else [start])
+        read = prompt if start is None else [start]
+        self._seen = set(read)
+        self._rules = Rules(manifest.model, read, options.max_new_tokens)
 
     def take(self, logits: FloatArray) -> str:
         """Choose the next token; the text that it adds to the answer."""
-        token = self._sampler.choose(logits, self._seen)
+        token = self._sampler.choose(self._rules.applied(logits, self.ids), self._seen)
         self.ids.append(token)
         self._seen.add(token)
         piece = ""
