@@ -21,6 +21,7 @@ from ..passes.drop_cache import drop_cache
 from ..passes.input_shapes import take_sizes_from_inputs
 from .base import Pooling, Traced
 from .context import keep_angles, usable_positions
+from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
 from .last_token import pool_by_mask
 from .model_files import read_json, read_max_seq_length, read_pooling
@@ -242,7 +243,7 @@ def load_source(
     lengths = [read_max_length(resolved, module.config, shipped)]
     if resolved not in ("image-classification", "audio-classification"):
         lengths += [length for length in (usable_positions(module), keep_angles(module)) if length]
-    return Source(
+    source = Source(
         model=module,
         task=resolved,
         name=name,
@@ -253,6 +254,8 @@ def load_source(
         max_length=min(lengths),
         shipped=shipped,
     )
+    generation_settings(source)  # which refuses what the runtime does not do, before any work is done
+    return source
 
 
 def _load_adapted(

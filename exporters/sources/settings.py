@@ -155,7 +155,8 @@ SETTINGS: tuple[Setting, ...] = (
         NEUTRAL,
         "name_or_path processor_class verbose files_loaded response_template response_schema "
         "chat_control_tokens tokenizer_object gguf_file tokenizer_file post_processor tokenizer_truncation "
-        "tokenizer_padding fix_mistral_regex vocab merges vocab_file merges_file",
+        "tokenizer_padding fix_mistral_regex vocab merges vocab_file merges_file tokenizer "
+        "unk_id",
         "no setting of a folder's own",
     ),
     # How sentence-transformers makes embeddings.
@@ -180,7 +181,7 @@ SETTINGS: tuple[Setting, ...] = (
         MODULES,
         REFUSED,
         "Dense Dropout LayerNorm LSTM CNN BoW WordEmbeddings WordWeights WeightedLayerPooling "
-        "StaticEmbedding CLIPModel Router",
+        "StaticEmbedding CLIPModel Router Asym",
         "another module",
     ),
     *_rows(
