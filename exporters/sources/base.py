@@ -55,6 +55,7 @@ class ModelSource(Protocol):
     pooling: Pooling | None
     tokenizer_files: dict[str, bytes]
     text_settings: TextSettings
+    tokenizer: Any
     max_length: int
 
     @property

@@ -59,6 +59,17 @@ class Source:
     shipped: str | None = None
     traced: Traced | None = None
 
+    def use_tokenizer(self, folder: str) -> None:
+        """Take the tokenizer of an adapter's folder instead.
+
+        Raises:
+            ExportError: it has a setting that the runtime does not know.
+        """
+        embeds = self.task == "feature-extraction" or isinstance(self.model, SentenceClassifier)
+        text = read_tokenizer(folder, embeds=embeds, writes=self.task.endswith("-generation"))
+        self.tokenizer_files |= text.files
+        self.text_settings, self.tokenizer = text.settings, text.tokenizer
+
     @property
     def image_preprocessing(self) -> ImagePreprocessing | None:
         """What the model's image processor does; None where it has none of those that the runtime knows, or
@@ -271,9 +282,7 @@ def _load_adapted(
     source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
     source.name = _name(adapter.path)
     if (adapter.path / "tokenizer.json").is_file():
-        text = read_tokenizer(str(adapter.path), writes=source.task.endswith("-generation"))
-        source.tokenizer_files |= text.files
-        source.text_settings, source.tokenizer = text.settings, text.tokenizer
+        source.use_tokenizer(str(adapter.path))
     return source
 
 

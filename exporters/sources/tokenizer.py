@@ -50,12 +50,12 @@ def read_tokenizer(model: str, *, embeds: bool = False, writes: bool = False) ->
     tokenizer = _load(model) if _FILE in files or read_json(model, TOKENIZER) is not None else None
     if tokenizer is None:
         return TokenizerFiles(files)
-    if embeds and (read_json(model, SENTENCES) or {}).get("do_lower_case"):
-        lower_case(tokenizer.backend_tokenizer)
-    return described(model, tokenizer, files, writes=writes)
+    return described(model, tokenizer, files, writes=writes, lower=embeds and lowers(model))
 
 
-def described(name: str, tokenizer: Any, files: dict[str, bytes], *, writes: bool = False) -> TokenizerFiles:
+def described(
+    name: str, tokenizer: Any, files: dict[str, bytes], *, writes: bool = False, lower: bool = False
+) -> TokenizerFiles:
     """`files` as `tokenizer` says that they should be, and its settings; those that say so already stay as
     they are.
 
@@ -69,6 +69,9 @@ def described(name: str, tokenizer: Any, files: dict[str, bytes], *, writes: boo
         forced = f"{cleans}_for_bpe_even_though_it_will_corrupt_output"
         if not isinstance(backend.model, tokenizers.models.BPE) or getattr(tokenizer, forced, False):
             check_refused(name, TOKENIZER, [(cleans, getattr(tokenizer, cleans, False))])
+    if lower:
+        backend = tokenizers.Tokenizer.from_str(backend.to_str())  # transformers' own stays as it is
+        lower_case(backend)
     files = {**files, _FILE: _unless_equal(files.get(_FILE), backend.to_str())}
     config = json.loads(files.get(TOKENIZER) or b"{}")
     said = {**config, **_special_tokens(tokenizer, config)}
@@ -87,6 +90,11 @@ def described(name: str, tokenizer: Any, files: dict[str, bytes], *, writes: boo
     return TokenizerFiles(files, settings, tokenizer)
 
 
+def lowers(model: str) -> bool:
+    """Whether sentence-transformers lowers the case of what a model reads."""
+    return bool((read_json(model, SENTENCES) or {}).get("do_lower_case"))
+
+
 def lower_case(tokenizer: Any) -> None:
     """Have a tokenizer of the package `tokenizers` lower the case of a text before anything else, as
     sentence-transformers does it."""
@@ -100,6 +108,7 @@ def _load(model: str) -> Any:
     try:
         with quiet():
             found = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            found("a 北")  # which a class of another vocabulary, that was guessed, may not be able to read
     except Exception:  # whatever the tokenizer's own code raises: what the device reads is still there
         return None
     return found if getattr(found, "backend_tokenizer", None) is not None else None

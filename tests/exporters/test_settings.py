@@ -58,7 +58,7 @@ def change(folder: Path, file: str, **values: Any) -> Path:
     return folder
 
 
-def words() -> transformers.PreTrainedTokenizerFast:
+def words(*more: str) -> transformers.PreTrainedTokenizerFast:
     """Words and pairs, BERT's way; three of them of capitals."""
     known = [
         "[PAD]",
@@ -74,6 +74,7 @@ def words() -> transformers.PreTrainedTokenizerFast:
         "TWO",
         "é",
         "e",
+        *more,
     ]
     tokenizer = tokenizers.Tokenizer(
         token_models.WordPiece({word: index for index, word in enumerate(known)}, unk_token="[UNK]")
