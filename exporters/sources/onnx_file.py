@@ -27,6 +27,7 @@ from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
 from .loading import read_max_length
+from .model_files import read_pooling
 from .naming import SELF_ATTENTION, added_bias, module_names
 from .onnx_graph import read_graph, standardize
 from .tasks import resolve_task
@@ -224,7 +225,7 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         packed=packed,
         architecture=producer,
         quantization=quantization,
-        pooling=Pooling() if output.name == "last_hidden_state" else None,
+        pooling=read_pooling(str(path.parent)) if output.name == "last_hidden_state" else None,
         tokenizer_files=text.files,
         text_settings=text.settings,
         tokenizer=text.tokenizer,

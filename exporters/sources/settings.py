@@ -176,6 +176,7 @@ SETTINGS: tuple[Setting, ...] = (
     *_rows(SENTENCES, NEUTRAL, "modality_config unpad_inputs", "texts are what is embedded"),
     *_rows(PROMPTS, HONOURED, "prompts default_prompt_name", "by name, or before every text"),
     *_rows(PROMPTS, NEUTRAL, "similarity_fn_name model_type __version__", "how embeddings are compared"),
+    *_rows(PROMPTS, NEUTRAL, "activation_fn", "a cross-encoder gives its logits, as in transformers"),
     *_rows(MODULES, HONOURED, "Transformer Pooling Normalize", "in this order"),
     *_rows(
         MODULES,

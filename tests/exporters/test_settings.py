@@ -406,6 +406,13 @@ def test_sentences_are_embedded_as_sentence_transformers_does(
         )
 
 
+def test_a_cross_encoder_is_a_classifier_of_pairs(folder: Callable[[str], Path]) -> None:
+    """Though it has a list of modules."""
+    changed = change(folder("classifier"), SENTENCES, transformer_task="sequence-classification")
+    (changed / MODULES).write_text("[]")
+    assert load_source(str(changed)).task == "text-classification"
+
+
 POSITIONS: dict[str, Callable[[], Any]] = {
     "roberta": lambda: transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(
