@@ -153,7 +153,13 @@ def saved(shared: Shared) -> Callable[[str], Path]:
     return lambda name: shared(f"verification/{name}", lambda folder: write(name, folder))
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+#: Found by the same check as others, so they are tried by hand and in the long run.
+AGAIN = {"penalty", "longest answer", "token types", "special tokens in a text"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in AGAIN)) for name in FOLDERS]
+)
 def test_a_setting_that_is_not_honoured_is_found(
     name: str, saved: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -170,7 +176,11 @@ def test_a_setting_that_is_not_honoured_is_found(
 
 @pytest.mark.parametrize(
     ("name", "function"),
-    [("roberta", "usable_positions"), ("mpnet", "usable_positions"), ("longrope", "keep_angles")],
+    [
+        ("roberta", "usable_positions"),
+        pytest.param("mpnet", "usable_positions", marks=pytest.mark.slow),
+        ("longrope", "keep_angles"),
+    ],
 )
 def test_a_context_that_is_too_long_is_found(
     name: str, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,7 +233,10 @@ ADAPTERS: dict[str, tuple[dict[str, Any], Patch]] = {
 }
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "a saved embedding")) for name in ADAPTERS],
+)
 def test_what_an_adapter_stores_and_is_left_out_is_found(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
