@@ -8,6 +8,7 @@ from edgepeft.bundle.manifest import ModelInfo
 from edgepeft.errors import ExportError
 
 from .sources.base import ModelSource
+from .sources.generation_settings import end_tokens, generation_config, generation_settings
 from .sources.model_files import mask_token_id
 from .sources.tasks import CLASSIFICATION
 
@@ -18,8 +19,6 @@ HEADS = ("classifier", "score")
 def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
     """Sizes, special tokens and labels, from the transformers configuration."""
     config = source.config
-    eos = getattr(config, "eos_token_id", None)
-    ends = eos if isinstance(eos, list) else [eos]
     labels: tuple[str, ...] = ()
     if source.task in CLASSIFICATION:
         labels = label_names(config.id2label, config.num_labels)
@@ -31,7 +30,7 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
         vocab_size=_vocab_size(source),
         pad_token_id=_token(getattr(config, "pad_token_id", None), source),
         bos_token_id=_token(getattr(config, "bos_token_id", None), source),
-        eos_token_ids=tuple(token for end in ends if (token := _token(end, source)) is not None),
+        eos_token_ids=end_tokens(source) if takes_tokens(source) else (),
         labels=labels,
         embedding_size=config.hidden_size if source.task == "feature-extraction" else None,
         num_layers=_num_layers(config),
@@ -42,6 +41,8 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
         prompts={} if source.pooling is None else dict(source.pooling.prompts),
         default_prompt=None if source.pooling is None else source.pooling.default_prompt,
         mask_token_id=mask_token_id(source.tokenizer_files) if source.task == "fill-mask" else None,
+        text=source.text_settings,
+        generation=generation_settings(source),
     )
 
 
@@ -90,8 +91,12 @@ def _token(token: int | None, source: ModelSource) -> int | None:
 
 def _vocab_size(source: ModelSource) -> int:
     """Tokens the model takes; 0 for images and recordings, whose configurations may count other things."""
-    takes_tokens = source.task not in ("image-classification", "audio-classification")
-    return int(source.config.vocab_size) if takes_tokens else 0
+    return int(source.config.vocab_size) if takes_tokens(source) else 0
+
+
+def takes_tokens(source: ModelSource) -> bool:
+    """Whether the model reads texts, and not images or recordings."""
+    return source.task not in ("image-classification", "audio-classification")
 
 
 def _num_layers(config: Any) -> int:
@@ -112,5 +117,12 @@ def _decoder_start(source: ModelSource) -> int | None:
         raise ExportError(
             f"{source.name}: its configuration has no usable decoder_start_token_id, which the decoder's "
             "input begins with: set it before exporting"
+        )
+    found = generation_config(source)
+    begins = None if found is None else found.decoder_start_token_id
+    if begins not in (None, token):
+        raise ExportError(
+            f"{source.name}: generation_config.json has decoder_start_token_id {begins}, config.json "
+            f"{token}, and an answer is begun as it is learned: give both the same"
         )
     return token

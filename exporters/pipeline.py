@@ -29,6 +29,7 @@ from .starting_adapter import LoraOptions, write_file_adapter, write_starting_ad
 from .stored_modules import prepare_stored, without_unused
 from .verify import verify_bundle
 from .verify_file import verify_against_file
+from .verify_text import verify_text
 from .versions import outside_range
 
 #: Name of the adapter that `rank` or `targets` create.
@@ -83,8 +84,9 @@ def export(
             nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8.
             None: each weight is rounded to the nearest.
         train: also write the training graphs.
-        verify: compare logits, losses and gradients with PyTorch (of an ONNX file: outputs with the file's,
-            gradients with finite differences), and refuse a bundle that differs.
+        verify: compare logits, losses, gradients and what is generated with PyTorch (of an ONNX file:
+            outputs with the file's, gradients with finite differences), and refuse a bundle that differs.
+            Tokens, chat templates and labels, which take no time, are compared in any case.
         seed: draws a new head and a fresh adapter.
         force: take adapters that say they were trained on another base.
         report: is told the name of each stage.
@@ -172,6 +174,7 @@ def export(
         report("measuring memory")
         manifest = with_memory(manifest, folder, source.length_unit)
         write_manifest(manifest, folder)
+        verify_text(folder, source)
         if verify:
             if isinstance(source, OnnxFile):
                 report("verifying against the file and finite differences")

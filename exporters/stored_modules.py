@@ -19,7 +19,6 @@ from edgepeft.errors import AdapterError
 from .model_info import matches_saved
 from .sources.base import ModelSource
 from .sources.loading import Source
-from .sources.model_files import read_copied_files
 from .sources.onnx_file import OnnxFile
 from .sources.tied_weights import canonical_names, untie, vocabulary_tables
 
@@ -111,7 +110,7 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
                 parameters[name][old:] = torch.from_numpy(adapter.tensors[key][old:])
     folder = Path(adapter.origin)
     if (folder / "tokenizer.json").is_file():
-        source.tokenizer_files |= read_copied_files(str(folder))
+        source.use_tokenizer(str(folder))
 
 
 def _apart(adapter: Adapter) -> Adapter:

@@ -15,27 +15,29 @@ import peft
 import torch
 
 from edgepeft.adapters import Adapter, load_adapter
-from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.inputs import (
     BASE_LOGITS,
     DRIFT_WEIGHT,
     IGNORED_LABEL,
     has_drift_penalty,
-    shifted_right,
 )
 from edgepeft.runtime.session import GraphSession
 
 from .losses.contrastive import SCALE
 from .losses.triplet import MARGIN
-from .sources.base import ModelSource
+from .sources.base import Pooling
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
-from .verify_decoder import verify_decoder
+from .verify_batch import Arrays, affordable, model_feeds, sample_batch
+from .verify_decoder import GROWN, verify_decoder, verify_growth
+from .verify_generation import verify_generation
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
+from .verify_text import TEXTS
 
 #: Largest difference of an output, relative to the outputs' largest magnitude where that is above 1.
 OUTPUT_TOLERANCE = {4: 1e-3, 8: 1e-3, 16: 1e-3, 32: 1e-4}
@@ -44,11 +46,9 @@ GRADIENT_COSINE = 0.9999
 GRADIENT_NORM_TOLERANCE = 1e-3
 #: A change of the output below this is no change.
 EFFECT = 1e-6
-BATCH, SEQUENCE, TARGET = 6, 12, 9  # pairs and triplets
+TAKEN = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_values")
 #: Of the drift penalty, where there is one.
 DRIFT = 0.7
-
-Arrays = dict[str, np.ndarray]
 
 
 def verify_bundle(
@@ -80,6 +80,9 @@ def verify_bundle(
     batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)
     check.outputs("no adapter", None, source.model)
+    check.full_length()
+    if bundle.manifest.task.endswith("-generation"):
+        check.figures["generation"] = verify_generation(bundle, source, check.prompt(), check.tolerance)
     for name, path in adapters.items():
         adapter = load_adapter(folder / "adapters" / name)
         with warnings.catch_warnings():
@@ -157,6 +160,48 @@ class _Check:
                 self.batch |= {BASE_LOGITS: got, DRIFT_WEIGHT: np.array(DRIFT, np.float32)}
         self._latest = counted[0]
 
+    def prompt(self) -> list[int]:
+        """Tokens of a text of the tokenizer's own, or, without one, those of the batch's first row."""
+        own = [] if self.source.tokenizer is None else self.source.tokenizer(TEXTS[0])["input_ids"]
+        usable = [token for token in own if token < self.bundle.manifest.model.vocab_size]
+        prompt = usable or self.batch["input_ids"][0].tolist()
+        return prompt[: max(1, self.bundle.manifest.model.max_length // 2)]
+
+    def full_length(self) -> None:
+        """One row as long as the model takes, or as is affordable, and how a cache grows up to there."""
+        if "input_ids" not in self.batch:
+            return
+        manifest = self.bundle.manifest
+        tokens = affordable(self.source.model, manifest.model.max_length)
+        ids = np.random.default_rng(2).integers(0, manifest.model.vocab_size, (1, tokens))
+        own = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        own |= {name: np.zeros_like(ids) for name in ("token_type_ids",) if name in self.batch}
+        if "decoder_input_ids" in self.batch:
+            own["decoder_input_ids"] = ids
+        try:
+            with torch.no_grad():
+                expected = _long_output(self.source, own).numpy()
+        except Exception as error:  # whatever the model's own code raises
+            raise VerificationError(
+                f"{self.source.name} does not read {tokens} tokens in PyTorch, of "
+                f"{manifest.model.max_length} that it is said to take "
+                f"({next(iter(str(error).splitlines()), type(error).__name__)}): nothing was written"
+            ) from error
+        self._session.bind({**model_feeds(self.bundle, "inference", own), **self._adapter_feeds(None)})
+        got = self._session.run_for([self.output_name])[self.output_name].numpy()
+        difference = float(np.abs(got - expected).max()) / max(1.0, float(np.abs(expected).max()))
+        self.figures["longest"] = {"tokens": tokens, "of": manifest.model.max_length, "output": difference}
+        if not difference <= self.tolerance:
+            raise VerificationError(
+                f"{self.output_name} of {tokens} tokens differs from PyTorch's by {difference:.2e} of their "
+                f"largest magnitude, tolerance {self.tolerance:.0e}: nothing was written"
+            )
+        if manifest.task == "text-generation" and cache_specs(manifest) and tokens > GROWN:
+            grown = verify_growth(
+                self.bundle, self._adapter_feeds(None), ids[0].tolist(), got[0], self.tolerance
+            )
+            self.figures["longest"]["cache"] = grown
+
     def effect(self, name: str) -> None:
         assert self._plain is not None
         assert self._latest is not None
@@ -221,66 +266,6 @@ class _Check:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
 
 
-def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
-    """What of `batch` a graph takes, with an empty cache."""
-    feeds = {}
-    for item in bundle.manifest.graphs[role].inputs:
-        if item.name in batch:
-            feeds[item.name] = batch[item.name]
-        elif item.name.startswith("past_key_values"):
-            shape = [BATCH if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
-            feeds[item.name] = np.zeros(shape, item.dtype)
-    return feeds
-
-
-def sample_batch(bundle: Bundle, source: ModelSource) -> Arrays:
-    """Random inputs and labels; tokens are right-padded to different lengths."""
-    manifest = bundle.manifest
-    rng = np.random.default_rng(0)
-    specs = {item.name: item for item in manifest.graphs["inference"].inputs}
-    batch: Arrays = {}
-    if "pixel_values" in specs:
-        shape = [BATCH, *(size for size in specs["pixel_values"].shape if isinstance(size, int))]
-        batch["pixel_values"] = rng.standard_normal(shape).astype(np.float32)
-    elif "input_values" in specs:
-        samples = source.min_length + SEQUENCE * source.length_unit + source.length_unit // 2
-        batch["input_values"] = rng.standard_normal((BATCH, samples)).astype(np.float32)
-    else:
-        sequence = min(SEQUENCE, manifest.model.max_length)
-        ids, mask = _sample_tokens(rng, manifest.model.vocab_size, sequence)
-        batch = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    return {**batch, **_sample_labels(manifest, batch, rng)}
-
-
-def _sample_tokens(rng: np.random.Generator, vocab_size: int, sequence: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and their mask, int64 `[batch, sequence]`."""
-    ids = rng.integers(0, vocab_size, (BATCH, sequence))
-    lengths = np.maximum(sequence - 2 * np.arange(BATCH), 2)
-    return ids, (np.arange(sequence)[None, :] < lengths[:, None]).astype(np.int64)
-
-
-def _sample_labels(manifest: Manifest, batch: Arrays, rng: np.random.Generator) -> Arrays:
-    """`labels` as transformers has them, and what the runtime makes of them; none where the task has none."""
-    model = manifest.model
-    classes = len(model.labels)
-    if manifest.task == "feature-extraction":
-        return {}
-    if manifest.task == "text-generation":
-        return {"labels": np.where(batch["attention_mask"] == 1, batch["input_ids"], IGNORED_LABEL)}
-    if manifest.task in ("token-classification", "fill-mask"):
-        labels = rng.integers(0, classes or model.vocab_size, batch["input_ids"].shape)
-        return {"labels": np.where(batch["attention_mask"] == 1, labels, IGNORED_LABEL)}
-    if manifest.task == "text2text-generation":
-        ids, mask = _sample_tokens(rng, model.vocab_size, min(TARGET, model.max_length))
-        labels = np.where(mask == 1, ids, IGNORED_LABEL)
-        return {"labels": labels, "decoder_input_ids": shifted_right(model, labels)}
-    if model.problem_type == "regression":
-        return {"labels": rng.standard_normal((BATCH, classes)).astype(np.float32)}
-    if model.problem_type == "multi_label_classification":
-        return {"labels": rng.integers(0, 2, (BATCH, classes)).astype(np.float32)}
-    return {"labels": rng.integers(0, classes, BATCH)}
-
-
 def _torch_drift(logits: torch.Tensor, batch: Arrays) -> torch.Tensor:
     """KL divergence from the base model's distribution, averaged over the positions that count."""
     base, adapted = (torch.log_softmax(z, -1) for z in (torch.from_numpy(batch[BASE_LOGITS]), logits))
@@ -295,27 +280,39 @@ def _torch_output(
     source: Source, model: Any, batch: Arrays, named_loss: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The task's output and loss as PyTorch computes them."""
-    taken = ("input_ids", "attention_mask", "pixel_values", "input_values")
-    inputs = {name: torch.from_numpy(batch[name]) for name in taken if name in batch}
+    inputs = {name: torch.from_numpy(batch[name]) for name in TAKEN if name in batch}
     if source.pooling is None:
         result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
         return result.logits, result.loss
-    hidden = model(**inputs).last_hidden_state
-    if source.pooling.mode == "mean":
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    elif source.pooling.mode == "max":
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
-    else:
-        pooled = hidden[:, 0]
-    embedding = torch.nn.functional.normalize(pooled, dim=-1) if source.pooling.normalize else pooled
+    embedding = _embedding(source.pooling, model, inputs)
     if named_loss == "triplet":
         anchor, positive, negative = embedding.chunk(3)
         return embedding, torch.nn.functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN)
     anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
     scores = SCALE * anchors @ positives.T
     return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    hidden = model(**inputs).last_hidden_state
+    if pooling.mode == "mean":
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    elif pooling.mode == "max":
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
+    else:
+        pooled = hidden[:, 0]
+    return torch.nn.functional.normalize(pooled, dim=-1) if pooling.normalize else pooled
+
+
+def _long_output(source: Source, batch: Arrays) -> torch.Tensor:
+    """The output for rows without labels."""
+    inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if source.pooling is not None:
+        return _embedding(source.pooling, source.model, inputs)
+    logits: torch.Tensor = source.model(**inputs).logits
+    return logits
 
 
 def _torch_gradients(model: Any) -> dict[str, np.ndarray]:

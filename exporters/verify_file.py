@@ -27,7 +27,8 @@ from . import finite_differences
 from .passes.exact_products import use_exact_products
 from .sources.base import Pooling
 from .sources.onnx_file import OnnxFile
-from .verify import EFFECT, OUTPUT_TOLERANCE, Arrays, model_feeds, sample_batch
+from .verify import EFFECT, OUTPUT_TOLERANCE
+from .verify_batch import Arrays, model_feeds, sample_batch
 from .verify_decoder import verify_decoder
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
@@ -291,7 +292,11 @@ def _forward_session(bundle: Bundle, outputs: list[str]) -> ort.InferenceSession
 
 def _pool(hidden: np.ndarray, batch: Arrays, pooling: Pooling) -> np.ndarray:
     mask = batch["attention_mask"][..., None].astype(np.float32)
-    pooled = (hidden * mask).sum(1) / mask.sum(1)  # a file names no other
+    pooled = {
+        "mean": (hidden * mask).sum(1) / mask.sum(1),
+        "max": np.where(mask == 1, hidden, -1e9).max(1),
+        "cls": hidden[:, 0],
+    }[pooling.mode]
     norms = np.linalg.norm(pooled, axis=-1, keepdims=True) if pooling.normalize else 1.0
     return np.asarray(pooled / norms, np.float32)
 

@@ -5,6 +5,7 @@ A template is a program that came with the bundle, so it runs in Jinja's immutab
 transformers, and its output is bounded.
 """
 
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -15,6 +16,13 @@ from edgepeft.errors import BundleError, DataError, MissingExtraError
 _CONFIG_FILE = "tokenizer_config.json"
 _TEMPLATE_FILE = "chat_template.jinja"
 _MAX_CHARACTERS = 2**22
+_DEFAULT, _TOOL_USE = "default", "tool_use"
+_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+BESIDE = ("tools", "documents")
+"""What templates are given beside the messages."""
+Beside = Mapping[str, Any]
+NOTHING: Beside = {}
 
 
 class ChatTemplate:
@@ -35,12 +43,10 @@ class ChatTemplate:
         except ImportError as error:
             raise MissingExtraError("jinja2", "chat", "reading messages") from error
         config = _read_config(bundle)
-        source = (
-            bundle.file(_TEMPLATE_FILE).read_text("utf-8")
-            if _TEMPLATE_FILE in bundle.manifest.files
-            else _template(config.get("chat_template"))
-        )
-        if not isinstance(source, str):
+        sources = _templates(config.get("chat_template"))
+        if _TEMPLATE_FILE in bundle.manifest.files:
+            sources = {_DEFAULT: bundle.file(_TEMPLATE_FILE).read_text("utf-8")}
+        if _DEFAULT not in sources:
             raise BundleError(
                 f"{bundle.path}: the model has no chat template: give prompt (and completion) instead of "
                 "messages, and no --chat"
@@ -52,25 +58,32 @@ class ChatTemplate:
             value, ensure_ascii=False, **options
         )
         environment.globals["raise_exception"] = _raise
-        self._tokens = {
-            name: _token(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+        environment.globals["strftime_now"] = _now
+        found = {name: _token(config.get(name)) for name in _TOKENS}
+        self._tokens = {name: token for name, token in found.items() if token is not None}
         self._errors = (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError)
         try:
-            self._template = environment.from_string(source)
+            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
         except self._errors as error:
             raise BundleError(f"{bundle.path}: its chat template cannot be read ({error})") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool) -> str:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool, beside: Beside = NOTHING
+    ) -> str:
         """The messages as text; with `prompt`, the beginning of the assistant's answer is added.
+
+        Args:
+            beside: what the template is given besides, such as `tools`.
 
         Raises:
             DataError: the template refuses the messages.
         """
+        given = {name: beside.get(name) for name in BESIDE}
+        chosen = _TOOL_USE if given["tools"] is not None and _TOOL_USE in self._templates else _DEFAULT
         try:
             parts, size = [], 0
-            for part in self._template.generate(
-                messages=messages, add_generation_prompt=prompt, **self._tokens
+            for part in self._templates[chosen].generate(
+                messages=messages, add_generation_prompt=prompt, **given, **self._tokens
             ):
                 size += len(part)
                 if size > _MAX_CHARACTERS:
@@ -82,16 +95,22 @@ class ChatTemplate:
             raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
         return "".join(parts)
 
-    def prompt(self, messages: object, where: str) -> str:
+    def prompt(self, messages: object, where: str, beside: Beside = NOTHING) -> str:
         """The messages as text, up to where the assistant's answer begins.
+
+        Args:
+            beside: as for `render`.
 
         Raises:
             DataError: the messages are no conversation, or the template refuses them.
         """
-        return self.render(_checked(messages, where), where, prompt=True)
+        return self.render(_checked(messages, where), where, prompt=True, beside=beside)
 
-    def split(self, messages: object, where: str) -> tuple[str, str]:
+    def split(self, messages: object, where: str, beside: Beside = NOTHING) -> tuple[str, str]:
         """Text up to the assistant's last message, and that message as the template writes it.
+
+        Args:
+            beside: as for `render`.
 
         Raises:
             DataError: the messages are not a conversation that ends with the assistant.
@@ -101,8 +120,8 @@ class ChatTemplate:
             raise DataError(
                 f"{where}: the last of at least two messages must be the assistant's, it is what is learned"
             )
-        prompt = self.render(messages[:-1], where, prompt=True)
-        whole = self.render(messages, where, prompt=False)
+        prompt = self.render(messages[:-1], where, prompt=True, beside=beside)
+        whole = self.render(messages, where, prompt=False, beside=beside)
         if not whole.startswith(prompt):
             raise DataError(
                 f"{where}: the model's chat template writes a finished conversation differently from its "
@@ -116,14 +135,32 @@ def _checked(messages: object, where: str) -> Sequence[Mapping[str, Any]]:
         not isinstance(messages, list | tuple)
         or not messages
         or not all(
-            isinstance(item, Mapping)
-            and isinstance(item.get("role"), str)
-            and isinstance(item.get("content"), str)
+            isinstance(item, Mapping) and isinstance(item.get("role"), str) and _has_content(item)
             for item in messages
         )
     ):
-        raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
-    return messages
+        raise DataError(
+            f'{where}: messages must be a list of {{"role": text, "content": text}}; content may be a list'
+            ' of parts {"type": "text", "text": text}, or null where there are tool_calls'
+        )
+    return [_plain(item) for item in messages]
+
+
+def _has_content(message: Mapping[str, Any]) -> bool:
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(
+            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        )
+    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as transformers hands it on: without what is null, and with its reasoning by all names."""
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[key] for key in _REASONING if key in message), None)
+    return message if reasoning is None else {"thinking": reasoning, **message, _REASONING[0]: reasoning}
 
 
 def _read_config(bundle: Bundle) -> dict[str, Any]:
@@ -137,19 +174,22 @@ def _read_config(bundle: Bundle) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _template(value: object) -> object:
-    """The template, of a tokenizer configuration that may list several by name."""
-    if isinstance(value, list):
-        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
-        return named.get("default")
-    return value
+def _templates(value: object) -> dict[str, str]:
+    """Templates by name, of a tokenizer configuration that may list several."""
+    listed = value if isinstance(value, list) else [{"name": _DEFAULT, "template": value}]
+    named = {item.get("name"): item.get("template") for item in listed if isinstance(item, dict)}
+    return {str(name): template for name, template in named.items() if isinstance(template, str)}
 
 
-def _token(value: object) -> str:
+def _token(value: object) -> str | None:
     """A special token, which tokenizer configurations write as a text or as `{"content": text}`."""
     if isinstance(value, dict):
         value = value.get("content")
-    return value if isinstance(value, str) else ""
+    return value if isinstance(value, str) else None
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().astimezone().strftime(form)
 
 
 def _raise(message: str) -> NoReturn:

@@ -9,6 +9,7 @@ from edgepeft.runtime.decoding.base import Array, Decoder, FloatArray
 from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
 from edgepeft.runtime.decoding.options import Completion, FinishReason, GenerationOptions
 from edgepeft.runtime.decoding.prompt_cache import PromptCache
+from edgepeft.runtime.decoding.rules import Rules
 from edgepeft.runtime.decoding.sampling import Sampler
 
 Decode = Callable[[list[int]], str]
@@ -25,7 +26,7 @@ class _Row:
         manifest: Manifest,
         prompt: Sequence[int],
         options: GenerationOptions,
-        row: int,
+        sampler: Sampler,
         decode: Decode | None,
     ) -> None:
         self.prompt = list(prompt)
@@ -35,16 +36,18 @@ class _Row:
         self.reason: FinishReason | None = None
         self.cached = 0
         self._options, self._ends = options, manifest.model.eos_token_ids
-        self._sampler = Sampler(options, row)
+        self._sampler = sampler
         self._text = None if decode is None else Detokenizer(decode)
         self._stops = StopTexts(options.stop)
         # An encoder-decoder's penalty counts what the decoder has said, its start token included.
         start = manifest.model.decoder_start_token_id
-        self._seen = set(prompt if start is None else [start])
+        read = prompt if start is None else [start]
+        self._seen = set(read)
+        self._rules = Rules(manifest.model, read, options.max_new_tokens)
 
     def take(self, logits: FloatArray) -> str:
         """Choose the next token; the text that it adds to the answer."""
-        token = self._sampler.choose(logits, self._seen)
+        token = self._sampler.choose(self._rules.applied(logits, self.ids), self._seen)
         self.ids.append(token)
         self._seen.add(token)
         piece = ""
@@ -75,6 +78,7 @@ class Generation:
         decode: the text of token ids; None where only the ids are asked for.
         cache: keys and values of what the prompts begin with.
         keep: whether to keep the first row's at the end.
+        samplers: what chooses each row's tokens; by `options` where None.
 
     Attributes:
         kept: these, with the tokens that they stand for; None before the end, or where nothing was read.
@@ -90,11 +94,16 @@ class Generation:
         cache: PromptCache | None = None,
         *,
         keep: bool = False,
+        samplers: Sequence[Sampler] | None = None,
     ) -> None:
         self._decoder, self._cache = decoder, cache
         self._keep, self._is_closed = keep, False
         self.kept: tuple[list[int], dict[str, Array]] | None = None
-        self._rows = [_Row(manifest, prompt, options, row, decode) for row, prompt in enumerate(prompts)]
+        own = samplers or [Sampler(options, row) for row in range(len(prompts))]
+        self._rows = [
+            _Row(manifest, prompt, options, sampler, decode)
+            for prompt, sampler in zip(prompts, own, strict=True)
+        ]
         # Without a cache, a prompt is read with every token, and an encoder reads it whole.
         self._piece = _PIECE if cache_specs(manifest) else max(map(len, prompts))
         self._prefill_s = self._decode_s = 0.0

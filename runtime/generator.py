@@ -11,6 +11,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.activation import AdapterSpec
 from edgepeft.runtime.cache import cache_specs, growing_cache_bytes
+from edgepeft.runtime.chat import BESIDE, NOTHING
 from edgepeft.runtime.decoding.by_adapter import ByAdapter
 from edgepeft.runtime.decoding.choose import decoder_for
 from edgepeft.runtime.decoding.options import Completion, GenerationOptions, check_lengths
@@ -143,11 +144,11 @@ class Generator:
         options: Mapping[str, object],
     ) -> str | list[str]:
         """See `edgepeft.runtime.model.Model.generate`."""
-        chosen = GenerationOptions.of(options)
+        beside, chosen = self._chosen(options)
         if prompt is None or isinstance(prompt, str):
-            begun = self._begin([self._encode(prompt, messages)], adapter, chosen, prompt_cache)
+            begun = self._begin([self._encode(prompt, messages, beside)], adapter, chosen, prompt_cache)
             return begun.generation.run()[0].text
-        prompts = [self._encode(text, messages) for text in prompt]
+        prompts = [self._encode(text, messages, beside) for text in prompt]
         begun = self._begin(prompts, adapter, chosen, prompt_cache)
         return [completion.text for completion in begun.generation.run()]
 
@@ -161,8 +162,8 @@ class Generator:
         options: Mapping[str, object],
     ) -> TextStream:
         """See `edgepeft.runtime.model.Model.stream`."""
-        chosen = GenerationOptions.of(options)
-        ids = self._encode(prompt, messages)
+        beside, chosen = self._chosen(options)
+        ids = self._encode(prompt, messages, beside)
         begun = self._begin([ids], adapter, chosen, prompt_cache, keep=keep)
         return TextStream(begun, self._sessions, self._lock)
 
@@ -174,7 +175,7 @@ class Generator:
         options: Mapping[str, object],
     ) -> list[int] | list[list[int]]:
         """See `edgepeft.runtime.model.Model.generate_ids`."""
-        chosen = GenerationOptions.of(options)
+        chosen = GenerationOptions.of(options, self._manifest.model.generation)
         several = len(prompt) > 0 and isinstance(prompt[0], Sequence)
         prompts = cast(Sequence[Sequence[int]], prompt if several else [prompt])
         begun = self._begin(prompts, adapter, chosen, prompt_cache, as_text=bool(chosen.stop))
@@ -267,13 +268,23 @@ class Generator:
 
         return plan
 
-    def _encode(self, prompt: str | None, messages: Messages | None) -> list[int]:
+    def _chosen(self, options: Mapping[str, object]) -> tuple[dict[str, object], GenerationOptions]:
+        """What of a caller's options the chat template takes, and how a text is generated."""
+        beside = {name: value for name, value in options.items() if name in BESIDE}
+        others = {name: value for name, value in options.items() if name not in BESIDE}
+        return beside, GenerationOptions.of(others, self._manifest.model.generation)
+
+    def _encode(
+        self, prompt: str | None, messages: Messages | None, beside: Mapping[str, object] = NOTHING
+    ) -> list[int]:
         """Token ids of a text, or of a conversation up to where the answer begins."""
         self._require_language_model()
         if (prompt is None) == (messages is None):
             raise UsageError("give either a prompt or messages")
         # The template writes the special tokens itself.
-        text = self._task.chat.prompt(messages, "generate") if messages is not None else prompt or ""
+        if messages is None and beside:
+            raise UsageError(f"{next(iter(beside))} goes with messages: the chat template reads it")
+        text = prompt or "" if messages is None else self._task.chat.prompt(messages, "generate", beside)
         count = len(text.encode("utf-8", "surrogatepass"))
         with within(self._budget_bytes, self._sessions.make_room):
             check_room(_ENCODED * count, f"a prompt of {format_size(count)}")

@@ -90,7 +90,9 @@ class Model(LoadedBundle):
                 "content"}` each.
             prompt_cache: of `read_prompt` or a stream with `keep`, or its file; what prompts have in common
                 with it is not read again.
-            **options: see `GenerationOptions`: `max_new_tokens`, `temperature`, `seed`, `stop`, ….
+            **options: see `GenerationOptions`: `max_new_tokens`, `temperature`, `seed`, `stop`, …; what is
+                not given is the model's own setting. With messages also `tools` and `documents`, for the
+                template.
 
         Returns:
             The continuation without the prompt; of an encoder-decoder, what it answers. A list for several.

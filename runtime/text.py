@@ -58,6 +58,8 @@ class Text:
         # Sentence encoders ship with both switched on, at lengths of their own.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._settings = bundle.manifest.model.text
+        self._tokenizer.encode_special_tokens = self._settings.split_special_tokens
 
     def encode(self, text: str, *, special_tokens: bool = True) -> tuple[list[int], list[int]]:
         """Token ids and token type ids of a whole text, special tokens included.
@@ -66,29 +68,53 @@ class Text:
             UsageError: the text is not valid Unicode.
         """
         encoding = self._encoding(text, special_tokens=special_tokens)
-        return list(encoding.ids), list(encoding.type_ids)
+        return list(encoding.ids), self._types(encoding)
 
-    def cut(self, text: str, max_length: int) -> Cut:
-        """A text's tokens, of which those on the right are left out where there are more than `max_length`;
-        special tokens stay.
+    def cut(self, text: str, max_length: int, pair: str | None = None) -> Cut:
+        """The tokens of a text, or of two as one input, of which those on the tokenizer's truncation side are
+        left out where there are more than `max_length`, the longer text's first; special tokens stay.
 
         Raises:
-            UsageError: what is read of the text is not valid Unicode.
+            UsageError: what is read of a text is not valid Unicode, or special tokens take all the room.
         """
-        *tries, most = _sizes(len(text), max_length)
-        found = (size for size in tries if _settled(self._encoding(text[:size]), size) > max_length)
-        size = next(found, most)
-        self._tokenizer.enable_truncation(max_length)
-        try:
-            encoding = self._encoding(text[:size])
-        finally:
-            self._tokenizer.no_truncation()
+        read, start, shortened = self._enough(text, max_length)
+        other, shortened_too = None, False
+        if pair is not None:
+            other, _, shortened_too = self._enough(pair, max_length)
+        encoding = self._truncated(read, max_length, other)
         spans = [
-            (0, 0) if special else span
+            (0, 0) if special else (start + span[0], start + span[1])
             for span, special in zip(encoding.offsets, encoding.special_tokens_mask, strict=True)
         ]
-        truncated = size < len(text) or bool(encoding.overflowing)
-        return Cut(list(encoding.ids), list(encoding.type_ids), spans, truncated)
+        truncated = shortened or shortened_too or bool(encoding.overflowing)
+        return Cut(list(encoding.ids), self._types(encoding), spans, truncated)
+
+    def _enough(self, text: str, count: int) -> tuple[str, int, bool]:
+        """The part of a text that has its first `count` tokens (its last, where texts are cut on the left),
+        where it begins, and whether it is not the whole text."""
+        *tries, most = _sizes(len(text), count)
+        if self._settings.truncation_side == "left":
+            found = (size for size in tries if _settled_behind(self._encoding(text[-size:])) > count)
+            start = len(text) - next(found, most)
+            return text[start:], start, start > 0
+        found = (size for size in tries if _settled(self._encoding(text[:size]), size) > count)
+        size = next(found, most)
+        return text[:size], 0, size < len(text)
+
+    def _truncated(self, text: str | list[str], max_length: int, pair: str | None = None) -> Any:
+        """The encoding with no more than `max_length` tokens."""
+        try:
+            self._tokenizer.enable_truncation(max_length, direction=self._settings.truncation_side)
+            return self._encoding(text, pair)
+        except UsageError:
+            raise
+        except Exception as error:  # the package raises nothing more specific
+            raise UsageError(f"a text cannot be cut to {max_length} tokens ({error}): allow more") from error
+        finally:
+            self._tokenizer.no_truncation()
+
+    def _types(self, encoding: Any) -> list[int]:
+        return list(encoding.type_ids) if self._settings.token_types else [0] * len(encoding.ids)
 
     def first(self, text: str, count: int, *, special_tokens: bool = True) -> list[int]:
         """The first `count` of a text's token ids.
@@ -120,25 +146,30 @@ class Text:
             UsageError: what is read of a word is not valid Unicode.
         """
         characters = sum(map(len, words))
+        backwards = self._settings.truncation_side == "left"
         for size in _sizes(characters, max_length):
-            read = _first_characters(words, size)
-            encoding = self._encoding(read)
-            # Words know nothing of each other, so all but the last are what they are in the whole text.
-            if sum(word is not None and word < len(read) - 1 for word in encoding.word_ids) > max_length:
+            read = _last_characters(words, size) if backwards else _first_characters(words, size)
+            inside = range(1, len(read)) if backwards else range(len(read) - 1)
+            # Words know nothing of each other, so all but the cut one are what they are in the whole text.
+            if sum(word in inside for word in self._encoding(read).word_ids) > max_length:
                 break
-        truncated = size < characters or len(encoding.ids) > max_length
-        kept = slice(max_length)
-        return encoding.ids[kept], encoding.type_ids[kept], encoding.word_ids[kept], truncated
+        encoding = self._truncated(read, max_length)
+        truncated = size < characters or bool(encoding.overflowing)
+        before = len(words) - len(read) if backwards else 0
+        owners = [None if word is None else before + word for word in encoding.word_ids]
+        return list(encoding.ids), self._types(encoding), owners, truncated
 
-    def _encoding(self, text: str | list[str], *, special_tokens: bool = True) -> Any:
+    def _encoding(
+        self, text: str | list[str], pair: str | None = None, *, special_tokens: bool = True
+    ) -> Any:
         try:
-            ("".join(text) if isinstance(text, list) else text).encode("utf-8")
+            ("".join(text) if isinstance(text, list) else text + (pair or "")).encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
         return self._tokenizer.encode(
-            text, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
+            text, pair, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
         )
 
     def token(self, token: int) -> str:
@@ -188,3 +219,10 @@ def _first_characters(words: list[str], size: int) -> list[str]:
         if size <= 0:
             break
     return read
+
+
+def _last_characters(words: list[str], size: int) -> list[str]:
+    """The last words of a text, `size` characters together; of the first one maybe a part."""
+    return [
+        word[::-1] for word in reversed(_first_characters([word[::-1] for word in reversed(words)], size))
+    ]

@@ -147,7 +147,10 @@ def test_imports_follow_the_house_rules(folder: str) -> None:
                 assert path.name in {
                     "calibration_records.py",
                     "verify.py",
+                    "verify_batch.py",
                     "verify_decoder.py",
+                    "verify_generation.py",
+                    "verify_text.py",
                     "verify_file.py",
                     "verify_stages.py",
                     "verify_streamed.py",

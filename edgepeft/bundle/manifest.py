@@ -174,6 +174,45 @@ class AudioPreprocessing:
 
 
 @dataclass(frozen=True)
+class TextSettings:
+    """How the model's own tokenizer is asked, beyond what `tokenizer.json` says.
+
+    Attributes:
+        truncation_side: where a text that is too long loses tokens: `right` or `left`.
+        token_types: whether the model is told which of two texts a token is of; if not, all types are 0.
+        split_special_tokens: whether special tokens that a text spells out are words like any.
+    """
+
+    truncation_side: str = "right"
+    token_types: bool = True
+    split_special_tokens: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """The model's own `generation_config.json`: names and meanings are transformers'.
+
+    The first six are what holds where a caller says nothing; `temperature` is 0 unless the model samples.
+    The others hold always.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    stop_strings: tuple[str, ...] = ()
+    suppress_tokens: tuple[int, ...] = ()
+    begin_suppress_tokens: tuple[int, ...] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_ids: tuple[int, ...] = ()
+    min_length: int = 0
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the tasks need to know of the base model.
 
@@ -199,6 +238,8 @@ class ModelInfo:
     prompts: dict[str, str] = field(default_factory=dict)  # feature-extraction: texts to put before a text
     default_prompt: str | None = None  # name of the one that is put there unless told otherwise
     mask_token_id: int | None = None  # fill-mask
+    text: TextSettings = field(default_factory=TextSettings)
+    generation: GenerationSettings = field(default_factory=GenerationSettings)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from edgepeft.bundle.decoder_validation import check_decoder
 from edgepeft.bundle.manifest import (
     FEATURES,
+    GenerationSettings,
     GraphSpec,
     ImagePreprocessing,
     LinearHead,
@@ -197,8 +198,39 @@ def _check_model(manifest: Manifest) -> None:
         model.default_prompt is None or model.default_prompt in model.prompts,
         f"model.default_prompt is {model.default_prompt!r}, which is not among the prompts",
     )
+    sides = ("left", "right")
+    _require(
+        model.text.truncation_side in sides, f"model.text.truncation_side is {model.text.truncation_side!r}"
+    )
+    _check_generation(model.generation, model.vocab_size)
     bits = manifest.quantization.bits
     _require(bits in (2, 4, 8, 16, 32), f"quantization.bits is {bits}, expected 2, 4, 8, 16 or 32")
+
+
+def _check_generation(settings: GenerationSettings, vocab_size: int) -> None:
+    """Sizes that mean something, and tokens of the vocabulary."""
+    where = "model.generation"
+    finite = (settings.temperature, settings.repetition_penalty)
+    _require(all(map(math.isfinite, finite)) and min(finite) >= 0, f"{where} has factors {finite}")
+    _require(settings.repetition_penalty > 0, f"{where}.repetition_penalty is 0")
+    _require(settings.top_k is None or settings.top_k >= 1, f"{where}.top_k is {settings.top_k}")
+    for name in ("top_p", "min_p"):
+        value = getattr(settings, name)
+        _require(value is None or 0 <= value <= 1, f"{where}.{name} is {value}, expected 0 to 1")
+    for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size"):
+        _require(getattr(settings, name) >= 0, f"{where}.{name} is {getattr(settings, name)}")
+    first = settings.forced_bos_token_id
+    named = (
+        *settings.suppress_tokens,
+        *settings.begin_suppress_tokens,
+        *settings.forced_eos_token_ids,
+        *(() if first is None else (first,)),
+        *(token for word in settings.bad_words_ids for token in word),
+    )
+    wrong = [token for token in named if not 0 <= token < vocab_size]
+    _require(not wrong, f"{where} names token {wrong[:1]}, the vocabulary has {vocab_size} tokens")
+    _require(all(settings.bad_words_ids), f"{where}.bad_words_ids has an empty word")
+    _require(all(settings.stop_strings), f"{where}.stop_strings has an empty text")
 
 
 def _check_images(manifest: Manifest, settings: ImagePreprocessing) -> None:

@@ -63,7 +63,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
                    "rounded to suit them (GPTQ), which takes minutes; - reads them from standard "
                    "input.")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the bundle with PyTorch or the ONNX file.")
+@click.option("--no-verify", is_flag=True, help="Do not compare outputs with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
 @force_option()
 @json_option("Print what was written and measured, or why nothing was, as one JSON document.")

@@ -15,9 +15,8 @@ def generation_options() -> Decorator:
         click.option(
             "--temperature",
             type=float,
-            default=0.0,
-            show_default=True,
-            help="Above 0, draw each token, with logits divided by this; 0 takes the most likely one.",
+            help="Above 0, draw each token, with logits divided by this; 0 takes the most likely one. The "
+            "model's own setting, or 0.",
         ),
         click.option("--top-k", type=int, help="Draw among so many of the likeliest tokens."),
         click.option(
@@ -31,9 +30,7 @@ def generation_options() -> Decorator:
         click.option(
             "--repetition-penalty",
             type=float,
-            default=1.0,
-            show_default=True,
-            help="Above 1, make tokens that the text holds less likely.",
+            help="Above 1, make tokens that the text holds less likely; the model's own setting, or 1.",
         ),
         click.option("--seed", type=int, help="Of the draws: the same seed gives the same text."),
         click.option(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization, TextSettings
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,8 @@ class ModelSource(Protocol):
     name: str
     pooling: Pooling | None
     tokenizer_files: dict[str, bytes]
+    text_settings: TextSettings
+    tokenizer: Any
     max_length: int
 
     @property

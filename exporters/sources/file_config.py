@@ -30,6 +30,7 @@ class FileConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    problem_type: str | None = None
 
     @property
     def num_labels(self) -> int:
@@ -93,6 +94,7 @@ def read_config(folder: Path, graph: ir.Graph, output: ir.Value, labels: list[st
         pad_token_id=settings.get("pad_token_id"),
         bos_token_id=settings.get("bos_token_id"),
         eos_token_id=settings.get("eos_token_id"),
+        problem_type=settings.get("problem_type"),
     )
 
 

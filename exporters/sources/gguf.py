@@ -15,6 +15,7 @@ from edgepeft.errors import ExportError, MissingExtraError
 
 from .model_files import read_copied_files
 from .quiet import quiet
+from .tokenizer import TokenizerFiles, described
 
 
 def is_gguf_file(model: object) -> bool:
@@ -22,8 +23,8 @@ def is_gguf_file(model: object) -> bool:
     return isinstance(model, str | Path) and Path(model).suffix == ".gguf"
 
 
-def load_gguf(path: Path) -> tuple[Any, dict[str, bytes]]:
-    """The language model of a GGUF file, float32, and the tokenizer files made of it, its chat template too.
+def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
+    """The language model of a GGUF file, float32, and the tokenizer made of it, its chat template too.
 
     Raises:
         ExportError: there is no such file, or transformers cannot read it.
@@ -57,4 +58,4 @@ def load_gguf(path: Path) -> tuple[Any, dict[str, bytes]]:
         ) from error
     with tempfile.TemporaryDirectory(prefix="edgepeft-") as folder:
         tokenizer.save_pretrained(folder)
-        return model, read_copied_files(folder)
+        return model, described(path.name, tokenizer, read_copied_files(folder), writes=True)

@@ -13,22 +13,25 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
+from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TextSettings
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import tidy
 from ..passes.drop_cache import drop_cache
 from ..passes.input_shapes import take_sizes_from_inputs
 from .base import Pooling, Traced
+from .context import keep_angles, usable_positions
+from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
 from .last_token import pool_by_mask
-from .model_files import read_copied_files, read_json, read_max_seq_length, read_pooling
+from .model_files import read_json, read_max_seq_length, read_pooling
 from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
 from .samples import keeps_keys_and_values, run_once, sample_inputs
-from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
+from .sentence_classifier import SentenceClassifier, is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
+from .tokenizer import TokenizerFiles, read_tokenizer
 from .tracing import conv1d_weights, trace
 
 #: Longest input of a model that does not name one.
@@ -50,9 +53,22 @@ class Source:
     name: str
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+    text_settings: TextSettings = field(default_factory=TextSettings)
+    tokenizer: Any = None  # transformers' own, to compare with
     max_length: int = 0
     shipped: str | None = None
     traced: Traced | None = None
+
+    def use_tokenizer(self, folder: str) -> None:
+        """Take the tokenizer of an adapter's folder instead.
+
+        Raises:
+            ExportError: it has a setting that the runtime does not know.
+        """
+        embeds = self.task == "feature-extraction" or isinstance(self.model, SentenceClassifier)
+        text = read_tokenizer(folder, embeds=embeds, writes=self.task.endswith("-generation"))
+        self.tokenizer_files |= text.files
+        self.text_settings, self.tokenizer = text.settings, text.tokenizer
 
     @property
     def image_preprocessing(self) -> ImagePreprocessing | None:
@@ -215,16 +231,18 @@ def load_source(
     if labels is not None and (len(labels) < 2 or len(set(labels)) != len(labels)):
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
-    tokenizer_files: dict[str, bytes] = {}
+    text = TokenizerFiles()
     if isinstance(model, transformers.PreTrainedModel):
         module, shipped, name = model, None, model.config.name_or_path or type(model).__name__
     elif is_gguf_file(model):
-        module, tokenizer_files = load_gguf(Path(model))
+        module, text = load_gguf(Path(model))
         shipped, name = None, Path(model).stem
     else:
         module = _load_pretrained(str(model), resolved, labels)
         shipped, name = str(model), _name(Path(model))
-        tokenizer_files = read_copied_files(shipped)
+        if resolved not in ("image-classification", "audio-classification"):
+            embeds = resolved == "feature-extraction" or isinstance(module, SentenceClassifier)
+            text = read_tokenizer(shipped, embeds=embeds, writes=resolved.endswith("-generation"))
     if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
         raise ExportError(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
@@ -233,15 +251,22 @@ def load_source(
     module = module.float().cpu().eval().requires_grad_(False)
     if resolved == "text-classification":
         pool_by_mask(module)
-    return Source(
+    lengths = [read_max_length(resolved, module.config, shipped)]
+    if resolved not in ("image-classification", "audio-classification"):
+        lengths += [length for length in (usable_positions(module), keep_angles(module)) if length]
+    source = Source(
         model=module,
         task=resolved,
         name=name,
         pooling=read_pooling(shipped) if resolved == "feature-extraction" else None,
-        tokenizer_files=tokenizer_files,
-        max_length=read_max_length(resolved, module.config, shipped),
+        tokenizer_files=text.files,
+        text_settings=text.settings,
+        tokenizer=text.tokenizer,
+        max_length=min(lengths),
         shipped=shipped,
     )
+    generation_settings(source)  # which refuses what the runtime does not do, before any work is done
+    return source
 
 
 def _load_adapted(
@@ -257,7 +282,7 @@ def _load_adapted(
     source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
     source.name = _name(adapter.path)
     if (adapter.path / "tokenizer.json").is_file():
-        source.tokenizer_files |= read_copied_files(str(adapter.path))
+        source.use_tokenizer(str(adapter.path))
     return source
 
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from edgepeft.errors import ExportError
 
 from .base import Pooling
+from .settings import SENTENCES, check_refused
 
 #: Files that a bundle holds as they are.
 COPIED = (
@@ -73,6 +74,7 @@ def read_pooling(model: str | None) -> Pooling:
         prompts = {str(name): str(text) for name, text in (named.get("prompts") or {}).items()}
     except (TypeError, KeyError, AttributeError) as error:
         raise ExportError(f"{model}: cannot read the sentence-transformers modules: {error!r}") from error
+    check_refused(model, SENTENCES, (read_json(model, SENTENCES) or {}).items())
     unknown = set(kinds) - {"Transformer", "Pooling", "Normalize"}
     if unknown:
         raise ExportError(f"{model}: sentence-transformers module {sorted(unknown)[0]!r} is not supported")

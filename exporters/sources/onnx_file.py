@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import TopologicalSortPass
 
-from edgepeft.bundle.manifest import Quantization
+from edgepeft.bundle.manifest import Quantization, TextSettings
 from edgepeft.errors import ExportError, UsageError
 
 from ..graph import INT64, MICROSOFT, rename_axes
@@ -26,10 +27,11 @@ from ..passes.position_ids import derive_position_ids
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
 from .loading import read_max_length
-from .model_files import read_copied_files
+from .model_files import read_pooling
 from .naming import SELF_ATTENTION, added_bias, module_names
 from .onnx_graph import read_graph, standardize
 from .tasks import resolve_task
+from .tokenizer import read_tokenizer
 
 #: Inputs that a bundle's runtime, or the graph itself, can fill.
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
@@ -61,6 +63,8 @@ class OnnxFile:
     quantization: Quantization | None
     pooling: Pooling | None = None
     tokenizer_files: dict[str, bytes] = field(default_factory=dict)
+    text_settings: TextSettings = field(default_factory=TextSettings)
+    tokenizer: Any = None
     max_length: int = 0
     widened: bool = False
 
@@ -207,6 +211,9 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
             lift(graph, bias, name)
     _name_cache(graph)
     TopologicalSortPass()(model)
+    text = read_tokenizer(
+        str(path.parent), embeds=resolved == "feature-extraction", writes=resolved == "text-generation"
+    )
     return OnnxFile(
         path=path,
         task=resolved,
@@ -218,8 +225,10 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
         packed=packed,
         architecture=producer,
         quantization=quantization,
-        pooling=Pooling() if output.name == "last_hidden_state" else None,
-        tokenizer_files=read_copied_files(str(path.parent)),
+        pooling=read_pooling(str(path.parent)) if output.name == "last_hidden_state" else None,
+        tokenizer_files=text.files,
+        text_settings=text.settings,
+        tokenizer=text.tokenizer,
         max_length=read_max_length(resolved, config, str(path.parent)),
         widened=widened,
     )

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .base import Pooling
 from .model_files import read_json, read_pooling
+from .settings import MODULES, SENTENCES
 
 
 class SentenceClassifier(transformers.PreTrainedModel):
@@ -72,8 +73,10 @@ class SentenceClassifier(transformers.PreTrainedModel):
 
 
 def is_sentence_encoder(model: str) -> bool:
-    """Whether a folder or hub id is a sentence-transformers model: an encoder without a classifier."""
-    return read_json(model, "modules.json") is not None
+    """Whether a folder or hub id is a sentence-transformers model: an encoder without a classifier, which its
+    cross-encoders have."""
+    task = (read_json(model, SENTENCES) or {}).get("transformer_task")
+    return read_json(model, MODULES) is not None and task != "sequence-classification"
 
 
 def load_sentence_classifier(model: str, labels: Sequence[str]) -> SentenceClassifier:

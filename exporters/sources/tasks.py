@@ -11,6 +11,7 @@ from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import ExportError, UsageError
 
 from .gguf import is_gguf_file
+from .sentence_classifier import is_sentence_encoder
 
 #: Tasks whose head is a classifier, with names for its classes.
 CLASSIFICATION = (
@@ -71,7 +72,7 @@ def model_class(task: str, model_type: str) -> type:
 
 
 def _task_of_folder(folder: Path) -> str:
-    if (folder / "modules.json").exists():  # sentence-transformers
+    if is_sentence_encoder(str(folder)):
         return "feature-extraction"
     if not (folder / "config.json").is_file():
         inside = sorted(path.name for path in folder.iterdir() if path.suffix in (".gguf", ".onnx"))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.manifest import GenerationSettings, Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.runtime.bench.synthetic import prompt_ids, synthetic_records
@@ -201,9 +201,11 @@ def _predicted(model: Model) -> int:
 
 
 def _model(request: Request) -> Model:
-    """The bundle without the tokens that end an answer: how long one gets is the request's business."""
+    """The bundle without what ends an answer, or chooses its tokens: how long one gets is the request's
+    business."""
     bundle = open_bundle(request.bundle)
-    endless = dataclasses.replace(bundle.manifest.model, eos_token_ids=())
+    settings = GenerationSettings()
+    endless = dataclasses.replace(bundle.manifest.model, eos_token_ids=(), generation=settings)
     return Model(
         Bundle(bundle.path, dataclasses.replace(bundle.manifest, model=endless)), request.budget_bytes
     )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.manifest import GenerationSettings, Manifest
 from edgepeft.errors import ContextError, UsageError
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
@@ -15,6 +15,8 @@ FinishReason = Literal["eos", "stop", "length", "cancelled"]
 @dataclass(frozen=True)
 class GenerationOptions:
     """How texts are generated. What changes logits has the definitions and the order of transformers.
+
+    The defaults are those of a model whose folder says nothing; `of` knows a model's own.
 
     Attributes:
         max_new_tokens: tokens to write at most.
@@ -68,8 +70,10 @@ class GenerationOptions:
                 )
 
     @classmethod
-    def of(cls, options: Mapping[str, object]) -> "GenerationOptions":
-        """Options by name.
+    def of(
+        cls, options: Mapping[str, object], settings: GenerationSettings | None = None
+    ) -> "GenerationOptions":
+        """Options by name; those that are missing or None are the model's own, of `settings`.
 
         Raises:
             UsageError: there is no such option, or it has a value that cannot be used.
@@ -78,10 +82,24 @@ class GenerationOptions:
         unknown = sorted(options.keys() - set(known))
         if unknown:
             raise UsageError(f"generation takes no option {unknown[0]!r}: it takes {', '.join(known)}")
+        given = {name: value for name, value in options.items() if value is not None and value != ()}
+        own = {} if settings is None else _own(settings, given)
         try:
-            return cls(**options)  # type: ignore[arg-type]
+            return cls(**{**own, **given})  # type: ignore[arg-type]
         except TypeError as error:  # a comparison with something that is no number
             raise UsageError(f"a generation option has a value of the wrong type ({error})") from error
+
+
+def _own(settings: GenerationSettings, given: Mapping[str, object]) -> dict[str, object]:
+    """A model's own options; those of draws only where something is drawn."""
+    own: dict[str, object] = {
+        "temperature": settings.temperature,
+        "repetition_penalty": settings.repetition_penalty,
+        "stop": settings.stop_strings,
+    }
+    if given.get("temperature", settings.temperature) != 0:
+        own |= {name: getattr(settings, name) for name in ("top_k", "top_p", "min_p")}
+    return {name: value for name, value in own.items() if value is not None}
 
 
 @dataclass(frozen=True)

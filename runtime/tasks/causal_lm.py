@@ -28,7 +28,7 @@ class CausalLM(TokenTask):
         del training
         fields = record.fields
         if "messages" in fields:
-            prompt, completion = self.chat.split(fields["messages"], record.where)
+            prompt, completion = self.chat.split(fields["messages"], record.where, fields)
             # The template writes the special tokens itself.
             prompt_ids = self._prompt(prompt, max_length, special_tokens=False)
             completion_ids = self.text.first(completion, max_length + 1, special_tokens=False)

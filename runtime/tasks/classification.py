@@ -66,7 +66,9 @@ class Classifier(Task):
 
 
 class TextClassification(Classifier, TokenTask):
-    """`{"text", "label"}`, or `input_ids` instead of a text."""
+    """`{"text", "label"}`, with a `text_pair` where two texts are one input, or `input_ids` instead."""
+
+    takes_pairs = True
 
     def read(self, record: Record, max_length: int) -> Example:
         """See `Classifier.read`."""

@@ -9,9 +9,14 @@ from edgepeft.runtime.data import Record
 from edgepeft.runtime.inputs import IGNORED_LABEL
 from edgepeft.runtime.tasks.base import Array, Example, Row, Task, field_names, shown
 
+PAIR = "text_pair"
+
 
 class TokenTask(Task):
     """A task whose model takes `input_ids`."""
+
+    takes_pairs = False
+    """Whether a record may have a `text_pair`: a second text of one input."""
 
     def batch(self, examples: Sequence[Example], *, training: bool) -> dict[str, Array]:
         """Pad examples to their longest row; pairs become the first rows of all and then the second rows of
@@ -47,8 +52,18 @@ class TokenTask(Task):
             DataError: the field is missing, is neither, is empty or holds a token out of range.
         """
         value = record.fields.get(field)
+        pair = record.fields.get(PAIR)
+        if pair is not None and not (self.takes_pairs and isinstance(value, str) and isinstance(pair, str)):
+            raise DataError(
+                f"{record.where}: {PAIR} is {shown(pair)} beside {field} {shown(value)}: "
+                + (
+                    "expected two texts"
+                    if self.takes_pairs
+                    else f"{self.manifest.task} reads one text of a record"
+                )
+            )
         if isinstance(value, str):
-            cut = self.text.cut(value, max_length)
+            cut = self.text.cut(value, max_length, pair)
             return _row(record, field, cut.ids, cut.type_ids), cut.truncated
         ids = self.token_list(record, field)
         types = (

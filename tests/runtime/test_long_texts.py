@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from edgepeft.bundle.manifest import TextSettings
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.process import PeakMemory, read_memory, release_freed_memory
@@ -135,11 +136,41 @@ def test_words_that_are_cut_give_the_tokens_of_all(
     tokenizer, text = both
     tokenizer.no_truncation()
     for part in (words, words[:2]):
+        tokenizer.enable_truncation(40)
         whole = tokenizer.encode(part, is_pretokenized=True)
         ids, type_ids, owners, truncated = text.encode_words(part, 40)
-        assert (ids, owners) == (whole.ids[:40], whole.word_ids[:40])
-        assert len(ids) == len(type_ids) == len(owners) == min(len(whole.ids), 40)
-        assert truncated or len(whole.ids) <= 40
+        assert (ids, type_ids, owners) == (whole.ids, whole.type_ids, whole.word_ids)
+        assert truncated == bool(whole.overflowing) or sum(map(len, part)) > MOST_CHARACTERS
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_that_is_cut_on_the_left_gives_the_tokens_of_the_whole(
+    both: tuple[tokenizers.Tokenizer, Text], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So do words, and the second of two texts."""
+    tokenizer, text = both
+    if isinstance(tokenizer.model, models.Unigram) and name.startswith("an endless word"):
+        pytest.skip("the likeliest pieces of an endless word depend on both of its ends")
+    monkeypatch.setattr(text, "_settings", TextSettings(truncation_side="left"))
+    content = TEXTS[name]
+    words = content[:4000].split(" ")
+    for count in (7, 128):
+        tokenizer.enable_truncation(count, direction="left")
+        want = tokenizer.encode(content)
+        ids, type_ids, spans, truncated = text.cut(content, count)
+        assert (ids, type_ids) == (want.ids, want.type_ids)
+        assert truncated == bool(want.overflowing) or len(content) > MOST_CHARACTERS
+        kept = [
+            span
+            for span, special in zip(want.offsets, want.special_tokens_mask, strict=True)
+            if not special and span[0] > len(content) - MOST_CHARACTERS + 256
+        ]
+        assert spans[len(spans) - len(kept) :] == kept or spans[-1 - len(kept) : -1] == kept
+        pair = tokenizer.encode(LINES[0], content)
+        assert text.cut(LINES[0], count, content)[:2] == (pair.ids, pair.type_ids)
+        want = tokenizer.encode(words, is_pretokenized=True)
+        ids, type_ids, owners, _ = text.encode_words(words, count)
+        assert (ids, type_ids, owners) == (want.ids, want.type_ids, want.word_ids)
 
 
 def test_a_text_of_a_megabyte_takes_no_memory(both: tuple[tokenizers.Tokenizer, Text]) -> None:
