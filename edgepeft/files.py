@@ -8,7 +8,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -53,8 +53,12 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+Check = Callable[[Path], None]
+"""Looks at a written file before it takes its place; what it raises keeps the one that was there."""
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, check: Check | None = None) -> Iterator[Path]:
     """Give a temporary sibling of `path` for a file that takes `path`'s place when the block ends well; for
     libraries that open files themselves.
 
@@ -67,6 +71,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             _sync_file(temporary)
+            if check is not None:
+                check(temporary)
             temporary.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
@@ -77,13 +83,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, check: Check | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` whole, or not at all.
 
     Raises:
         EdgePeftError: see `atomic_path`.
     """
-    with atomic_path(path) as temporary, temporary.open("xb") as file:
+    with atomic_path(path, check) as temporary, temporary.open("xb") as file:
         yield file
 
 
