@@ -1,8 +1,8 @@
 """Writing files and folders so that a crash, a kill or a full disk leaves what was there before.
 
-Everything is written beside its destination, as `.NAME.` and twelve hexadecimal digits, flushed to the disk and
-then renamed over it, or exchanged with the folder that was there. Who writes holds a lock on it; what nobody
-holds is left of a process that died, and the next one that writes to the same place removes it.
+Everything is written beside its destination, as `.NAME.` and twelve hexadecimal digits, flushed to the disk
+and then renamed over it, or exchanged with the folder that was there. Who writes holds a lock on it; what
+nobody holds is left of a process that died, and the next one that writes to the same place removes it.
 """
 
 import contextlib
@@ -252,7 +252,8 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
     """Give a temporary sibling of `path` to fill in; it takes `path`'s place when the block ends well.
 
     A folder that was there is exchanged with it in one step where the system can. Elsewhere it is kept as
-    `.NAME.previous` in between, and brought back when the exchange fails, or by `settle` when the process died.
+    `.NAME.previous` in between, and brought back when the exchange fails, or by `settle` when the process
+    died.
 
     Args:
         path: where the folder shall be.
@@ -267,14 +268,9 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
     check_replaceable(path, marker)
     path = Path(path).resolve()  # a link to a folder stays, the folder is replaced
     settle(path)
-    temporary: Path | None = None
-    lock = None
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = _sibling(path)
-            temporary.mkdir()
-            lock = _locked(temporary, wait=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(path) as temporary:  # holds the old one, once the two are exchanged
             yield temporary
             for inside in [*temporary.rglob("*"), temporary]:
                 if inside.is_file():
@@ -283,11 +279,22 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
                     _sync_folder(inside)
             _take_place(temporary, path)
             _sync_folder(path.parent)
-        except OSError as error:
-            raise _write_error(path, error) from error
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`, named after it, that is gone when the block ends; or when the next one
+    is made there, should this process die."""
+    remove_leftovers(path.parent, path.name)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    lock = _locked(temporary, wait=False)
+    try:
+        yield temporary
     finally:
-        if temporary is not None:  # the old folder, where the two were exchanged
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         _release(lock)
 
 

@@ -62,6 +62,19 @@ def save_checkpoint(
     )
 
 
+def is_finished(path: Path, report: Path) -> bool:
+    """Whether the update of a checkpoint is the one that a report in its output's folder tells of: it was
+    killed after the adapter had taken its place. The same losses, bit for bit, are of the same update."""
+    try:
+        progress = json.loads(read_metadata(path)[_KEY])["progress"]
+        told = json.loads(report.read_bytes())
+        return bool(progress["step"]) and all(
+            progress[name] == told[name] for name in ("losses", "learning_rates", "grad_norms")
+        )
+    except (AdapterError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
 def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingState) -> Progress | None:
     """Put the checkpoint's tensors into the state; None if there is no checkpoint.
 
