@@ -21,6 +21,7 @@ from .forward import build_forward
 from .memory import with_memory
 from .model_info import saved_module_names
 from .passes.quantize import Freezer
+from .peft_patterns import check_patterns
 from .quantization import BLOCK_SIZES
 from .sources.base import ModelSource
 from .sources.loading import Source, load_source
@@ -118,6 +119,9 @@ def export(
             source = load_source(model, task=task, labels=labels, seed=seed)
         base = base_fingerprint(source)
         _check_modules(loaded, source)
+        if not isinstance(source, OnnxFile):
+            for folder in folders.values():
+                check_patterns(folder, source.model)
         loaded = prepare_stored(loaded, source, report)
         freezer = _freezer(source, bits, block_size)
         losses = Losses(source, loss, drift_penalty)
