@@ -2,7 +2,7 @@
 extra).
 
 A template is a program that came with the bundle, so it runs in Jinja's immutable sandbox, as in
-transformers, and its output is bounded.
+transformers, and its output, its time and its memory are bounded.
 """
 
 import json
@@ -29,23 +29,22 @@ class ChatTemplate:
         try:
             import jinja2
             import jinja2.ext
-            import jinja2.sandbox
 
             from edgepeft.runtime.chat_extension import Generation
+            from edgepeft.runtime.template_limits import BoundedEnvironment, limited
         except ImportError as error:
             raise MissingExtraError("jinja2", "chat", "reading messages") from error
         config = _read_config(bundle)
-        source = (
-            bundle.file(_TEMPLATE_FILE).read_text("utf-8")
-            if _TEMPLATE_FILE in bundle.manifest.files
-            else _template(config.get("chat_template"))
-        )
+        in_file = _TEMPLATE_FILE in bundle.manifest.files
+        self._origin = str(bundle.path / (_TEMPLATE_FILE if in_file else _CONFIG_FILE))
+        source = _read_template(bundle) if in_file else _template(config.get("chat_template"))
         if not isinstance(source, str):
             raise BundleError(
                 f"{bundle.path}: the model has no chat template: give prompt (and completion) instead of "
                 "messages, and no --chat"
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        self._limited = limited
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(
@@ -57,9 +56,10 @@ class ChatTemplate:
         }
         self._errors = (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError)
         try:
-            self._template = environment.from_string(source)
-        except self._errors as error:
-            raise BundleError(f"{bundle.path}: its chat template cannot be read ({error})") from error
+            with limited(self._origin):
+                self._template = environment.from_string(source)
+        except (*self._errors, SyntaxError) as error:  # what Python says of the program that Jinja made
+            raise BundleError(f"{self._origin}: the chat template cannot be read ({error})") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool) -> str:
         """The messages as text; with `prompt`, the beginning of the assistant's answer is added.
@@ -67,17 +67,18 @@ class ChatTemplate:
         Raises:
             DataError: the template refuses the messages.
         """
+        parts, size = [], 0
         try:
-            parts, size = [], 0
-            for part in self._template.generate(
-                messages=messages, add_generation_prompt=prompt, **self._tokens
-            ):
-                size += len(part)
-                if size > _MAX_CHARACTERS:
-                    raise DataError(
-                        f"{where}: the chat template wrote more than {_MAX_CHARACTERS:,} characters"
-                    )
-                parts.append(part)
+            with self._limited(self._origin):
+                for part in self._template.generate(
+                    messages=messages, add_generation_prompt=prompt, **self._tokens
+                ):
+                    size += len(part)
+                    if size > _MAX_CHARACTERS:
+                        raise DataError(
+                            f"{where}: the chat template wrote more than {_MAX_CHARACTERS:,} characters"
+                        )
+                    parts.append(part)
         except self._errors as error:
             raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
         return "".join(parts)
@@ -124,6 +125,14 @@ def _checked(messages: object, where: str) -> Sequence[Mapping[str, Any]]:
     ):
         raise DataError(f'{where}: messages must be a list of {{"role": text, "content": text}}')
     return messages
+
+
+def _read_template(bundle: Bundle) -> str:
+    path = bundle.file(_TEMPLATE_FILE)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_config(bundle: Bundle) -> dict[str, Any]:
