@@ -25,7 +25,7 @@ from .peft_patterns import check_patterns
 from .quantization import BLOCK_SIZES
 from .sources.base import ModelSource
 from .sources.loading import Source, load_source
-from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
+from .sources.onnx_file import OnnxFile, converting, is_onnx_file, load_onnx_file
 from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
 from .stored_modules import prepare_stored, without_unused
 from .verify import verify_bundle
@@ -114,6 +114,7 @@ def export(
         report("loading the model")
         source: Source | OnnxFile
         if is_onnx_file(model):
+            stack.enter_context(converting(Path(model)))
             source = load_onnx_file(Path(model), task=task, labels=labels)
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)

@@ -48,7 +48,7 @@ class Text:
             raise MissingExtraError("tokenizers", "text", "reading text (instead of input_ids)") from error
         if TOKENIZER_FILE not in bundle.manifest.files:
             raise BundleError(f"{bundle.path}: holds no {TOKENIZER_FILE}: give input_ids instead of text")
-        path = bundle.file(TOKENIZER_FILE)
+        self._path = path = bundle.file(TOKENIZER_FILE)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
@@ -137,17 +137,29 @@ class Text:
             raise UsageError(
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
-        return self._tokenizer.encode(
-            text, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
-        )
+        try:
+            return self._tokenizer.encode(
+                text, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
+            )
+        except Exception as error:  # as above: a vocabulary without its own unknown token, for one
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> BundleError:
+        return BundleError(f"{self._path}: the tokenizer fails ({error}): copy the bundle again")
 
     def token(self, token: int) -> str:
         """The text of a single token, special or not."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return self._decoded([token], skip_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self._decoded(ids, skip_special_tokens=True)
+
+    def _decoded(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        except Exception as error:
+            raise self._damaged(error) from error
 
 
 def _sizes(characters: int, tokens: int) -> Iterator[int]:

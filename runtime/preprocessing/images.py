@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import ImagePreprocessing
 from edgepeft.errors import BudgetError, DataError, MissingExtraError
 from edgepeft.runtime.memory.room import check_room, no_room
+from edgepeft.runtime.preprocessing.arrays import mapped_array
 from edgepeft.runtime.preprocessing.resample import Pixels, resize
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def read_image(value: object, channels: int, edge: int | None = None) -> Pixels:
     """
     if isinstance(value, str | Path):
         path = Path(value)
-        array = _mapped(path) if path.suffix == ".npy" else _decoded(path, channels, edge)
+        array = mapped_array(path) if path.suffix == ".npy" else _decoded(path, channels, edge)
     else:
         try:
             array = np.asarray(value)
@@ -108,14 +109,6 @@ def _no_room(path: Path, image: "PIL.Image.Image", channels: int, beside_bytes: 
     """The error, where the budget has no room for an image: Pillow takes four bytes a pixel."""
     wanted_bytes = (4 + channels) * image.width * image.height + beside_bytes
     return no_room(wanted_bytes, f"{path}, an image of {image.height} x {image.width} pixels,")
-
-
-def _mapped(path: Path) -> npt.NDArray[np.generic]:
-    try:
-        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no .npy file of numbers ({error})") from error
-    return array
 
 
 def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:

@@ -156,10 +156,18 @@ def test_wav_files_of_every_width(tmp_path: Path, width: int) -> None:
 def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     settings = AudioPreprocessing(16_000, True)
     (tmp_path / "broken.wav").write_bytes(b"RIFF....")
+    whole = written(tmp_path / "whole.wav", bytes(20), 2).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:16] + b"\xff" + whole[17:])  # a chunk beyond the end
+    (tmp_path / "wide.wav").write_bytes(whole[:34] + b"\x28" + whole[35:])
+    np.save(tmp_path / "cut.npy", np.zeros(3, np.float32))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes().replace(b"}", b"("))
     for value, message in (
         (written(tmp_path / "slow.wav", bytes(20), 2, rate=8_000), "has 8000 samples a second"),
         (written(tmp_path / "empty.wav", b"", 2), "holds no samples"),
         (tmp_path / "broken.wav", "is no WAV file"),
+        (tmp_path / "cut.wav", "is no WAV file"),
+        (tmp_path / "wide.wav", "has samples of 5 bytes, expected 1 to 4"),
+        (tmp_path / "cut.npy", "is no .npy file"),
         (tmp_path / "nowhere.wav", "is no WAV file"),
         (np.zeros((2, 2), np.float32), r"expected \[samples\]"),
         (np.array([1, 2]), "expected"),
@@ -167,6 +175,8 @@ def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             audio.read_audio(value, settings, 10**6)
+    with pytest.raises(DataError, match="too large to be normalized"):
+        audio.preprocess(np.array([3e38, -3e38], np.float32), settings)
     np.testing.assert_allclose(
         audio.read_audio(np.array([0, 2**14], np.int16), AudioPreprocessing(16_000, False), 9), [0, 0.5]
     )
