@@ -83,11 +83,11 @@ def batches(
             middle = len(indices) // 2
             waiting += [indices[middle:], indices[:middle]]
             continue
-        _check_output(task, outputs[task.output])
+        _check_output(task, outputs[task.output], len(next(iter(batch.values()))))
         yield indices, batch, outputs
 
 
-def _check_output(task: Task, values: npt.NDArray[np.generic]) -> None:
+def _check_output(task: Task, values: npt.NDArray[np.generic], rows: int) -> None:
     """Look at what a graph gave, which says of its output's shape what its maker likes.
 
     Raises:
@@ -98,11 +98,12 @@ def _check_output(task: Task, values: npt.NDArray[np.generic]) -> None:
     if (
         values.dtype.kind != "f"
         or values.ndim != len(spec.shape)
+        or len(values) != rows
         or (isinstance(width, int) and values.shape[-1] != width)
     ):
         raise BundleError(
             f"graph 'inference': its output {task.output!r} is {list(values.shape)} of {values.dtype}, "
-            f"expected {[*spec.shape[:-1], width]} of floats: export the model again"
+            f"expected {[rows, *spec.shape[1:-1], width]} of floats: export the model again"
         )
 
 

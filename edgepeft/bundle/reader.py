@@ -69,6 +69,15 @@ class Bundle:
             )
         return stored.astype(np.float32).reshape(weight.shape)
 
+    def check_weights(self) -> None:
+        """Read the weight file once more, which a map of it may have followed.
+
+        Raises:
+            BundleError: it is not what it was when the bundle was opened.
+        """
+        name = self.manifest.weights_file
+        _compare(self.path / name, hash_file(self.file(name)), self.manifest.files[name])
+
     def adapter_names(self) -> tuple[str, ...]:
         """The manifest's adapters and then those whose folders were dropped into `adapters/`."""
         folder = self.path / "adapters"

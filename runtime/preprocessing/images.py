@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "PPM", "JPEG")
 _ROWS = 64
+_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "PPM": 8, "JPEG": 8 * 64}
+"""What a byte of a file holds at most: deflate's best of black and white; bits; a bit a block of 8 x 8."""
 LEFT_BYTES = 3 * 2**20
 """What decoding pictures leaves in the process, beside the decoders: 1.3 to 4.6 MiB, measured."""
 MAX_PIXELS = 2**26
@@ -121,6 +123,12 @@ def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read"
+                )
+            most = _PIXELS_PER_BYTE[str(image.format)] * path.stat().st_size
+            if image.width * image.height > most:
+                raise DataError(
+                    f"{path} says that it has {image.width * image.height:,} pixels, and its bytes hold at "
+                    f"most {most:,}: it is damaged"
                 )
             mode = "RGB" if channels == 3 else "L"
             # Of a progressive JPEG all coefficients are held, two bytes each, whatever size it is decoded at.

@@ -117,6 +117,7 @@ class Update:
                 nothing is written.
             DataError: a record cannot be used, or there are too few.
             AdapterError: the starting adapter is damaged or does not fit.
+            BundleError: the weights have changed on the disk meanwhile; nothing is written.
         """
         report_file = self._output / REPORT_FILE
         if self._options.resume and is_finished(self._checkpoint, report_file):
@@ -135,6 +136,7 @@ class Update:
             outcome = self._train(prepared, judging) if prepared.total_steps else judging.fit_head_alone()
             features = judging.features() if outcome.rejected is None else {}
             report = self._report(prepared, outcome, resumed_from_step, began_s)
+            self._bundle.check_weights()
             if outcome.rejected is None:
                 self._keep(prepared, report, features)
         self._checkpoint.unlink(missing_ok=True)

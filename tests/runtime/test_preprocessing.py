@@ -105,6 +105,21 @@ def test_images_that_cannot_be_used(value: object, message: str) -> None:
         images.read_image(value, 3)
 
 
+def test_a_picture_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+    """Before there is room for it: 64 million pixels in 800 bytes."""
+    path = tmp_path / "x.jpg"
+    Image.fromarray(picture(16, 16)).save(path)
+    whole = path.read_bytes()
+    size = whole.index(b"\xff\xc0") + 5
+    path.write_bytes(whole[:size] + (8000).to_bytes(2, "big") * 2 + whole[size + 4 :])
+    with pytest.raises(DataError, match=r"says that it has 64,000,000 pixels, and its bytes hold at most"):
+        images.read_image(path, 3)
+    Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(tmp_path / "flat.png")
+    Image.fromarray(np.zeros((2000, 2000), np.uint8)).save(tmp_path / "flat.jpg")
+    for name, edge in (("flat.png", 4000), ("flat.jpg", 2000)):
+        assert images.read_image(tmp_path / name, 1).shape == (edge, edge, 1)
+
+
 def test_a_sliver_is_not_blown_up() -> None:
     """A shortest edge of 224 of one pixel by a million would be 150 GB."""
     settings = ImagePreprocessing("bilinear", 1.0, (0.0,), (1.0,), None, None, 224, 224, 224)
