@@ -1,14 +1,17 @@
 """Every command that writes, killed at every call to the file system: run again, it ends as one run does, and
 leaves nothing else behind.
 
-    python -m tests.kills [--every N] [SCENARIO...]
+    python -m tests.kills [--every N] [--disk full|gone] [SCENARIO...]
 
 prints, for each scenario, how many places a kill was tried at and what went wrong. A place is an event that
-Python audits (a file opened, renamed, removed, …; see `sys.addaudithook`) or a flush to the disk. A process
-is forked for each, so that nothing but the command itself takes time.
+Python audits (a file opened, renamed, removed, …; see `sys.addaudithook`) or a flush to the disk. With
+`--disk full` or `--disk gone` the disk takes no more from there on, or is there no more: the command has to
+end in one line, and to end well when the disk is back. A process is forked for each, so that nothing but
+the command itself takes time.
 """
 
 import argparse
+import errno
 import json
 import os
 import shutil
@@ -81,15 +84,19 @@ def make(folder: Path) -> None:
     (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def _killed_at(folder: Path, count: int) -> Callable[[], int]:
-    """Have this process killed at the event of that number; returns how many there were."""
+def _killed_at(folder: Path, count: int, disk: str | None) -> Callable[[], int]:
+    """Have this process killed at the event of that number, or the disk fail from there on; returns how many
+    events there were."""
     seen = 0
 
-    def event() -> None:
+    def event(name: str, writes: bool) -> None:
         nonlocal seen
         seen += 1
-        if seen == count:
+        if seen == count and disk is None:
             os.kill(os.getpid(), signal.SIGKILL)
+        if seen >= count and (disk == "gone" or (disk == "full" and writes)):
+            code = errno.EIO if disk == "gone" else errno.ENOSPC
+            raise OSError(code, os.strerror(code), name)
 
     def audit(name: str, arguments: tuple[object, ...]) -> None:
         if name in _EVENTS and any(
@@ -98,12 +105,13 @@ def _killed_at(folder: Path, count: int) -> Callable[[], int]:
             or (name in ("os.remove", "os.rmdir") and index == 1 and item != -1)
             for index, item in enumerate(arguments)
         ):
-            event()
+            opened = arguments[1] if name == "open" else None
+            event(name, name == "os.mkdir" or (isinstance(opened, str) and opened[0] in "wxa"))
 
     flush = os.fsync
 
     def fsync(descriptor: int) -> None:
-        event()
+        event("fsync", True)
         flush(descriptor)
 
     os.fsync = fsync
@@ -111,7 +119,7 @@ def _killed_at(folder: Path, count: int) -> Callable[[], int]:
     return lambda: seen
 
 
-def run(folder: Path, command: str, killed_at: int = _NEVER) -> tuple[int, int]:
+def run(folder: Path, command: str, killed_at: int = _NEVER, disk: str | None = None) -> tuple[int, int]:
     """Run a command in a folder, in a process of its own.
 
     Returns:
@@ -126,7 +134,7 @@ def run(folder: Path, command: str, killed_at: int = _NEVER) -> tuple[int, int]:
             with (folder.parent / "log").open("w", encoding="utf-8") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            count = _killed_at(folder, killed_at)
+            count = _killed_at(folder, killed_at, disk)
             try:
                 if command == "cache":
                     import edgepeft
@@ -165,8 +173,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def check(scenario: Scenario, scratch: Path, every: int = 1) -> tuple[int, list[str]]:
-    """Try a scenario with a kill at every `every`th place.
+def check(
+    scenario: Scenario, scratch: Path, every: int = 1, disk: str | None = None
+) -> tuple[int, list[str]]:
+    """Try a scenario with a kill at every `every`th place, or with a disk that fails.
 
     Returns:
         How many kills there were, and what went wrong, a line each.
@@ -187,8 +197,11 @@ def check(scenario: Scenario, scratch: Path, every: int = 1) -> tuple[int, list[
     tried = range(1, events + 1, every)
     for number in tried:
         again()
-        code, _ = run(work, scenario.command, number)
-        if code != -signal.SIGKILL:
+        code, _ = run(work, scenario.command, number, disk)
+        told = (scratch / "log").read_text()
+        if disk is not None and (code not in (0, 1, 2) or "Traceback" in told or told.count("error:") > 1):
+            faults.append(f"place {number}: ended with {code}: {told.strip()[-600:]}")
+        if disk is None and code != -signal.SIGKILL:
             faults.append(f"place {number}: ended with {code} instead of being killed")
             continue
         for bundle in ("b.edge", "lm.edge"):
@@ -213,6 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     parser.add_argument("--every", type=int, default=1, help="try one place of so many")
+    parser.add_argument("--disk", choices=["full", "gone"], help="what happens instead of a kill")
     options = parser.parse_args(arguments)
     import edgepeft.runtime.training.adapt  # noqa: F401  (once, for all processes)
 
@@ -220,8 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     for name in options.scenarios or SCENARIOS:
         began_s = time.perf_counter()
         with tempfile.TemporaryDirectory() as scratch:
-            count, faults = check(SCENARIOS[name], Path(scratch), options.every)
-        print(f"{name}: {count} kills, {len(faults)} faults ({time.perf_counter() - began_s:.0f} s)")
+            count, faults = check(SCENARIOS[name], Path(scratch), options.every, options.disk)
+        what = "kills" if options.disk is None else f"disks {options.disk}"
+        took_s = time.perf_counter() - began_s
+        print(f"{name}: {count} {what}, {len(faults)} faults ({took_s:.0f} s)")
         print("".join(f"  {fault}\n" for fault in faults), end="", flush=True)
         total += len(faults)
     return total

@@ -31,6 +31,14 @@ def test_a_killed_command_is_run_again(scenario: str) -> None:
     assert "kills, 0 faults" in run(scenario, "--every", "19")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("disk", ["full", "gone"])
+def test_a_disk_that_fails_is_told_in_one_line(disk: str) -> None:
+    """From some places on; when it is back, the command is run again."""
+    done = run("adapt-in-place", "adapter-add", "--every", "29", "--disk", disk)
+    assert done.count(", 0 faults") == 2
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("scenario", kills.SCENARIOS)
