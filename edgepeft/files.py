@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,6 +297,14 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         _release(lock)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder among the system's temporary files, for this user alone; see `scratch_folder`."""
+    with scratch_folder(Path(tempfile.gettempdir()) / "edgepeft") as folder:
+        folder.chmod(0o700)
+        yield folder
 
 
 def _take_place(temporary: Path, path: Path) -> None:

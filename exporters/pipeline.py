@@ -1,7 +1,6 @@
 """`edgepeft.export`: from a model and its adapters to a verified bundle."""
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from edgepeft.adapters import Adapter, check_base, fit, load_adapter
 from edgepeft.bundle.manifest import Calibration, Manifest
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import AdapterError, UsageError
-from edgepeft.files import atomic_folder, check_replaceable
+from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
 
 from .base_fingerprint import base_fingerprint
 from .calibration import Progress, calibrate
@@ -108,7 +107,7 @@ def export(
     output = Path(output)
     check_replaceable(output, MANIFEST_FILE)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgepeft-")))
+        scratch = stack.enter_context(temporary_folder())
         folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
         loaded = {name: load_adapter(folder) for name, folder in folders.items()}
         report("loading the model")

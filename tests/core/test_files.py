@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.files import _exchange, atomic_file, atomic_folder, atomic_path, atomic_write
+from edgepeft.files import _exchange, atomic_file, atomic_folder, atomic_path, atomic_write, temporary_folder
 
 FULL = Path("/dev/full")
 
@@ -262,3 +262,16 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
         atomic_folder(tmp_path / "file" / "x", "m"),
     ):
         pass
+
+
+def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next one; nobody else can look into one."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".edgepeft.0123456789ab").mkdir()
+    (tmp_path / ".edgepeft.0123456789ab" / "features").write_bytes(b"x")
+    with temporary_folder() as folder, temporary_folder() as other:
+        assert folder != other
+        assert folder.stat().st_mode & 0o777 == 0o700
+        pytest.importorskip("fcntl", reason="there are no such locks")
+        assert names(tmp_path) == sorted([folder.name, other.name])
+    assert names(tmp_path) == []
