@@ -19,6 +19,8 @@ between them, are that long."""
 _PER_TOKEN = 8
 """Characters that are read for each token at first: more than those of most languages have."""
 _FIRST = 2**10
+_LARGEST = 2**31 - 1
+"""What examples have room for; whether the model has such a token is looked at later."""
 _MARGIN = 256
 """Characters at a cut whose tokens the cut may have changed: more than any special token has."""
 
@@ -138,13 +140,17 @@ class Text:
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
         try:
-            return self._tokenizer.encode(
+            encoding = self._tokenizer.encode(
                 text, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
             )
         except Exception as error:  # as above: a vocabulary without its own unknown token, for one
             raise self._damaged(error) from error
+        largest = max(max(encoding.ids, default=0), max(encoding.type_ids, default=0))
+        if largest > _LARGEST:
+            raise self._damaged(f"it gives {largest} for a token or its type")
+        return encoding
 
-    def _damaged(self, error: Exception) -> BundleError:
+    def _damaged(self, error: object) -> BundleError:
         return BundleError(f"{self._path}: the tokenizer fails ({error}): copy the bundle again")
 
     def token(self, token: int) -> str:

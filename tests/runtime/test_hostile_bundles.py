@@ -220,6 +220,19 @@ def test_a_tokenizer_that_fails_at_a_text(bundle: Path) -> None:
         model.predict([{"text": "unheard of"}])
 
 
+@pytest.mark.parametrize("number", [tiny.VOCAB, 2**31, 2**32 - 1])
+def test_a_tokenizer_of_a_larger_vocabulary(bundle: Path, number: int) -> None:
+    """Than the model's, and than what numbers of tokens are held in."""
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w7"] = number
+    (bundle / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(bundle)
+    with edgepeft.load(bundle) as model:
+        assert model.predict([{"text": "w6"}])
+        with pytest.raises(EdgePeftError, match=rf"it gives {number} for|holds token {number}"):
+            model.predict([{"text": "w7"}])
+
+
 def test_weights_that_are_shorter_than_the_manifest_says(bundle: Path) -> None:
     """The manifest is held against the file's real size."""
     (bundle / "weights.bin").write_bytes((bundle / "weights.bin").read_bytes()[:4096])
