@@ -20,6 +20,8 @@ from typing import BinaryIO
 
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.sizes import format_size
+from edgepeft.system import exchange as _exchange
+from edgepeft.system import lock as _locked
 
 # Windows renames and deletes nothing that is open or mapped: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION and
 # ERROR_USER_MAPPED_FILE.
@@ -57,28 +59,6 @@ _ABANDONED_S = 24 * 3600
 
 def _sibling(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(6)}"
-
-
-def _locked(path: Path, *, wait: bool) -> int | None:
-    """Open a file or folder that no other process holds, or wait for it; the descriptor holds it until it is
-    closed, or until the process dies.
-
-    Returns:
-        None where somebody else holds it, or where there are no such locks: on Windows, on some file systems.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _release(descriptor: int | None) -> None:
@@ -155,23 +135,6 @@ def remove_folder(path: Path) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise EdgePeftError(f"{path}: cannot be removed ({error.strerror or error})") from error
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the system, or the file system, cannot.
-
-    Source: rename(2), RENAME_EXCHANGE.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    import ctypes
-
-    here, exchange = -100, 2
-    try:
-        rename = ctypes.CDLL(None).renameat2
-    except (OSError, TypeError, AttributeError):  # an old C library, or none by the name None
-        return False
-    return bool(rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
 
 
 def _sync_file(path: Path) -> None:

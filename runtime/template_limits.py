@@ -14,7 +14,7 @@ from typing import Any
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgepeft.errors import BundleError
-from edgepeft.runtime.memory.system import memory_from_status
+from edgepeft.runtime.memory.system import memory_limit
 
 LIMIT_S = 4.0
 """Seconds of computing."""
@@ -77,7 +77,7 @@ def limited(origin: str) -> Iterator[None]:
     before = sys.gettrace()
     sys.settrace(trace)
     try:
-        with _memory_limit(_MEMORY_BYTES):
+        with memory_limit(_MEMORY_BYTES):
             yield
     except _TakesTooLong:
         raise BundleError(
@@ -89,23 +89,3 @@ def limited(origin: str) -> Iterator[None]:
         ) from error
     finally:
         sys.settrace(before)
-
-
-@contextlib.contextmanager
-def _memory_limit(more_bytes: int) -> Iterator[None]:
-    """Let this process have that much more address space; nothing where the system limits none."""
-    held_bytes = (memory_from_status() or {}).get("VmSize")
-    if held_bytes is None:
-        yield
-        return
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = held_bytes + more_bytes
-    for present in (soft, hard):
-        limit = limit if present == resource.RLIM_INFINITY else min(limit, present)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

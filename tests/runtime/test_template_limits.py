@@ -1,6 +1,5 @@
 """Chat templates that loop for years or build gigabytes are refused, by the file that they are in."""
 
-import resource
 import sys
 import time
 from pathlib import Path
@@ -69,6 +68,8 @@ def test_time_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, templa
 @pytest.mark.parametrize("template", LARGE.values(), ids=LARGE)
 def test_memory_is_bounded(tmp_path: Path, template: str) -> None:
     """And the process has all the address space afterwards that it had before."""
+    import resource
+
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(
         BundleError, match=r"b/tokenizer_config\.json: the chat template takes more than 64 MiB"
