@@ -54,7 +54,8 @@ class ChatTemplate:
         self._tokens = {
             name: _token(config.get(name)) for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        self._errors = (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError)
+        raised = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+        self._errors = (jinja2.TemplateError, *raised)
         try:
             with limited(self._origin):
                 self._template = environment.from_string(source)

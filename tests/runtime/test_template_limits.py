@@ -48,6 +48,7 @@ REFUSED = {
     "squares": "{% set ns=namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
     "endless": "{% macro f(n) %}{{ f(n+1) }}{% endmacro %}{{ f(1) }}",
     "deep": "{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}",
+    "division": "{{ 1 % 0 }}",
     "blocks": "{% for i in [1] %}" * 60 + "{% endfor %}" * 60,
     "output": "{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
 }
