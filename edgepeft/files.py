@@ -1,19 +1,27 @@
 """Writing files and folders so that a crash, a kill or a full disk leaves what was there before.
 
-Everything is written beside its destination, flushed to the disk and then renamed over it.
+Everything is written beside its destination, as `.NAME.` and twelve hexadecimal digits, flushed to the disk
+and then renamed over it, or exchanged with the folder that was there. Who writes holds a lock on it; what
+nobody holds is left of a process that died, and the next one that writes to the same place removes it.
 """
 
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.sizes import format_size
+from edgepeft.system import exchange as _exchange
+from edgepeft.system import lock as _locked
 
 # Windows renames and deletes nothing that is open or mapped: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION and
 # ERROR_USER_MAPPED_FILE.
@@ -44,8 +52,89 @@ def _sync_folder(path: Path) -> None:
             os.close(descriptor)
 
 
+_SIBLING = re.compile(r"\.(.+)\.[0-9a-f]{12}")
+_ABANDONED_S = 24 * 3600
+"""Age at which what was being written is taken for abandoned, where there are no locks (Windows)."""
+
+
 def _sibling(path: Path) -> Path:
     return path.parent / f".{path.name}.{secrets.token_hex(6)}"
+
+
+def _release(descriptor: int | None) -> None:
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, once no other process does; nobody is held off where there are no locks (Windows)."""
+    descriptor = _locked(folder, wait=True)
+    try:
+        yield
+    finally:
+        _release(descriptor)
+
+
+def _abandoned(path: Path) -> bool:
+    """Whether nobody is writing this any more."""
+    descriptor = _locked(path, wait=False)
+    if descriptor is not None:
+        os.close(descriptor)
+        return True
+    if sys.platform != "win32":
+        return False
+    try:
+        return time.time() - path.lstat().st_mtime > _ABANDONED_S
+    except OSError:
+        return False
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Remove what processes that died have left half-written in `folder`, of the destination `name` or of
+    any; what cannot be removed stays."""
+    with contextlib.suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            found = _SIBLING.fullmatch(path.name)
+            if found is not None and name in (None, found[1]) and not path.is_symlink() and _abandoned(path):
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def settle(path: Path) -> None:
+    """Finish or undo what a process that died was doing to the file or folder at `path`: before it is read
+    that once, and before it is written."""
+    path = Path(path)
+    previous = path.parent / f".{path.name}.previous"
+    if previous.is_dir() and not path.is_symlink():
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                previous.rename(path)
+    remove_leftovers(path.parent, path.name)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it goes at once, or not at all.
+
+    Raises:
+        EdgePeftError: it cannot be removed.
+    """
+    leaving = _sibling(path)
+    try:
+        path.rename(leaving)
+        shutil.rmtree(leaving)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise EdgePeftError(f"{path}: cannot be removed ({error.strerror or error})") from error
 
 
 def _sync_file(path: Path) -> None:
@@ -53,8 +142,12 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+Check = Callable[[Path], None]
+"""Looks at a written file before it takes its place; what it raises keeps the one that was there."""
+
+
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, check: Check | None = None) -> Iterator[Path]:
     """Give a temporary sibling of `path` for a file that takes `path`'s place when the block ends well; for
     libraries that open files themselves.
 
@@ -62,28 +155,37 @@ def atomic_path(path: Path) -> Iterator[Path]:
         EdgePeftError: the file cannot be written, for example because the disk is full.
     """
     path = Path(path)
+    remove_leftovers(path.parent, path.name)
     temporary = _sibling(path)
+    lock = None
     try:
         try:
+            temporary.open("xb").close()
+            lock = _locked(temporary, wait=False)
             yield temporary
             _sync_file(temporary)
+            if check is not None:
+                check(temporary)
+            _release(lock)
+            lock = None
             temporary.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
             raise _write_error(path, error) from error
     finally:
+        _release(lock)
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, check: Check | None = None) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` whole, or not at all.
 
     Raises:
         EdgePeftError: see `atomic_path`.
     """
-    with atomic_path(path) as temporary, temporary.open("xb") as file:
+    with atomic_path(path, check) as temporary, temporary.open("wb") as file:
         yield file
 
 
@@ -113,8 +215,9 @@ def check_replaceable(path: Path, marker: str) -> None:
 def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
     """Give a temporary sibling of `path` to fill in; it takes `path`'s place when the block ends well.
 
-    A folder that was there is kept as `.NAME.previous` while the two are exchanged, and brought back when the
-    exchange fails, or by the next call when the process died in between.
+    A folder that was there is exchanged with it in one step where the system can. Elsewhere it is kept as
+    `.NAME.previous` in between, and brought back when the exchange fails, or by `settle` when the process
+    died.
 
     Args:
         path: where the folder shall be.
@@ -125,37 +228,59 @@ def atomic_folder(path: Path, marker: str) -> Iterator[Path]:
         UsageError: something that is not such a folder stands at `path`.
         EdgePeftError: the folder cannot be written, for example because the disk is full.
     """
-    if not Path(path).is_symlink():
-        previous = Path(path).parent / f".{Path(path).name}.previous"
-        if previous.is_dir() and not Path(path).exists():
-            previous.rename(path)
+    settle(path)
     check_replaceable(path, marker)
     path = Path(path).resolve()  # a link to a folder stays, the folder is replaced
-    previous = path.parent / f".{path.name}.previous"
-    temporary: Path | None = None
+    settle(path)
     try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = _sibling(path)
-            temporary.mkdir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch_folder(path) as temporary:  # holds the old one, once the two are exchanged
             yield temporary
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync_file(file)
-            if previous.exists():
-                shutil.rmtree(previous)
-            if path.exists():
-                path.rename(previous)
-            try:
-                temporary.rename(path)
-            except BaseException:  # Ctrl-C between the two, too
-                if previous.exists() and not path.exists():
-                    previous.rename(path)
-                raise
+            for inside in [*temporary.rglob("*"), temporary]:
+                if inside.is_file():
+                    _sync_file(inside)
+                else:
+                    _sync_folder(inside)
+            _take_place(temporary, path)
             _sync_folder(path.parent)
-        except OSError as error:
-            raise _write_error(path, error) from error
-        shutil.rmtree(previous, ignore_errors=True)
+    except OSError as error:
+        raise _write_error(path, error) from error
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`, named after it, that is gone when the block ends; or when the next one
+    is made there, should this process die."""
+    remove_leftovers(path.parent, path.name)
+    temporary = _sibling(path)
+    temporary.mkdir()
+    lock = _locked(temporary, wait=False)
+    try:
+        yield temporary
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        _release(lock)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Give a folder among the system's temporary files, for this user alone; see `scratch_folder`."""
+    with scratch_folder(Path(tempfile.gettempdir()) / "edgepeft") as folder:
+        folder.chmod(0o700)
+        yield folder
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    """Have the folder `temporary` stand at `path`."""
+    if path.exists() and _exchange(temporary, path):
+        return
+    previous = path.parent / f".{path.name}.previous"
+    if path.exists():
+        path.rename(previous)
+    try:
+        temporary.rename(path)
+    except BaseException:  # Ctrl-C between the two, too
+        if previous.exists() and not path.exists():
+            previous.rename(path)
+        raise
+    shutil.rmtree(previous, ignore_errors=True)

@@ -1,22 +1,25 @@
 """Reading and writing safetensors files, with every float as float32.
 
 The safetensors package checks the header before it hands anything out; what is added here is bfloat16, which
-it does not give as numpy arrays, and errors that name the file.
+it does not give as numpy arrays, errors that name the file, and checksums for the files that edgepeft alone
+reads.
 """
 
 import contextlib
 import json
 import math
+import os
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from edgepeft.errors import AdapterError
+from edgepeft.errors import AdapterError, EdgePeftError
 from edgepeft.files import atomic_file
 
 _PIECE_VALUES = 2**18
@@ -25,6 +28,8 @@ _STATES = ("F32", "U8")
 _DTYPES = {"F32": "float32", "F16": "float16", "I8": "int8", "U8": "uint8"}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER_BYTES = 2**24
+_CHECKSUMS = "crc32"
+_METADATA = "__metadata__"
 
 
 class Pieces(Protocol):
@@ -202,23 +207,94 @@ def write_in_pieces(
     metadata: Mapping[str, str],
 ) -> None:
     """Write flat tensors, float32 or uint8, as a safetensors file, a piece at a time: for what must not be in
-    memory whole, as `safetensors` would have it.
+    memory whole, as `safetensors` would have it. It has checksums, and is read back before it takes the place
+    of the file that was there.
 
     Raises:
         EdgePeftError: the file cannot be written.
     """
     specs = {name: (tensor.dtype, [len(tensor)]) for name, tensor in tensors.items()}
-    with atomic_file(path) as file:
-        file.write(_header(specs, metadata))
-        for tensor in tensors.values():
+    checksums = dict.fromkeys(tensors, 0)
+    with atomic_file(path, _prove) as file:
+        file.write(_header(specs, _with_checksums(metadata, checksums)))
+        for name, tensor in tensors.items():
             for start in range(0, len(tensor), _PIECE_VALUES):
-                file.write(tensor.read(start, start + _PIECE_VALUES).data)
+                piece = tensor.read(start, start + _PIECE_VALUES).data
+                checksums[name] = zlib.crc32(piece, checksums[name])
+                file.write(piece)
+        file.seek(0)
+        file.write(_header(specs, _with_checksums(metadata, checksums)))  # as long as the first
+
+
+def _with_checksums(metadata: Mapping[str, str], checksums: Mapping[str, int]) -> dict[str, str]:
+    """The metadata, and the CRC-32 of each tensor and of the metadata itself in 8 digits each."""
+    of_all = {_METADATA: _checksum_of(metadata), **checksums}
+    return {**metadata, _CHECKSUMS: json.dumps({name: f"{value:08x}" for name, value in of_all.items()})}
+
+
+def _checksum_of(metadata: Mapping[str, str]) -> int:
+    return zlib.crc32(json.dumps(sorted(metadata.items())).encode())
+
+
+def check_sums(path: Path) -> None:
+    """Read a file once, from the disk where the system can be told to, and compare its checksums.
+
+    Raises:
+        AdapterError: it is missing or damaged, or has none.
+    """
+    header_size(path)
+    metadata = read_metadata(path)
+    try:
+        expected = json.loads(metadata.pop(_CHECKSUMS, "null"))
+    except (ValueError, RecursionError):
+        expected = None
+    if not isinstance(expected, dict):
+        raise AdapterError(f"{path}: has no checksums")
+    got = {_METADATA: _checksum_of(metadata)}
+    try:
+        with path.open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+            for name in tensor_names(path):
+                begin, end = header[name]["data_offsets"]
+                file.seek(8 + header_bytes + begin)
+                got[name] = _checksum(file, end - begin)
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read ({error.strerror or error})") from error
+    for name in sorted(got.keys() | expected.keys()):
+        found = f"{got[name]:08x}" if name in got else None
+        if found != expected.get(name):
+            raise AdapterError(
+                f"{path}: is damaged: {name} has the CRC-32 {found}, expected {expected.get(name)}"
+            )
+
+
+def _checksum(file: BinaryIO, nbytes: int) -> int:
+    checksum = 0
+    while nbytes and (piece := file.read(min(nbytes, _PIECE_VALUES))):
+        checksum = zlib.crc32(piece, checksum)
+        nbytes -= len(piece)
+    return checksum
+
+
+def _prove(path: Path) -> None:
+    try:
+        check_sums(path)
+    except AdapterError as error:
+        raise EdgePeftError(
+            f"{path.parent}: what was written there reads back differently, nothing was changed: the disk is "
+            f"failing, write somewhere else ({error})"
+        ) from error
 
 
 def write_tensors(
     path: Path,
     tensors: Mapping[str, npt.NDArray[np.generic]],
     metadata: Mapping[str, str] = MappingProxyType({"format": "pt"}),
+    *,
+    checksums: bool = False,
 ) -> None:
     """Write tensors as a safetensors file, byte for byte as the package does, from their own memory.
 
@@ -226,11 +302,16 @@ def write_tensors(
     disk would not be the tensors, nobody but the user could read them, and Windows lets no open file be
     replaced. Its `save` makes a copy of them all.
 
+    With `checksums`, `check_sums` can tell whether the file is what was written.
+
     Raises:
         EdgePeftError: the file cannot be written.
     """
     wide_first = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     contiguous = {name: np.asarray(tensors[name], order="C") for name in wide_first}
+    if checksums:
+        sums = {name: zlib.crc32(array.reshape(-1).data) for name, array in contiguous.items()}
+        metadata = _with_checksums(metadata, sums)
     with atomic_file(path) as file:
         specs = {name: (array.dtype, array.shape) for name, array in contiguous.items()}
         file.write(_header(specs, metadata))

@@ -1,7 +1,6 @@
 """Measure what streamed inference needs, as a formula of batch, sequence, rank and what the cache holds."""
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.wiring import Stage, StreamedInference
+from edgepeft.files import temporary_folder
 from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.streamed import StreamedModel, output_rows
 
@@ -40,8 +40,8 @@ def _bytes_in_use(
     bundle: Bundle, streamed: StreamedInference, grid: Grid, length_unit: int
 ) -> Iterator[np.ndarray]:
     """For every graph, what is held after each of its nodes: bytes, float64 `[sizes, nodes]`."""
-    with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
-        model = StreamedModel(bundle, 1, streamed=streamed, profile=str(Path(scratch) / "profile"))
+    with temporary_folder() as scratch:
+        model = StreamedModel(bundle, 1, streamed=streamed, profile=str(scratch / "profile"))
         for batch, sequence, rank, past in grid.sizes:
             sizes = axis_sizes(batch, sequence * length_unit)
             sizes["total_sequence"] += past

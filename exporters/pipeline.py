@@ -1,7 +1,6 @@
 """`edgepeft.export`: from a model and its adapters to a verified bundle."""
 
 import dataclasses
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from edgepeft.adapters import Adapter, check_base, fit, load_adapter
 from edgepeft.bundle.manifest import Calibration, Manifest
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import AdapterError, UsageError
-from edgepeft.files import atomic_folder, check_replaceable
+from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
 
 from .base_fingerprint import base_fingerprint
 from .calibration import Progress, calibrate
@@ -21,10 +20,11 @@ from .forward import build_forward
 from .memory import with_memory
 from .model_info import saved_module_names
 from .passes.quantize import Freezer
+from .peft_patterns import check_patterns
 from .quantization import BLOCK_SIZES
 from .sources.base import ModelSource
 from .sources.loading import Source, load_source
-from .sources.onnx_file import OnnxFile, is_onnx_file, load_onnx_file
+from .sources.onnx_file import OnnxFile, converting, is_onnx_file, load_onnx_file
 from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
 from .stored_modules import prepare_stored, without_unused
 from .verify import verify_bundle
@@ -109,17 +109,21 @@ def export(
     output = Path(output)
     check_replaceable(output, MANIFEST_FILE)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgepeft-")))
+        scratch = stack.enter_context(temporary_folder())
         folders = {name: Path(folder) for name, folder in (adapters or {}).items()}
         loaded = {name: load_adapter(folder) for name, folder in folders.items()}
         report("loading the model")
         source: Source | OnnxFile
         if is_onnx_file(model):
+            stack.enter_context(converting(Path(model)))
             source = load_onnx_file(Path(model), task=task, labels=labels)
         else:
             source = load_source(model, task=task, labels=labels, seed=seed)
         base = base_fingerprint(source)
         _check_modules(loaded, source)
+        if not isinstance(source, OnnxFile):
+            for folder in folders.values():
+                check_patterns(folder, source.model)
         loaded = prepare_stored(loaded, source, report)
         freezer = _freezer(source, bits, block_size)
         losses = Losses(source, loss, drift_penalty)

@@ -2,7 +2,7 @@
 extra).
 
 A template is a program that came with the bundle, so it runs in Jinja's immutable sandbox, as in
-transformers, and its output is bounded.
+transformers, and its output, its time and its memory are bounded.
 """
 
 import datetime
@@ -37,21 +37,22 @@ class ChatTemplate:
         try:
             import jinja2
             import jinja2.ext
-            import jinja2.sandbox
 
             from edgepeft.runtime.chat_extension import Generation
+            from edgepeft.runtime.template_limits import BoundedEnvironment, limited
         except ImportError as error:
             raise MissingExtraError("jinja2", "chat", "reading messages") from error
         config = _read_config(bundle)
-        sources = _templates(config.get("chat_template"))
-        if _TEMPLATE_FILE in bundle.manifest.files:
-            sources = {_DEFAULT: bundle.file(_TEMPLATE_FILE).read_text("utf-8")}
+        in_file = _TEMPLATE_FILE in bundle.manifest.files
+        self._origin = str(bundle.path / (_TEMPLATE_FILE if in_file else _CONFIG_FILE))
+        sources = {_DEFAULT: _read_template(bundle)} if in_file else _templates(config.get("chat_template"))
         if _DEFAULT not in sources:
             raise BundleError(
                 f"{bundle.path}: the model has no chat template: give prompt (and completion) instead of "
                 "messages, and no --chat"
             )
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        self._limited = limited
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, Generation]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(
@@ -61,11 +62,13 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _now
         found = {name: _token(config.get(name)) for name in _TOKENS}
         self._tokens = {name: token for name, token in found.items() if token is not None}
-        self._errors = (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError)
+        raised = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+        self._errors = (jinja2.TemplateError, *raised)
         try:
-            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
-        except self._errors as error:
-            raise BundleError(f"{bundle.path}: its chat template cannot be read ({error})") from error
+            with limited(self._origin):
+                self._templates = {name: environment.from_string(source) for name, source in sources.items()}
+        except (*self._errors, SyntaxError) as error:  # what Python says of the program that Jinja made
+            raise BundleError(f"{self._origin}: the chat template cannot be read ({error})") from error
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], where: str, *, prompt: bool, beside: Beside = NOTHING
@@ -80,17 +83,18 @@ class ChatTemplate:
         """
         given = {name: beside.get(name) for name in BESIDE}
         chosen = _TOOL_USE if given["tools"] is not None and _TOOL_USE in self._templates else _DEFAULT
+        parts, size = [], 0
         try:
-            parts, size = [], 0
-            for part in self._templates[chosen].generate(
-                messages=messages, add_generation_prompt=prompt, **given, **self._tokens
-            ):
-                size += len(part)
-                if size > _MAX_CHARACTERS:
-                    raise DataError(
-                        f"{where}: the chat template wrote more than {_MAX_CHARACTERS:,} characters"
-                    )
-                parts.append(part)
+            with self._limited(self._origin):
+                for part in self._templates[chosen].generate(
+                    messages=messages, add_generation_prompt=prompt, **given, **self._tokens
+                ):
+                    size += len(part)
+                    if size > _MAX_CHARACTERS:
+                        raise DataError(
+                            f"{where}: the chat template wrote more than {_MAX_CHARACTERS:,} characters"
+                        )
+                    parts.append(part)
         except self._errors as error:
             raise DataError(f"{where}: the model's chat template refuses these messages ({error})") from error
         return "".join(parts)
@@ -161,6 +165,14 @@ def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, _REASONING[0]: reasoning}
+
+
+def _read_template(bundle: Bundle) -> str:
+    path = bundle.file(_TEMPLATE_FILE)
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BundleError(f"{path}: cannot be read ({error})") from error
 
 
 def _read_config(bundle: Bundle) -> dict[str, Any]:

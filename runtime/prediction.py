@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.errors import BudgetError
+from edgepeft.errors import BudgetError, BundleError, EdgePeftError
 from edgepeft.runtime.data import Record, RecordSource
 from edgepeft.runtime.registry import AdapterSpecs, part_of
 from edgepeft.runtime.tasks import Example, Task
@@ -68,6 +68,7 @@ def batches(
 
     Raises:
         BudgetError: the budget cannot hold a single example.
+        BundleError: the graph's output is not what the task makes results of.
     """
     order = sorted(range(len(examples)), key=lambda index: -examples[index].length)
     waiting = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][::-1]
@@ -82,7 +83,47 @@ def batches(
             middle = len(indices) // 2
             waiting += [indices[middle:], indices[:middle]]
             continue
+        _check_output(task, outputs[task.output], len(next(iter(batch.values()))))
         yield indices, batch, outputs
+
+
+def _check_output(task: Task, values: npt.NDArray[np.generic], rows: int) -> None:
+    """Look at what a graph gave, which says of its output's shape what its maker likes.
+
+    Raises:
+        BundleError: the task makes no results of it.
+    """
+    spec = next(item for item in task.manifest.graphs["inference"].outputs if item.name == task.output)
+    width = spec.shape[-1] if task.targets is None else len(task.targets.names)
+    if (
+        values.dtype.kind != "f"
+        or values.ndim != len(spec.shape)
+        or len(values) != rows
+        or (isinstance(width, int) and values.shape[-1] != width)
+    ):
+        raise BundleError(
+            f"graph 'inference': its output {task.output!r} is {list(values.shape)} of {values.dtype}, "
+            f"expected {[rows, *spec.shape[1:-1], width]} of floats: export the model again"
+        )
+
+
+def _check_finite(result: object, what: str) -> None:
+    """Refuse to give out what is no number.
+
+    Raises:
+        EdgePeftError: some of it is not.
+    """
+    if isinstance(result, Mapping):
+        for item in result.values():
+            _check_finite(item, what)
+    elif isinstance(result, list):
+        for item in result:
+            _check_finite(item, what)
+    elif isinstance(result, float | np.ndarray) and not np.isfinite(result).all():
+        raise EdgePeftError(
+            f"the model's results for {what} are no finite numbers: its weights are damaged, or the adapter "
+            "does not belong to it"
+        )
 
 
 def results(
@@ -98,6 +139,7 @@ def results(
     found: dict[int, dict[str, Any]] = {}
     for indices, batch, outputs in batches(task, forward, examples, adapter, batch_size):
         for index, result in zip(indices, task.results(outputs, batch), strict=True):
+            _check_finite(result, f"record {index + 1}")
             found[index] = task.finish(result, examples[index])
         if on_batch is not None:
             on_batch(len(found))
@@ -112,5 +154,6 @@ def embeddings(
     assert width is not None  # checked with the manifest
     found = np.empty((len(examples), width), np.float32)
     for indices, _, outputs in batches(task, forward, examples, adapter, batch_size):
+        _check_finite(outputs[task.output], "a batch")
         found[indices] = outputs[task.output]
     return found

@@ -1,6 +1,9 @@
 """onnxruntime sessions over a bundle's graphs: one place for their options, bindings and errors."""
 
 import copy
+import ctypes
+import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -118,6 +121,8 @@ class GraphSession:
                     f"{self._where}: its {kind} are not the manifest's, {differing!r} is in one only"
                 )
         self._session = session
+        self._process = os.getpid()
+        _open.add(self)
         self._binding = session.io_binding()
         # What is bound by its address, for as long as it is bound: a binding of onnxruntime that is cleared
         # still refers to every array that `bind_cpu_input` gave it.
@@ -173,6 +178,7 @@ class GraphSession:
 
     def run(self) -> None:
         """Run with everything bound; results are in the arrays given to `bind_outputs`."""
+        self._check_process()
         try:  # a context manager costs more, and a token calls this once
             self._session.run_with_iobinding(self._binding)
         except ORT_ERRORS as error:
@@ -219,8 +225,22 @@ class GraphSession:
         del self._binding
         del self._session
 
+    def _check_process(self) -> None:
+        """Refuse to wait for threads that a fork has not copied, which is for ever.
+
+        Raises:
+            EdgePeftError: this process is a copy of the one that opened the session.
+        """
+        if os.getpid() != self._process:
+            raise EdgePeftError(
+                f"{self._where}: this process was forked after the model was loaded, and onnxruntime's "
+                "threads are not in it: load the model in every process after the fork, or use "
+                "multiprocessing's 'spawn'"
+            )
+
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        self._check_process()
         try:
             yield
         except ORT_ERRORS as error:
@@ -234,6 +254,20 @@ class GraphSession:
                 "sequences"
             )
         return EdgePeftError(f"{self._where}: failed: {text}")
+
+
+_open: weakref.WeakSet[GraphSession] = weakref.WeakSet()
+
+
+def _keep_for_ever() -> None:
+    """In a process that was forked: closing a session would wait for its threads, which are not there."""
+    for session in list(_open):
+        if hasattr(session, "_session"):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session._session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_for_ever)
 
 
 def open_whole(bundle: Bundle, role: str, threads: int = 0, *, shared_arena: bool = False) -> GraphSession:

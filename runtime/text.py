@@ -19,6 +19,8 @@ between them, are that long."""
 _PER_TOKEN = 8
 """Characters that are read for each token at first: more than those of most languages have."""
 _FIRST = 2**10
+_LARGEST = 2**31 - 1
+"""What examples have room for; whether the model has such a token is looked at later."""
 _MARGIN = 256
 """Characters at a cut whose tokens the cut may have changed: more than any special token has."""
 
@@ -48,7 +50,7 @@ class Text:
             raise MissingExtraError("tokenizers", "text", "reading text (instead of input_ids)") from error
         if TOKENIZER_FILE not in bundle.manifest.files:
             raise BundleError(f"{bundle.path}: holds no {TOKENIZER_FILE}: give input_ids instead of text")
-        path = bundle.file(TOKENIZER_FILE)
+        self._path = path = bundle.file(TOKENIZER_FILE)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises nothing more specific
@@ -168,17 +170,33 @@ class Text:
             raise UsageError(
                 f"the text is not valid Unicode ({error.reason} at character {error.start})"
             ) from error
-        return self._tokenizer.encode(
-            text, pair, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
-        )
+        try:
+            encoding = self._tokenizer.encode(
+                text, pair, is_pretokenized=isinstance(text, list), add_special_tokens=special_tokens
+            )
+        except Exception as error:  # as above: a vocabulary without its own unknown token, for one
+            raise self._damaged(error) from error
+        largest = max(max(encoding.ids, default=0), max(encoding.type_ids, default=0))
+        if largest > _LARGEST:
+            raise self._damaged(f"it gives {largest} for a token or its type")
+        return encoding
+
+    def _damaged(self, error: object) -> BundleError:
+        return BundleError(f"{self._path}: the tokenizer fails ({error}): copy the bundle again")
 
     def token(self, token: int) -> str:
         """The text of a single token, special or not."""
-        return str(self._tokenizer.decode([token], skip_special_tokens=False))
+        return self._decoded([token], skip_special_tokens=False)
 
     def decode(self, ids: list[int]) -> str:
         """The text of token ids, special tokens left out."""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return self._decoded(ids, skip_special_tokens=True)
+
+    def _decoded(self, ids: list[int], *, skip_special_tokens: bool) -> str:
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+        except Exception as error:
+            raise self._damaged(error) from error
 
 
 def _sizes(characters: int, tokens: int) -> Iterator[int]:

@@ -69,6 +69,15 @@ class Bundle:
             )
         return stored.astype(np.float32).reshape(weight.shape)
 
+    def check_weights(self) -> None:
+        """Read the weight file once more, which a map of it may have followed.
+
+        Raises:
+            BundleError: it is not what it was when the bundle was opened.
+        """
+        name = self.manifest.weights_file
+        _compare(self.path / name, hash_file(self.file(name)), self.manifest.files[name])
+
     def adapter_names(self) -> tuple[str, ...]:
         """The manifest's adapters and then those whose folders were dropped into `adapters/`."""
         folder = self.path / "adapters"
@@ -133,10 +142,7 @@ def open_bundle(path: Path | str, *, force: bool = False) -> Bundle:
     path = Path(path)
     if not (path / MANIFEST_FILE).exists():
         raise BundleError(f"{path}: {_no_bundle(path)}")
-    manifest_path = _plain_file(path, MANIFEST_FILE)
-    if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise BundleError(f"{manifest_path}: is larger than {_MAX_MANIFEST_BYTES:,} B, this is no manifest")
-    manifest = manifest_from_json(manifest_path.read_bytes(), str(manifest_path))
+    manifest = read_manifest(path)
     for relative, entry in manifest.files.items():
         file = _plain_file(path, relative)
         # The size first: it is free, and names truncation for what it is.
@@ -144,6 +150,18 @@ def open_bundle(path: Path | str, *, force: bool = False) -> Bundle:
             _compare(file, FileEntry(file.stat().st_size, ""), entry)
         _compare(file, hash_file(file), entry)
     return Bundle(path=path, manifest=manifest, force=force)
+
+
+def read_manifest(path: Path) -> Manifest:
+    """A bundle's manifest, checked against itself alone.
+
+    Raises:
+        BundleError: it is missing, damaged or of a newer format.
+    """
+    manifest_path = _plain_file(path, MANIFEST_FILE)
+    if manifest_path.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise BundleError(f"{manifest_path}: is larger than {_MAX_MANIFEST_BYTES:,} B, this is no manifest")
+    return manifest_from_json(manifest_path.read_bytes(), str(manifest_path))
 
 
 def _no_bundle(path: Path) -> str:

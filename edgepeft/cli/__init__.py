@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import edgepeft
+from edgepeft.cli.bus_errors import tell_bus_errors
 from edgepeft.cli.console import Console
 from edgepeft.cli.group import Group
 from edgepeft.cli.streams import take_every_character
@@ -53,6 +54,7 @@ class _Commands(Group):
         take_every_character()
         words = sys.argv[1:] if args is None else list(args)
         with Console(words) as console:
+            tell_bus_errors(console)
             options = {"windows_expand_args": windows_expand_args, "obj": console, **extra}
             try:
                 code = super().main(args, prog_name, complete_var, False, **options)

@@ -8,7 +8,6 @@ graph that does not run without its weights gets onnx's shapes, and the tool's w
 
 import contextlib
 import itertools
-import tempfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +17,7 @@ import onnxruntime as ort
 from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
 from edgepeft.errors import ExportError
+from edgepeft.files import temporary_folder
 
 from ..graph import MICROSOFT
 from .drop_cache import is_cache
@@ -73,7 +73,7 @@ def _by_tool(proto: onnx.ModelProto) -> onnx.ModelProto:
     # It merges two symbols that must be equal into one. Where it gives up it leaves a file behind, and it
     # prints what it cannot decide.
     with (
-        tempfile.TemporaryDirectory(prefix="edgepeft-shapes-") as scratch,
+        temporary_folder() as scratch,
         contextlib.chdir(scratch),
         contextlib.redirect_stdout(None),
     ):

@@ -4,7 +4,6 @@ What the file had quantized is quantized once more by the export. Source: GGUF, 
 `transformers.modeling_gguf_pytorch_utils`.
 """
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from edgepeft.errors import ExportError, MissingExtraError
+from edgepeft.files import temporary_folder
 
 from .model_files import read_copied_files
 from .quiet import quiet
@@ -56,6 +56,6 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
             f"transformers cannot read {path} ({reason}): it is cut short or damaged, or of an architecture "
             "that transformers does not read from GGUF; compare its size with where it came from"
         ) from error
-    with tempfile.TemporaryDirectory(prefix="edgepeft-") as folder:
+    with temporary_folder() as folder:
         tokenizer.save_pretrained(folder)
-        return model, described(path.name, tokenizer, read_copied_files(folder), writes=True)
+        return model, described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from onnx_ir.passes.common import TopologicalSortPass
 
 from edgepeft.bundle.manifest import Quantization, TextSettings
-from edgepeft.errors import ExportError, UsageError
+from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import INT64, MICROSOFT, rename_axes
 from ..passes.drop_cache import PAST, drop_cache, is_cache
@@ -166,6 +167,26 @@ def is_onnx_file(model: object) -> bool:
     return isinstance(model, str | Path) and str(model).lower().endswith(".onnx")
 
 
+@contextlib.contextmanager
+def converting(path: Path) -> Iterator[None]:
+    """Have whatever fails in the block be a fault of the file, which nobody has checked: a graph may be wrong
+    in more ways than the passes look for.
+
+    Raises:
+        ExportError: names the file, and what went wrong; the cause is kept.
+    """
+    try:
+        yield
+    except (EdgePeftError, OSError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(
+            f"{path}: cannot be converted ({type(error).__name__}: {reason[:200]}): check it with "
+            "onnx.checker.check_model, or export it again"
+        ) from error
+
+
 def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str] | None = None) -> OnnxFile:
     """Load an ONNX file.
 
@@ -181,6 +202,11 @@ def load_onnx_file(path: Path, *, task: str | None = None, labels: Sequence[str]
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
+    with converting(path):
+        return _loaded(path, task, labels)
+
+
+def _loaded(path: Path, task: str | None, labels: Sequence[str] | None) -> OnnxFile:
     model = read_graph(path)
     producer = model.producer_name or "unknown"
     model, widened = standardize(model, path)

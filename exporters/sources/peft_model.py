@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TASK_TYPES, TENSOR_FILE
 from edgepeft.errors import ExportError
 
+from ..peft_patterns import check_patterns
 from .tied_weights import untie, vocabulary_tables
 
 _APART = "to keep them apart, export the base with --adapter NAME=DIR"
@@ -84,6 +85,7 @@ class AdapterFolder:
             if tables.get(id(own), shape[0]) != shape[0]:
                 base.resize_token_embeddings(shape[0], mean_resizing=False)
                 break
+        check_patterns(self.path, base)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

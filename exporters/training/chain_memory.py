@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from edgepeft.bundle.manifest import GraphSpec
 from edgepeft.bundle.memory_formula import MemoryTerm
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.wiring import Partition, Stage
+from edgepeft.files import temporary_folder
 from edgepeft.runtime.memory.plan import Held
 from edgepeft.runtime.training.buffers import TrainingState
 from edgepeft.runtime.training.chain import Chain
@@ -41,14 +41,14 @@ def measure_chain_peaks(
     for rank in grid.ranks:
         inputs = sample_adapter(bundle.manifest, rank)
         state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
-        with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
+        with temporary_folder() as scratch:
             chain = Chain(
                 bundle,
                 {**inputs, **state.parameters},
                 threads=1,
                 held=_topmost(short),
                 partition=short,
-                profile=str(Path(scratch) / "profile"),
+                profile=str(scratch / "profile"),
             )
             for batch, sequence in itertools.product(grid.batches, grid.sequences):
                 feeds = sample_batch(bundle.manifest, axis_sizes(batch, sequence * length_unit))

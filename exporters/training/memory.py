@@ -8,7 +8,6 @@ size; the nodes that are the worst for some size make the formula.
 import itertools
 import json
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import onnxruntime as ort
 from edgepeft.bundle.manifest import GraphSpec
 from edgepeft.bundle.memory_formula import MemoryTerm
 from edgepeft.errors import ExportError
+from edgepeft.files import temporary_folder
 
 from .feeds import axis_sizes, sample_feeds
 
@@ -70,7 +70,7 @@ def measure_peaks(
 
 def bytes_in_use(graph: bytes, folder: Path, runs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     """Run a graph and read what it holds after each node: bytes, float64 `[runs, nodes]`."""
-    with tempfile.TemporaryDirectory(prefix="edgepeft-profile-") as scratch:
+    with temporary_folder() as scratch:
         session = _profiled_session(graph, folder, scratch)
         for feeds in runs:
             session.run(None, dict(feeds))
@@ -160,11 +160,11 @@ class Grid:
         )
 
 
-def _profiled_session(graph: bytes, folder: Path, scratch: str) -> ort.InferenceSession:
+def _profiled_session(graph: bytes, folder: Path, scratch: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = True
-    options.profile_file_prefix = str(Path(scratch) / "profile")
+    options.profile_file_prefix = str(scratch / "profile")
     options.intra_op_num_threads = 1  # other threads would spin beside runs this small
     options.enable_mem_pattern = False  # a plan would request everything at once
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))

@@ -19,7 +19,7 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.decoding.base import Array
 from edgepeft.runtime.memory.room import check_room
-from edgepeft.tensor_files import TensorFile, write_tensors
+from edgepeft.tensor_files import TensorFile, check_sums, write_tensors
 
 _KEY = "edgepeft_prompt"
 
@@ -102,7 +102,7 @@ class PromptCache:
             EdgePeftError: the file cannot be written.
         """
         metadata = {_KEY: json.dumps({**self.made_by, "ids": self.ids})}
-        write_tensors(Path(path), dict(self.state(len(self.ids))), metadata)
+        write_tensors(Path(path), dict(self.state(len(self.ids))), metadata, checksums=True)
 
 
 class _FirstTokens(Mapping[str, Array]):
@@ -120,7 +120,7 @@ class _FirstTokens(Mapping[str, Array]):
 
 
 def open_prompt_cache(path: Path, manifest: Manifest) -> PromptCache:
-    """A prompt cache file, its header checked; its tensors stay in the file.
+    """A prompt cache file, its header and checksums checked; its tensors stay in the file.
 
     Args:
         path: the file.
@@ -152,6 +152,10 @@ def open_prompt_cache(path: Path, manifest: Manifest) -> PromptCache:
                 f"{path}: tensor {name!r} is {_shown(file.specs[name])}, the model has {_shown(spec)}: make "
                 "it again"
             )
+    try:
+        check_sums(path)
+    except AdapterError as error:
+        raise UsageError(f"{error}: make it again") from error
 
     def first(name: str, count: int) -> Array:
         return file.part(name, (slice(None), slice(count)))

@@ -40,15 +40,16 @@ class Sampler:
             EdgePeftError: the logits are not numbers.
         """
         logits = penalized(logits, seen, self._options.repetition_penalty)
+        best = int(logits.argmax())  # the first that is no number, if any is none
+        if not np.isfinite(logits[best]):
+            raise EdgePeftError(
+                f"{(~np.isfinite(logits)).sum()} of the model's {logits.size} logits are not finite numbers, "
+                "so no token can be chosen: its weights are damaged, or the adapter does not belong to it"
+            )
         if self._options.temperature == 0:
-            return int(logits.argmax())
+            return best
         tokens, probabilities = candidates(logits, self._options)
         cumulative = probabilities.cumsum(dtype=np.float64)
-        if not cumulative[-1] > 0:
-            raise EdgePeftError(
-                f"{np.isnan(logits).sum()} of the model's {logits.size} logits are not numbers, so no token "
-                "can be drawn: does the adapter belong to this model?"
-            )
         drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
         return int(tokens[min(int(drawn), len(tokens) - 1)])
 

@@ -7,11 +7,12 @@ None or False where there is nothing, and who asks does without; `docs/systems.m
 Source: proc_pid_status(5), madvise(2), getrusage(2), psutil's documentation of `Process.memory_info`.
 """
 
+import contextlib
 import ctypes
 import functools
 import mmap
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +124,23 @@ def private_memory(nbytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     advise(memory, "MADV_NOHUGEPAGE")
     return memory
+
+
+@contextlib.contextmanager
+def memory_limit(more_bytes: int) -> Iterator[None]:
+    """Let this process have that much more address space; nothing where the system limits none."""
+    held_bytes = (memory_from_status() or {}).get("VmSize")
+    if held_bytes is None:
+        yield
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = held_bytes + more_bytes
+    for present in (soft, hard):
+        limit = limit if present == resource.RLIM_INFINITY else min(limit, present)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

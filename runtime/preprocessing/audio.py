@@ -9,6 +9,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import AudioPreprocessing
 from edgepeft.errors import DataError
 from edgepeft.runtime.memory.room import check_room
+from edgepeft.runtime.preprocessing.arrays import mapped_array
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -33,10 +34,7 @@ def read_audio(value: object, settings: AudioPreprocessing, limit: int) -> Float
         path = Path(value)
         if path.suffix != ".npy":
             return _wav(path, settings.sampling_rate, limit)
-        try:
-            value = np.lib.format.open_memmap(path, mode="r")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} is no .npy file of numbers ({error})") from error
+        value = mapped_array(path)
     try:
         array = np.asarray(value)
     except ValueError as error:
@@ -53,14 +51,19 @@ def preprocess(samples: FloatArray, settings: AudioPreprocessing) -> FloatArray:
     """As transformers' `Wav2Vec2FeatureExtractor`: zero mean and unit variance, where the model wants it."""
     if not settings.normalize:
         return samples
-    centered = samples - samples.mean()
-    return np.asarray(centered / np.sqrt(samples.var() + np.float32(1e-7)), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, variance = samples.mean(), samples.var()
+    if not np.isfinite(variance):
+        raise DataError("holds samples that are too large to be normalized, expected -1 to 1")
+    return np.asarray((samples - mean) / np.sqrt(variance + np.float32(1e-7)), np.float32)
 
 
 def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
     try:
         with wave.open(str(path), "rb") as file:
             rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
+            if width > 4:
+                raise DataError(f"{path} has samples of {width} bytes, expected 1 to 4: convert it first")
             if rate != sampling_rate:
                 raise DataError(
                     f"{path} has {rate} samples a second, the model takes {sampling_rate}: convert it first"
@@ -72,7 +75,7 @@ def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
                 f"{path}, {count:,} samples of {channels} channels,",
             )
             data = file.readframes(count)
-    except (OSError, EOFError, wave.Error) as error:
+    except (OSError, EOFError, RuntimeError, wave.Error) as error:  # RuntimeError: a chunk ends too early
         raise DataError(f"{path} is no WAV file with PCM samples ({error})") from error
     data = data[: len(data) - len(data) % (channels * width)]
     if not data:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import ImagePreprocessing
 from edgepeft.errors import BudgetError, DataError, MissingExtraError
 from edgepeft.runtime.memory.room import check_room, no_room
+from edgepeft.runtime.preprocessing.arrays import mapped_array
 from edgepeft.runtime.preprocessing.resample import Pixels, resize
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("PNG", "PPM", "JPEG")
 _ROWS = 64
+_PIXELS_PER_BYTE = {"PNG": 8 * 1032, "PPM": 8, "JPEG": 8 * 64}
+"""What a byte of a file holds at most: deflate's best of black and white; bits; a bit a block of 8 x 8."""
 LEFT_BYTES = 3 * 2**20
 """What decoding pictures leaves in the process, beside the decoders: 1.3 to 4.6 MiB, measured."""
 MAX_PIXELS = 2**26
@@ -45,7 +48,7 @@ def read_image(value: object, channels: int, edge: int | None = None) -> Pixels:
     """
     if isinstance(value, str | Path):
         path = Path(value)
-        array = _mapped(path) if path.suffix == ".npy" else _decoded(path, channels, edge)
+        array = mapped_array(path) if path.suffix == ".npy" else _decoded(path, channels, edge)
     else:
         try:
             array = np.asarray(value)
@@ -110,14 +113,6 @@ def _no_room(path: Path, image: "PIL.Image.Image", channels: int, beside_bytes: 
     return no_room(wanted_bytes, f"{path}, an image of {image.height} x {image.width} pixels,")
 
 
-def _mapped(path: Path) -> npt.NDArray[np.generic]:
-    try:
-        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is no .npy file of numbers ({error})") from error
-    return array
-
-
 def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:
     try:
         from PIL import Image
@@ -128,6 +123,12 @@ def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(
                     f"{path} has {image.width * image.height:,} pixels, at most {MAX_PIXELS:,} are read"
+                )
+            most = _PIXELS_PER_BYTE[str(image.format)] * path.stat().st_size
+            if image.width * image.height > most:
+                raise DataError(
+                    f"{path} says that it has {image.width * image.height:,} pixels, and its bytes hold at "
+                    f"most {most:,}: it is damaged"
                 )
             mode = "RGB" if channels == 3 else "L"
             # Of a progressive JPEG all coefficients are held, two bytes each, whatever size it is decoded at.

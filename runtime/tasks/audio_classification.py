@@ -53,9 +53,9 @@ class AudioClassification(Classifier):
             )
         try:
             samples = read_audio(record.located(self.field), settings, max_length + 1)
+            return preprocess(samples[:max_length], settings), len(samples) > max_length
         except DataError as error:
             raise DataError(f"{record.where}: audio: {error}") from error
-        return preprocess(samples[:max_length], settings), len(samples) > max_length
 
     def batch(self, examples: Sequence[Example], *, training: bool) -> dict[str, Array]:
         """See `Task.batch`."""

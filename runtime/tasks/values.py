@@ -9,6 +9,7 @@ import numpy.typing as npt
 from edgepeft.errors import DataError
 from edgepeft.runtime.data import Record
 from edgepeft.runtime.memory.room import check_room
+from edgepeft.runtime.preprocessing.arrays import mapped_array
 from edgepeft.runtime.tasks.base import shown
 
 FloatArray = npt.NDArray[np.float32]
@@ -36,7 +37,10 @@ def read_values(
     if value is None:
         raise DataError(f"{record.where}: lacks the field {field!r}")
     if isinstance(value, Path):
-        array = _mapped(record, field, value)
+        try:
+            array = mapped_array(value)
+        except DataError as error:
+            raise DataError(f"{record.where}: {field}: {error}") from error
     else:
         try:
             array = np.asarray(value)
@@ -56,14 +60,8 @@ def read_values(
     check_room(
         mapped_bytes + copied_bytes + array.size, f"{record.where}: {field} of shape {list(array.shape)}"
     )
-    if not np.isfinite(array).all():
-        raise DataError(f"{record.where}: {field} holds a value that is no finite number")
-    return array.astype(np.float32, copy=False)
-
-
-def _mapped(record: Record, field: str, path: Path) -> npt.NDArray[np.generic]:
-    try:
-        array: npt.NDArray[np.generic] = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{record.where}: {field}: {path} is no .npy file of numbers ({error})") from error
-    return array
+    with np.errstate(over="ignore"):  # what float32 has no room for becomes infinite
+        values = array.astype(np.float32, copy=False)
+    if not np.isfinite(values).all():
+        raise DataError(f"{record.where}: {field} holds a value that is no finite number of 32 bits")
+    return values

@@ -14,7 +14,7 @@ from edgepeft.adapters import CONFIG_FILE, write_adapter
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
-from edgepeft.files import atomic_folder, atomic_write, check_replaceable
+from edgepeft.files import atomic_folder, atomic_write, check_replaceable, settle
 from edgepeft.runtime.activation import to_peft_layout
 from edgepeft.runtime.data import RecordSource
 from edgepeft.runtime.memory.arena import renew_shared_arena
@@ -22,7 +22,7 @@ from edgepeft.runtime.memory.chain_cost import ChainCost
 from edgepeft.runtime.memory.plan import Plan, suggested_budget
 from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
 from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.training.checkpoint import checkpoint_path, save_checkpoint
+from edgepeft.runtime.training.checkpoint import checkpoint_path, is_finished, save_checkpoint
 from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
 from edgepeft.runtime.training.judging import Judging
 from edgepeft.runtime.training.options import TrainingOptions
@@ -35,6 +35,7 @@ from edgepeft.runtime.training.report import (
     HeldOut,
     MemoryReport,
     StepDown,
+    read_report,
 )
 from edgepeft.runtime.training.stepping_down import NEAR, cheaper
 from edgepeft.runtime.training.trainer import Schedule, Step, train
@@ -103,6 +104,8 @@ class Update:
         self._plan: Plan | None = None  # the present one
         self._steps_down: list[StepDown] = []
         self._seconds = {"train": 0.0, "evaluate": 0.0}
+        settle(self._output)
+        settle(self._checkpoint)
         _check_output(bundle, self._output)
 
     def run(self) -> AdaptReport:
@@ -114,7 +117,12 @@ class Update:
                 nothing is written.
             DataError: a record cannot be used, or there are too few.
             AdapterError: the starting adapter is damaged or does not fit.
+            BundleError: the weights have changed on the disk meanwhile; nothing is written.
         """
+        report_file = self._output / REPORT_FILE
+        if self._options.resume and is_finished(self._checkpoint, report_file):
+            self._checkpoint.unlink(missing_ok=True)
+            return read_report(report_file)
         with self._recorder:
             began_s = time.perf_counter()
             self._recorder.mark("read records")
@@ -128,6 +136,7 @@ class Update:
             outcome = self._train(prepared, judging) if prepared.total_steps else judging.fit_head_alone()
             features = judging.features() if outcome.rejected is None else {}
             report = self._report(prepared, outcome, resumed_from_step, began_s)
+            self._bundle.check_weights()
             if outcome.rejected is None:
                 self._keep(prepared, report, features)
         self._checkpoint.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.tensor_files import read_metadata, read_state, write_in_pieces
+from edgepeft.tensor_files import check_sums, read_metadata, read_state, write_in_pieces
 
 _KEY = "edgepeft_training_state"
 _REMEDIES = {
@@ -50,7 +50,7 @@ def checkpoint_path(output: Path) -> Path:
 def save_checkpoint(
     path: Path, fingerprint: dict[str, Any], state: TrainingState, progress: Progress
 ) -> None:
-    """Replace the checkpoint.
+    """Replace the checkpoint, once the new one has been read back.
 
     Raises:
         EdgePeftError: it cannot be written; the last one is kept.
@@ -60,6 +60,19 @@ def save_checkpoint(
         {name: state.buffers[name] for name in ("param", "start", *state.moments)},
         {_KEY: json.dumps({"fingerprint": fingerprint, "progress": vars(progress)})},
     )
+
+
+def is_finished(path: Path, report: Path) -> bool:
+    """Whether the update of a checkpoint is the one that a report in its output's folder tells of: it was
+    killed after the adapter had taken its place. The same losses, bit for bit, are of the same update."""
+    try:
+        progress = json.loads(read_metadata(path)[_KEY])["progress"]
+        told = json.loads(report.read_bytes())
+        return bool(progress["step"]) and all(
+            progress[name] == told[name] for name in ("losses", "learning_rates", "grad_norms")
+        )
+    except (AdapterError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingState) -> Progress | None:
@@ -83,6 +96,10 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
                 f"{path}: was made with {name} {_short(theirs.get(name))}, this update has {_short(value)}: "
                 f"{_REMEDIES.get(name, 'give what it was made with')}, or start over without --resume"
             )
+    try:
+        check_sums(path)
+    except AdapterError as error:
+        raise UsageError(f"{error}: remove it to start over") from error
     for name in ("param", "start", *state.moments):
         buffer = state.buffers[name]
         try:

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.process import Sample
 
 REPORT_FILE = "adapt_report.json"
@@ -139,3 +141,34 @@ class AdaptReport:
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+
+def read_report(path: Path) -> AdaptReport:
+    """The report that an update has left in its adapter's folder.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    try:
+        told = json.loads(path.read_bytes())
+        memory = told["memory"] | {
+            "timeline": [tuple(sample) for sample in told["memory"]["timeline"]],
+            "phases": [tuple(phase) for phase in told["memory"]["phases"]],
+        }
+        interval = told["accuracy_interval"]
+        return AdaptReport(
+            **told
+            | {
+                "stepped_down": [StepDown(**item) for item in told["stepped_down"]],
+                "candidates": [Candidate(**item) for item in told["candidates"]],
+                "held_out_before": HeldOut(**told["held_out_before"]),
+                "held_out_after": HeldOut(**told["held_out_after"]),
+                "trivial": None if told["trivial"] is None else HeldOut(**told["trivial"]),
+                "accuracy_interval": None if interval is None else tuple(interval),
+                "memory": MemoryReport(**memory),
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UsageError(
+            f"{path}: is no report of an update ({error}): start over without --resume"
+        ) from error

@@ -2,13 +2,15 @@
 
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.files import atomic_file, atomic_folder, atomic_path, atomic_write
+from edgepeft.files import _exchange, atomic_file, atomic_folder, atomic_path, atomic_write, temporary_folder
 
 FULL = Path("/dev/full")
 
@@ -83,7 +85,8 @@ def test_a_folder_is_exchanged_whole(tmp_path: Path) -> None:
 def test_a_failed_exchange_brings_the_old_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second of the two renames fails."""
+    """The second of the two renames fails, where there is no exchange in one step."""
+    monkeypatch.setattr("edgepeft.files._exchange", lambda *_: False)
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "marker").write_text("old")
@@ -109,6 +112,64 @@ def test_a_folder_lost_between_two_renames_comes_back(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "out", "marker"):
         raise ZeroDivisionError
     assert (tmp_path / "out" / "marker").read_text() == "old"
+
+
+def test_there_is_a_folder_all_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old and the new one change places in one step, where the system has that."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "other").mkdir()
+    if not _exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("there are two renames here")
+    (tmp_path / "one").rmdir()
+    (tmp_path / "other").rmdir()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "marker").write_text("old")
+
+    def refused(*_: object) -> None:
+        raise AssertionError("renamed")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with atomic_folder(folder, "marker") as temporary:
+        (temporary / "marker").write_text("new")
+    assert (folder / "marker").read_text() == "new"
+    assert names(tmp_path) == ["out"]
+
+
+HALF_WAY = """
+import os, signal, sys
+from pathlib import Path
+from edgepeft.files import _exchange, atomic_file, atomic_folder
+out = Path(sys.argv[1])
+with atomic_folder(out / "folder", "marker") as folder, atomic_file(out / "file") as file:
+    (folder / "marker").write_text("half")
+    file.write(b"half")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nobody_elses(tmp_path: Path) -> None:
+    """One process writes and another one does, to the same place; then the first is killed."""
+    pytest.importorskip("fcntl", reason="there are no such locks")
+    with subprocess.Popen(
+        [sys.executable, "-c", HALF_WAY, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == b"ready\n"
+        half = names(tmp_path)
+        assert len(half) == 2
+
+        def write() -> None:
+            atomic_write(tmp_path / "file", b"whole")
+            with atomic_folder(tmp_path / "folder", "marker") as temporary:
+                (temporary / "marker").write_text("whole")
+
+        write()
+        assert names(tmp_path) == sorted([*half, "file", "folder"])
+        first.kill()
+    write()
+    assert names(tmp_path) == ["file", "folder"]
 
 
 def test_a_link_to_a_folder_stays(tmp_path: Path) -> None:
@@ -201,3 +262,16 @@ def test_an_unwritable_place_is_named(tmp_path: Path) -> None:
         atomic_folder(tmp_path / "file" / "x", "m"),
     ):
         pass
+
+
+def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the next one; nobody else can look into one."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / ".edgepeft.0123456789ab").mkdir()
+    (tmp_path / ".edgepeft.0123456789ab" / "features").write_bytes(b"x")
+    with temporary_folder() as folder, temporary_folder() as other:
+        assert folder != other
+        assert folder.stat().st_mode & 0o777 == 0o700
+        pytest.importorskip("fcntl", reason="there are no such locks")
+        assert names(tmp_path) == sorted([folder.name, other.name])
+    assert names(tmp_path) == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from edgepeft.errors import AdapterError
+from edgepeft.errors import AdapterError, EdgePeftError
 from edgepeft.tensor_files import (
     TensorFile,
+    check_sums,
     read_metadata,
     read_state,
     read_tensors,
@@ -152,7 +154,7 @@ def test_what_is_written_in_pieces_the_package_reads(tmp_path: Path) -> None:
     write_in_pieces(tmp_path / "state", spied, {"step": "3"})
     assert (len(pieces), max(pieces)) == (4, 2**18)
     found = safetensors.numpy.load_file(tmp_path / "state")
-    assert read_metadata(tmp_path / "state") == {"step": "3"}
+    assert read_metadata(tmp_path / "state")["step"] == "3"
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(found[name], tensor)
         np.testing.assert_array_equal(read_state(tmp_path / "state", name), tensor)
@@ -196,3 +198,73 @@ def test_a_written_file_is_on_the_disk_and_as_readable_as_any(
     written = (tmp_path / "tensors").stat()
     assert written.st_ino in flushed
     assert written.st_mode == (tmp_path / "plain").stat().st_mode
+
+
+class _Flat:
+    """What `write_in_pieces` takes."""
+
+    def __init__(self, tensor: np.ndarray) -> None:
+        self._tensor, self.dtype = tensor, tensor.dtype
+
+    def __len__(self) -> int:
+        return len(self._tensor)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._tensor[start:stop]
+
+
+def write_both_ways(folder: Path) -> list[Path]:
+    tensors = {"a": np.arange(5, dtype=np.float32), "b": np.arange(8).astype(np.uint8)}
+    write_in_pieces(folder / "pieces", {name: _Flat(value) for name, value in tensors.items()}, {"k": "v"})
+    write_tensors(folder / "whole", tensors, {"k": "v"}, checksums=True)
+    return [folder / "pieces", folder / "whole"]
+
+
+def test_checksums_are_those_of_the_bytes(tmp_path: Path) -> None:
+    """CRC-32 by tensor, whichever way the file is written."""
+    for path in write_both_ways(tmp_path):
+        check_sums(path)
+        sums = json.loads(read_metadata(path)["crc32"])
+        assert sums["a"] == f"{zlib.crc32(np.arange(5, dtype='<f4').tobytes()):08x}"
+        assert sums["b"] == f"{zlib.crc32(bytes(range(8))):08x}"
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """But those of the spaces behind the header and of its length, which no value stands in."""
+    for path in write_both_ways(tmp_path):
+        whole = path.read_bytes()
+        header = whole.rindex(b"}", 0, len(whole) - 28) + 1
+        for bit in range(8 * len(whole)):
+            if header <= bit // 8 < len(whole) - 28:
+                continue
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            with pytest.raises(AdapterError):
+                check_sums(path)
+
+
+def test_a_file_without_checksums_has_none_to_check(tmp_path: Path) -> None:
+    """An adapter, for example."""
+    write_tensors(tmp_path / "file", {"a": np.ones(3, np.float32)})
+    with pytest.raises(AdapterError, match="has no checksums"):
+        check_sums(tmp_path / "file")
+
+
+def test_the_file_before_is_kept_until_the_new_one_is_proven(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that changes what it is given."""
+    path = tmp_path / "state"
+    write_in_pieces(path, {"a": _Flat(np.zeros(5, np.float32))}, {})
+    before = path.read_bytes()
+
+    def bad_disk(descriptor: int) -> None:
+        end = os.lseek(descriptor, 0, os.SEEK_END)
+        os.pwrite(descriptor, b"\x55", end - 1)
+
+    monkeypatch.setattr(os, "fsync", bad_disk)
+    with pytest.raises(EdgePeftError, match="reads back differently, nothing was changed"):
+        write_in_pieces(path, {"a": _Flat(np.ones(5, np.float32))}, {})
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -4,8 +4,9 @@
 
 `SIMULATED_SYSTEM` is one of
 
-- `windows`: there are no `resource`, no `madvise` and no C library by the name None, no folder can be opened,
-  and nothing is renamed, replaced or deleted that this process has open or mapped, nor a folder around it;
+- `windows`: there are no `resource` and no `fcntl`, no `madvise` and no C library by the name None, no folder
+  can be opened, and nothing is renamed, replaced or deleted that this process has open or mapped, nor a
+  folder around it;
 - `macos`: advice on memory is a hint, after which every page is where it was;
 - `bare`: a Linux whose sandbox hides /proc and /sys and whose kernel takes no advice, without psutil (which
   needs /proc itself).
@@ -26,7 +27,7 @@ from types import SimpleNamespace
 from typing import Any
 
 SYSTEM = os.environ["SIMULATED_SYSTEM"]
-MISSING = {"windows": ("resource", "readline"), "macos": (), "bare": ("psutil",)}
+MISSING = {"windows": ("resource", "readline", "fcntl"), "macos": (), "bare": ("psutil",)}
 HIDDEN = ("/proc/", "/sys/")
 LACKING = ("O_DIRECT", "posix_fallocate", "sync")
 LACKING_ON_WINDOWS = ("O_TMPFILE", "sched_getaffinity")

@@ -404,6 +404,12 @@ def test_a_broken_checkpoint_is_refused(classifier: Path, tmp_path: Path) -> Non
             path.write_bytes(content)
             with pytest.raises(UsageError, match="is no checkpoint"):
                 model.adapt(tiny.records(), tmp_path / "out", resume=True, **FAST)
+        for place in np.random.default_rng(0).integers(len(whole) - 300, len(whole), 20):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            with pytest.raises(UsageError, match=r"is damaged: .* has the CRC-32 .*: remove it"):
+                model.adapt(tiny.records(), tmp_path / "out", resume=True, **FAST)
         model.adapt(tiny.records(), tmp_path / "out", **FAST)
         assert not path.exists()
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from edgepeft.adapters import load_adapter, save_adapter, write_adapter
 from edgepeft.bundle import adapter_store
 from edgepeft.bundle.adapter_store import add_adapter, remove_adapter
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import AdapterError, BudgetError, UsageError
+from edgepeft.errors import AdapterError, BudgetError, BundleError, UsageError
 from edgepeft.runtime import prediction
 from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
@@ -292,7 +294,7 @@ def test_what_cannot_be_added_changes_nothing(tmp_path: Path, three: dict[str, P
 def test_an_add_that_dies_leaves_a_bundle_that_opens(
     tmp_path: Path, three: dict[str, Path], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
-    """Its folder counts as dropped in; it can be removed and added again."""
+    """Its folder counts as dropped in; it can be removed and added again, or added again at once."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
     adapter = load_adapter(three["a"])
 
@@ -306,6 +308,12 @@ def test_an_add_that_dies_leaves_a_bundle_that_opens(
     opened = open_bundle(bundle)
     assert opened.manifest.adapters == ("mine",)
     assert opened.adapter_names() == ("mine", "a")
+    other = load_adapter(three["b"])
+    with pytest.raises(UsageError, match="has an adapter 'a' already"):
+        add_adapter(opened, "a", other, lambda folder: write_adapter(other, folder))
+    (bundle / "adapters" / "a" / "more").write_text("kept")
+    opened = add_adapter(opened, "a", adapter, lambda folder: write_adapter(adapter, folder))
+    assert (bundle / "adapters" / "a" / "more").exists()
     opened = remove_adapter(opened, "a")
     opened = add_adapter(opened, "a", adapter, lambda folder: write_adapter(adapter, folder))
     with monkeypatch.context() as patch:
@@ -313,3 +321,35 @@ def test_an_add_that_dies_leaves_a_bundle_that_opens(
         with pytest.raises(KeyboardInterrupt):
             remove_adapter(opened, "a")
     assert open_bundle(bundle).manifest.adapters == ("mine",)
+    add_adapter(open_bundle(bundle), "b", other, lambda folder: write_adapter(other, folder))
+    pytest.importorskip("fcntl", reason="without locks a day has to pass")
+    assert sorted(path.name for path in (bundle / "adapters").iterdir()) == ["b", "mine"]
+
+
+def test_additions_at_once_are_all_there(tmp_path: Path, three: dict[str, Path]) -> None:
+    """Each process has opened the bundle before another one writes."""
+    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
+    opened = open_bundle(bundle)
+    for name, path in three.items():
+        adapter = load_adapter(path)
+        add_adapter(opened, name, adapter, lambda folder, adapter=adapter: write_adapter(adapter, folder))
+    remove_adapter(opened, "mine")
+    assert open_bundle(bundle).manifest.adapters == tuple(three)
+    script = "import sys, edgepeft.cli; edgepeft.cli.main(['adapter', 'add', sys.argv[1], sys.argv[2]])"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(bundle), f"{name}2={path}"])
+        for name, path in three.items()
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert sorted(open_bundle(bundle).manifest.adapters) == ["a", "a2", "b", "b2", "c", "c2"]
+
+
+def test_a_bundle_that_was_replaced_meanwhile_is_left_alone(tmp_path: Path, three: dict[str, Path]) -> None:
+    """By one with other weights."""
+    bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
+    opened = open_bundle(bundle)
+    shutil.rmtree(bundle)
+    tiny.write_bundle(bundle, "text-classification")
+    adapter = load_adapter(three["a"])
+    with pytest.raises(BundleError, match="was replaced by another bundle meanwhile"):
+        add_adapter(opened, "a", adapter, lambda folder: write_adapter(adapter, folder))

@@ -477,7 +477,7 @@ def test_the_template_agrees_with_transformers(tmp_path: Path, template: Any) ->
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", None, "refuses these messages"),
         ("{% for i in range(10**9) %}x{% endfor %}", None, "refuses these messages"),
         ("{{ messages|length }}", None, "writes a finished conversation differently"),
-        ("{% for m in messages %}{{ 'x' * 10**6 }}{% endfor %}{{ 'x' * 5 * 10**6 }}", None, "more than"),
+        ("{% for i in range(9) %}{{ 'x' * 10**6 }}{% endfor %}", None, "more than"),
         ("{% if", None, "cannot be read"),
         (None, None, "has no chat template"),
     ],

@@ -1,9 +1,12 @@
 """Bundles whose hashes are right and whose content is not: one hand wrote the manifest and the rest."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -147,6 +150,87 @@ def test_a_tokenizer_that_is_none(bundle: Path, content: str) -> None:
         model.predict([{"input_ids": [1, 2]}])
         with pytest.raises(BundleError, match=r"tokenizer\.json: tokenizers .* cannot read it"):
             model.predict([{"text": "w1"}])
+
+
+def with_weight(bundle: Path, name: str, value: float) -> None:
+    """Every value of a weight is this."""
+    weight = manifest_from_json((bundle / "manifest.json").read_text()).weights[name]
+    data = bytearray((bundle / "weights.bin").read_bytes())
+    values = np.full(weight.nbytes // 4, value, np.float32).tobytes()
+    data[weight.offset : weight.offset + weight.nbytes] = values
+    (bundle / "weights.bin").write_bytes(data)
+    rehash(bundle)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("task", ["text-classification", "feature-extraction", "text-generation"])
+def test_what_is_no_number_is_not_given_out(tmp_path: Path, task: str, value: float) -> None:
+    """Weights that are none: no probability, no embedding, no token."""
+    bundle = tiny.write_bundle(tmp_path / "b", task, tokenizer=tiny.word_tokenizer())
+    with_weight(bundle, "embedding", value)
+    with_weight(bundle, "unembedding", value)
+    calls: list[Callable[[Any], Any]] = {
+        "text-classification": [lambda model: model.predict([{"text": "w1 w2"}])],
+        "feature-extraction": [
+            lambda model: model.embed(["w1"]),
+            lambda model: model.predict([{"text": "w1"}]),
+        ],
+        "text-generation": [
+            lambda model: model.generate("w1", max_new_tokens=2),
+            lambda model: model.generate("w1", max_new_tokens=2, temperature=1.0, seed=0),
+        ],
+    }[task]
+    with edgepeft.load(bundle) as model:
+        for call in calls:
+            with pytest.raises(EdgePeftError, match=r"no finite numbers|are not finite numbers.*damaged"):
+                call(model)
+
+
+def test_weights_that_are_no_numbers_teach_nothing(bundle: Path, tmp_path: Path) -> None:
+    """An update ends, and no adapter is written."""
+    with_weight(bundle, "dense", np.nan)
+    with edgepeft.load(bundle) as model, pytest.raises(EdgePeftError):
+        model.adapt(tiny.records(120), tmp_path / "out", steps=12, batch_size=4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_of_another_shape(bundle: Path) -> None:
+    """A graph may give what it does not declare."""
+
+    def change(model: onnx.ModelProto) -> None:
+        model.graph.node[-1].output[0] = "logits_"
+        model.graph.node.append(onnx.helper.make_node("ReduceSum", ["logits_"], ["logits"], keepdims=0))
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+
+    edit(bundle, change)
+    with edgepeft.load(bundle) as model, pytest.raises(BundleError, match=r"'logits' is \[\] of float32"):
+        model.predict([{"input_ids": [1, 2]}])
+
+
+def test_a_tokenizer_that_fails_at_a_text(bundle: Path) -> None:
+    """It has been read, and has no token for what it does not know."""
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+    tokenizer["model"]["unk_token"] = "nothing"
+    (bundle / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(bundle)
+    with (
+        edgepeft.load(bundle) as model,
+        pytest.raises(BundleError, match=r"tokenizer\.json: the tokenizer fails"),
+    ):
+        model.predict([{"text": "unheard of"}])
+
+
+@pytest.mark.parametrize("number", [tiny.VOCAB, 2**31, 2**32 - 1])
+def test_a_tokenizer_of_a_larger_vocabulary(bundle: Path, number: int) -> None:
+    """Than the model's, and than what numbers of tokens are held in."""
+    tokenizer = json.loads((bundle / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["w7"] = number
+    (bundle / "tokenizer.json").write_text(json.dumps(tokenizer))
+    rehash(bundle)
+    with edgepeft.load(bundle) as model:
+        assert model.predict([{"text": "w6"}])
+        with pytest.raises(EdgePeftError, match=rf"it gives {number} for|holds token {number}"):
+            model.predict([{"text": "w7"}])
 
 
 def test_weights_that_are_shorter_than_the_manifest_says(bundle: Path) -> None:

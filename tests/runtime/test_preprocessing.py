@@ -105,6 +105,21 @@ def test_images_that_cannot_be_used(value: object, message: str) -> None:
         images.read_image(value, 3)
 
 
+def test_a_picture_that_claims_more_than_it_holds(tmp_path: Path) -> None:
+    """Before there is room for it: 64 million pixels in 800 bytes."""
+    path = tmp_path / "x.jpg"
+    Image.fromarray(picture(16, 16)).save(path)
+    whole = path.read_bytes()
+    size = whole.index(b"\xff\xc0") + 5
+    path.write_bytes(whole[:size] + (8000).to_bytes(2, "big") * 2 + whole[size + 4 :])
+    with pytest.raises(DataError, match=r"says that it has 64,000,000 pixels, and its bytes hold at most"):
+        images.read_image(path, 3)
+    Image.fromarray(np.zeros((4000, 4000), np.uint8)).save(tmp_path / "flat.png")
+    Image.fromarray(np.zeros((2000, 2000), np.uint8)).save(tmp_path / "flat.jpg")
+    for name, edge in (("flat.png", 4000), ("flat.jpg", 2000)):
+        assert images.read_image(tmp_path / name, 1).shape == (edge, edge, 1)
+
+
 def test_a_sliver_is_not_blown_up() -> None:
     """A shortest edge of 224 of one pixel by a million would be 150 GB."""
     settings = ImagePreprocessing("bilinear", 1.0, (0.0,), (1.0,), None, None, 224, 224, 224)
@@ -156,10 +171,18 @@ def test_wav_files_of_every_width(tmp_path: Path, width: int) -> None:
 def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     settings = AudioPreprocessing(16_000, True)
     (tmp_path / "broken.wav").write_bytes(b"RIFF....")
+    whole = written(tmp_path / "whole.wav", bytes(20), 2).read_bytes()
+    (tmp_path / "cut.wav").write_bytes(whole[:16] + b"\xff" + whole[17:])  # a chunk beyond the end
+    (tmp_path / "wide.wav").write_bytes(whole[:34] + b"\x28" + whole[35:])
+    np.save(tmp_path / "cut.npy", np.zeros(3, np.float32))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes().replace(b"}", b"("))
     for value, message in (
         (written(tmp_path / "slow.wav", bytes(20), 2, rate=8_000), "has 8000 samples a second"),
         (written(tmp_path / "empty.wav", b"", 2), "holds no samples"),
         (tmp_path / "broken.wav", "is no WAV file"),
+        (tmp_path / "cut.wav", "is no WAV file"),
+        (tmp_path / "wide.wav", "has samples of 5 bytes, expected 1 to 4"),
+        (tmp_path / "cut.npy", "is no .npy file"),
         (tmp_path / "nowhere.wav", "is no WAV file"),
         (np.zeros((2, 2), np.float32), r"expected \[samples\]"),
         (np.array([1, 2]), "expected"),
@@ -167,6 +190,8 @@ def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             audio.read_audio(value, settings, 10**6)
+    with pytest.raises(DataError, match="too large to be normalized"):
+        audio.preprocess(np.array([3e38, -3e38], np.float32), settings)
     np.testing.assert_allclose(
         audio.read_audio(np.array([0, 2**14], np.int16), AudioPreprocessing(16_000, False), 9), [0, 0.5]
     )

@@ -104,7 +104,7 @@ def test_greedy_counts_the_penalty() -> None:
 def test_logits_that_are_no_numbers_are_refused() -> None:
     """Instead of a token that means nothing."""
     sampler = Sampler(GenerationOptions(temperature=1))
-    with pytest.raises(EdgePeftError, match="3 of the model's 3 logits are not numbers"):
+    with pytest.raises(EdgePeftError, match="3 of the model's 3 logits are not finite numbers"):
         sampler.choose(np.full(3, np.nan, np.float32), ())
 
 
