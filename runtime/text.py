@@ -108,7 +108,7 @@ class Text:
         try:
             self._tokenizer.enable_truncation(max_length, direction=self._settings.truncation_side)
             return self._encoding(text, pair)
-        except UsageError:
+        except (BundleError, UsageError):
             raise
         except Exception as error:  # the package raises nothing more specific
             raise UsageError(f"a text cannot be cut to {max_length} tokens ({error}): allow more") from error

@@ -167,11 +167,20 @@ def mapped_row_bytes(manifest: Manifest, partition: Partition, rows: int) -> int
     A page brings its neighbours in. Rows drawn evenly would hit that many blocks; those of a text lie closer.
     What the output layer shares is read whole by it, and counted there.
     """
+    sizes = _looked_up_sizes(manifest, partition)
+    return int(sum(_TEXT_ROWS * nbytes * -math.expm1(-rows * _AROUND_BYTES / nbytes) for nbytes in sizes))
+
+
+def most_mapped_row_bytes(manifest: Manifest, partition: Partition, rows: int) -> int:
+    """As `mapped_row_bytes`, of a single batch: it may be of words that lie as far apart as they can."""
+    return sum(min(nbytes, rows * _AROUND_BYTES) for nbytes in _looked_up_sizes(manifest, partition))
+
+
+def _looked_up_sizes(manifest: Manifest, partition: Partition) -> list[int]:
     head = partition.vocabulary_head
     whole = set() if head is None else set(head.weights.values())
     weights = {stage.weights[name] for stage in partition.stages for name in stage.lookups} - whole
-    sizes = [max(manifest.weights[key].nbytes, 1) for key in weights]
-    return int(sum(_TEXT_ROWS * nbytes * -math.expm1(-rows * _AROUND_BYTES / nbytes) for nbytes in sizes))
+    return [max(manifest.weights[key].nbytes, 1) for key in weights]
 
 
 def largest_stage_bytes(manifest: Manifest, partition: Partition) -> int:

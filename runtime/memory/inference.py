@@ -10,7 +10,7 @@ from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.errors import BudgetError
 from edgepeft.runtime.cache import cache_bytes, cache_specs, growing_cache_bytes
-from edgepeft.runtime.memory.chain_cost import mapped_row_bytes
+from edgepeft.runtime.memory.chain_cost import most_mapped_row_bytes
 from edgepeft.runtime.memory.plan import suggested_budget
 from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
@@ -86,7 +86,7 @@ def plan_forward(
     rows, tokens = shape
     looked_up_bytes = 0
     if manifest.partition is not None:
-        looked_up_bytes = mapped_row_bytes(manifest, manifest.partition, rows * tokens)
+        looked_up_bytes = most_mapped_row_bytes(manifest, manifest.partition, rows * tokens)
     resident = _resident(manifest, budget_bytes, process_bytes, shape, rank, looked_up_bytes)
     if resident is not None:
         activation_bytes = resident.activation_bytes + looked_up_bytes

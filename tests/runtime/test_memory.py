@@ -63,9 +63,10 @@ def test_a_recorder_sees_a_peak_that_is_gone() -> None:
     process.release_freed_memory()  # or malloc has 32 MiB left from tests before
     with process.MemoryRecorder(interval_s=0.005) as recorder:
         before = process.read_memory().resident_bytes
-        block = np.ones(32 * MIB, np.uint8)
-        time.sleep(0.1)
-        del block
+        with mmap.mmap(-1, 32 * MIB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:  # malloc may keep it
+            for place in range(0, len(block), mmap.PAGESIZE):
+                block[place] = 1
+            time.sleep(0.1)
         time.sleep(0.05)
     assert recorder.peak_bytes - before == pytest.approx(32 * MIB, rel=0.15)
     times, sizes, anonymous, files = zip(*recorder.samples, strict=True)
