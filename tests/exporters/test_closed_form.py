@@ -356,6 +356,7 @@ def test_predictions_that_take_turns_keep_their_labels(
     assert [list(item["scores"]) for item in found] == [list(item["scores"]) for item in expected]
 
 
+@pytest.mark.slow
 def test_a_regression_takes_no_labels(exported: Make, tmp_path: Path) -> None:
     with (
         edgepeft.load(exported("bert-regression", 32).folder) as model,

@@ -62,6 +62,7 @@ def test_generated_tokens_are_those_of_transformers(
     assert len(got) == 12 or got[-1] in device.manifest.model.eos_token_ids
 
 
+@pytest.mark.slow
 def test_a_model_of_odd_sizes_trains(tmp_path: Path) -> None:
     """The export verifies outputs, loss and gradients of every graph; nothing is a multiple of 32."""
     torch.manual_seed(0)

@@ -78,6 +78,7 @@ def test_outputs_losses_and_gradients_equal_pytorch(exported: Make, name: str, b
                 assert norms[0] == pytest.approx(norms[1], rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_an_output_head_that_shares_the_embedding_is_stored_once(exported: Make) -> None:
     tied, untied = (exported(f"llama-{kind}", 32) for kind in ("tied", "untied"))
     difference = untied.manifest.files["weights.bin"].nbytes - tied.manifest.files["weights.bin"].nbytes

@@ -189,6 +189,7 @@ def test_rules_of_generation_hold_as_in_transformers(
     assert opened("llama", changed).generate_ids(PROMPT, max_new_tokens=12) == expected
 
 
+@pytest.mark.slow
 def test_the_first_token_of_an_encoder_decoder_is_forced(
     folder: Callable[[str], Path], opened: Callable[[str, Path], Model]
 ) -> None:

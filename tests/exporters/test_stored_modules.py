@@ -132,7 +132,11 @@ UNVERIFIED: dict[str, Any] = {"train": False, "verify": False}
             {"modules_to_save": ["wte", "mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
             marks=pytest.mark.slow,
         ),
-        (gpt2, {"modules_to_save": ["lm_head", "wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True}),
+        pytest.param(
+            gpt2,
+            {"modules_to_save": ["lm_head", "wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             t5_tied, {"modules_to_save": ["embed_tokens"], "target_modules": ["q"]}, marks=pytest.mark.slow
         ),

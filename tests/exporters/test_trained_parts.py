@@ -102,11 +102,15 @@ def test_only_the_part_changes_and_peft_opens_the_whole(
 
 
 def test_blocks_that_are_not_there(switched: Switched, tmp_path: Path) -> None:
-    """More than the model has, or of a bundle without stages."""
+    """More than the model has."""
     with edgepeft.load(switched("decoder")) as device:
         with pytest.raises(UsageError, match="top_blocks is 3, the model has 2 blocks"):
             device.adapt(data(), tmp_path / "out", top_blocks=3)
         with pytest.raises(UsageError, match="top_blocks is 0"):
             device.adapt(data(), tmp_path / "out", top_blocks=0)
+
+
+@pytest.mark.slow
+def test_blocks_of_a_bundle_without_stages(switched: Switched, tmp_path: Path) -> None:
     with edgepeft.load(switched("seq2seq")) as device, pytest.raises(UsageError, match="has no stages"):
         device.adapt([{"prompt": [1], "completion": [2]}], tmp_path / "out", top_blocks=1)

@@ -179,7 +179,7 @@ def test_a_setting_that_is_not_honoured_is_found(
     [
         ("roberta", "usable_positions"),
         pytest.param("mpnet", "usable_positions", marks=pytest.mark.slow),
-        ("longrope", "keep_angles"),
+        pytest.param("longrope", "keep_angles", marks=pytest.mark.slow),
     ],
 )
 def test_a_context_that_is_too_long_is_found(

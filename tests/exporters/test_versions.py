@@ -141,6 +141,7 @@ def test_a_trace_with_other_inputs_is_refused_with_the_versions_that_were_run(
         traced_after(lambda graph: graph.inputs.pop(1), monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_trace_without_its_presents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"returns 3 values behind its logits.*2 layers"):
         traced_after(lambda graph: graph.outputs.pop(), monkeypatch)
