@@ -25,6 +25,8 @@ pytestmark = pytest.mark.versions
 
 Make = Callable[[str, int], Exported]
 TOLERANCE = {32: 1e-4, 4: 1e-3}
+#: transformers puts <s> and </s> around a BART's texts, which are no words of these tests' vocabulary.
+UNWORDED = pytest.mark.xfail(reason="the tests' tokenizer has no words for what a BART begins texts with")
 #: Of each task and each loss one is compared in every run.
 FAST = ("vit", "wav2vec2", "bert-tokens", "bert-regression", "bert-multi-label", "t5")
 CASES = [
@@ -252,7 +254,7 @@ def test_tokens_are_learned_and_told_apart(tmp_path: Path) -> None:
     assert f"accuracy {told['accuracy']:.4f}" in table
 
 
-@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["t5", pytest.param("bart", marks=[pytest.mark.slow, UNWORDED])])
 def test_an_encoder_decoder_learns_to_answer(family: str, tmp_path: Path) -> None:
     """A prompt is answered by the numbers after its own; the answer is what transformers generates."""
     build = task_models.BUILDERS[family][0]
