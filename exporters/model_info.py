@@ -5,6 +5,7 @@ from typing import Any
 
 from edgepeft.adapters import PREFIX, Adapter
 from edgepeft.bundle.manifest import ModelInfo
+from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.errors import ExportError
 
 from .sources.base import ModelSource
@@ -96,7 +97,7 @@ def _vocab_size(source: ModelSource) -> int:
 
 def takes_tokens(source: ModelSource) -> bool:
     """Whether the model reads texts, and not images or recordings."""
-    return source.task not in ("image-classification", "audio-classification")
+    return source.task not in TOKENLESS
 
 
 def _num_layers(config: Any) -> int:

@@ -32,7 +32,7 @@ from .losses.triplet import MARGIN
 from .sources.base import Pooling
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
-from .verify_batch import Arrays, affordable, model_feeds, sample_batch
+from .verify_batch import Arrays, affordable, model_feeds, relative_difference, sample_batch
 from .verify_decoder import GROWN, verify_decoder, verify_growth
 from .verify_generation import verify_generation
 from .verify_stages import verify_stages
@@ -138,12 +138,10 @@ class _Check:
             decoder = "decoder_input_ids" in self.batch
             filled = self.batch["labels"] != IGNORED_LABEL if decoder else self.batch["attention_mask"] == 1
             counted = got[filled], expected.numpy()[filled]
-        scale = max(1.0, float(np.abs(counted[1]).max()))
-        difference = float(np.abs(counted[0] - counted[1]).max()) / scale
-        self.figures["outputs"][what] = difference
-        if not difference <= self.tolerance:
+        differs = self.figures["outputs"][what] = relative_difference(*counted)
+        if not differs <= self.tolerance:
             raise VerificationError(
-                f"{self.output_name} with {what} differs from PyTorch's by {difference:.2e} of their largest "
+                f"{self.output_name} with {what} differs from PyTorch's by {differs:.2e} of their largest "
                 f"magnitude, tolerance {self.tolerance:.0e}: nothing was written"
             )
         if self.bundle.manifest.streamed_inference is not None:
@@ -189,11 +187,11 @@ class _Check:
             ) from error
         self._session.bind({**model_feeds(self.bundle, "inference", own), **self._adapter_feeds(None)})
         got = self._session.run_for([self.output_name])[self.output_name].numpy()
-        difference = float(np.abs(got - expected).max()) / max(1.0, float(np.abs(expected).max()))
-        self.figures["longest"] = {"tokens": tokens, "of": manifest.model.max_length, "output": difference}
-        if not difference <= self.tolerance:
+        differs = relative_difference(got, expected)
+        self.figures["longest"] = {"tokens": tokens, "of": manifest.model.max_length, "output": differs}
+        if not differs <= self.tolerance:
             raise VerificationError(
-                f"{self.output_name} of {tokens} tokens differs from PyTorch's by {difference:.2e} of their "
+                f"{self.output_name} of {tokens} tokens differs from PyTorch's by {differs:.2e} of their "
                 f"largest magnitude, tolerance {self.tolerance:.0e}: nothing was written"
             )
         if manifest.task == "text-generation" and cache_specs(manifest) and tokens > GROWN:
@@ -222,8 +220,8 @@ class _Check:
         if BASE_LOGITS in self.batch:
             loss = loss + DRIFT * _torch_drift(output, self.batch)
         loss.backward()
-        difference = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
-        if not difference <= LOSS_TOLERANCE:
+        differs = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
+        if not differs <= LOSS_TOLERANCE:
             raise VerificationError(
                 f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's is "
                 f"{loss.item():.6f}: nothing was written"
@@ -246,7 +244,7 @@ class _Check:
                     f"{GRADIENT_NORM_TOLERANCE:.0e}): nothing was written"
                 )
         self.figures["gradients"][name] = {
-            "loss_difference": difference,
+            "loss_difference": differs,
             "smallest_cosine": worst_cosine,
             "largest_norm_difference": worst_norm,
         }

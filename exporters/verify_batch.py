@@ -33,6 +33,11 @@ def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
     return feeds
 
 
+def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """The largest one, of the largest magnitude that is expected where that is above 1."""
+    return float(np.abs(got - expected).max()) / max(1.0, float(np.abs(expected).max()))
+
+
 def sample_batch(bundle: Bundle, source: ModelSource) -> Arrays:
     """Random inputs and labels; tokens are right-padded to different lengths."""
     manifest = bundle.manifest

@@ -10,6 +10,8 @@ from edgepeft.runtime.decoding.growing import GrowingDecoder
 from edgepeft.runtime.decoding.in_place import InPlaceDecoder
 from edgepeft.runtime.session import GraphSession
 
+from .verify_batch import relative_difference
+
 #: Tokens that are read one at a time at the end of a long row.
 GROWN = 4
 
@@ -108,11 +110,11 @@ def verify_decoder(
     got = decoder.step([text[-1] for text in texts])
     rows = [row for row, text in enumerate(texts) if len(text) > 1]
     wanted = expected[rows, [lengths[row] - 1 for row in rows]]
-    difference = float(np.abs(got[rows] - wanted).max()) / max(1.0, float(np.abs(wanted).max()))
+    differs = relative_difference(got[rows], wanted)
     session.close()
-    if not difference <= tolerance:
+    if not differs <= tolerance:
         raise VerificationError(
-            f"logits of the decoder graph differ from the inference graph's by {difference:.2e} of their "
+            f"logits of the decoder graph differ from the inference graph's by {differs:.2e} of their "
             f"largest magnitude, tolerance {tolerance:.0e}: nothing was written"
         )
-    return difference
+    return differs

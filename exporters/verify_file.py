@@ -28,7 +28,7 @@ from .passes.exact_products import use_exact_products
 from .sources.base import Pooling
 from .sources.onnx_file import OnnxFile
 from .verify import EFFECT, OUTPUT_TOLERANCE
-from .verify_batch import Arrays, model_feeds, sample_batch
+from .verify_batch import Arrays, model_feeds, relative_difference, sample_batch
 from .verify_decoder import verify_decoder
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
@@ -222,12 +222,10 @@ class _Check:
                 f"{self.output_name} ({what}) has shape {got.shape}, the file's has {expected.shape}: "
                 "nothing was written"
             )
-        scale = max(1.0, float(np.abs(expected).max()))
-        difference = float(np.abs(got - expected).max()) / scale
-        self.figures["outputs"][what] = difference
-        if not difference <= tolerance:
+        differs = self.figures["outputs"][what] = relative_difference(got, expected)
+        if not differs <= tolerance:
             raise VerificationError(
-                f"{self.output_name} ({what}) differs from the file's by {difference:.2e} of their largest "
+                f"{self.output_name} ({what}) differs from the file's by {differs:.2e} of their largest "
                 f"magnitude, tolerance {tolerance:.0e}: nothing was written"
             )
 

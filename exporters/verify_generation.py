@@ -15,14 +15,12 @@ import transformers
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import VerificationError
 from edgepeft.runtime.activation import graph_inputs, inputs_taken
-from edgepeft.runtime.cache import cache_specs
 from edgepeft.runtime.decoding.base import Decoder, FloatArray
-from edgepeft.runtime.decoding.growing import GrowingDecoder
-from edgepeft.runtime.decoding.in_place import InPlaceDecoder
+from edgepeft.runtime.decoding.choose import decoder_for
 from edgepeft.runtime.decoding.options import GenerationOptions
 from edgepeft.runtime.decoding.sampling import Sampler, candidates, penalized
-from edgepeft.runtime.decoding.whole_text import EncoderDecoder, whole_text
 from edgepeft.runtime.generation import Generation
+from edgepeft.runtime.memory.inference import RESIDENT, RunPlan
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.text import TOKENIZER_FILE, Text
 
@@ -198,14 +196,7 @@ def _until(answer: list[int], ends: Sequence[int]) -> list[int]:
 def _decoder(bundle: Bundle, rows: int, capacity: int) -> Decoder:
     """The decoder that a device without a budget would choose for no adapter."""
     manifest = bundle.manifest
-    inputs = graph_inputs(bundle, [])
-    if manifest.decoder is not None:
-        role = manifest.decoder.plain_graph
-        session = GraphSession(bundle, role)
-        session.bind(inputs_taken(manifest, role, inputs))
-        return InPlaceDecoder(session, manifest, rows, capacity, capacity)
-    session = GraphSession(bundle, "inference")
-    session.bind(inputs)
-    if manifest.task == "text2text-generation":
-        return EncoderDecoder(session, manifest, rows)
-    return GrowingDecoder(session, rows) if cache_specs(manifest) else whole_text(session, manifest, rows)
+    role = RESIDENT if manifest.decoder is None else manifest.decoder.plain_graph
+    session = GraphSession(bundle, role)
+    session.bind(inputs_taken(manifest, role, graph_inputs(bundle, [])))
+    return decoder_for(session, manifest, RunPlan(role, 0, 0, 0, chunk=capacity), [capacity] * rows)

@@ -95,13 +95,18 @@ def shifted_right(model: ModelInfo, labels: Array) -> Array:
 
 def batch_shape(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> tuple[int, int]:
     """Rows of a batch and the longest of its sequences (1 where there is none, as with images)."""
-    sequences = [
-        size
+    sequences = [size for axis, size in axis_sizes(specs, arrays).items() if axis.endswith("sequence")]
+    return len(next(iter(arrays.values()))), max(sequences, default=1)
+
+
+def axis_sizes(specs: Mapping[str, TensorSpec], arrays: Mapping[str, Array]) -> dict[str, int]:
+    """Sizes of a checked batch's axes, by the names that the graph has for them."""
+    return {
+        axis: size
         for name, array in arrays.items()
         for axis, size in zip(specs[name].shape, array.shape, strict=True)
-        if isinstance(axis, str) and axis.endswith("sequence")
-    ]
-    return len(next(iter(arrays.values()))), max(sequences, default=1)
+        if isinstance(axis, str)
+    }
 
 
 def _convert(spec: TensorSpec, value: object) -> Array:

@@ -15,7 +15,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.cache import empty_cache
-from edgepeft.runtime.inputs import batch_shape, check_batch, model_inputs
+from edgepeft.runtime.inputs import axis_sizes, batch_shape, check_batch, model_inputs
 from edgepeft.runtime.memory.inference import RunPlan, plan_forward
 from edgepeft.runtime.memory.room import within
 from edgepeft.runtime.registry import AdapterSpecs, check_rows
@@ -168,13 +168,7 @@ class LoadedBundle:
             return {output: session.forward(arrays)}
         session.bind(arrays)
         session.bind(empty_cache(session.inputs, shape[0]))
-        sizes = {
-            axis: size
-            for name, array in arrays.items()
-            for axis, size in zip(specs[name].shape, array.shape, strict=True)
-            if isinstance(axis, str)
-        }
-        found = {output: _in_own_memory(session, output, sizes)}
+        found = {output: _in_own_memory(session, output, axis_sizes(specs, arrays))}
         if self._budget_bytes is not None:
             session.drop_mapped_pages()  # rows of an embedding, in time all of it
         return found

@@ -138,12 +138,11 @@ class Sessions:
         self.plan = plan
         entry = self._open.get(plan.role)
         region_bytes = 0 if entry is None else entry.region_bytes
-        if self._one_at_a_time and plan.is_whole and not self._borrowers:
-            wanted_bytes = plan.session_bytes + plan.activation_bytes
-            if wanted_bytes > region_bytes:
-                region_bytes = max(wanted_bytes, 2 * region_bytes)
-                self.close()
-                entry = None
+        wanted_bytes = plan.session_bytes + plan.activation_bytes if plan.is_whole else 0
+        if self._one_at_a_time and wanted_bytes > region_bytes and not self._borrowers:
+            region_bytes = max(wanted_bytes, 2 * region_bytes)
+            self.close()
+            entry = None
         if entry is not None and entry.stamp == stamp:
             return entry.session, plan
         if inputs is None:  # another graph took them, perhaps as parts of larger ones

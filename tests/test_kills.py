@@ -1,41 +1,25 @@
 """Commands that write, killed at places all over what they do; `python -m tests.kills` tries every place."""
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from tests import kills
-
-
-def run(*arguments: str) -> str:
-    """In a process that has no threads, which a fork would lose."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kills", *arguments],
-        cwd=Path(__file__).parents[1],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from tests.programs import run
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("scenario", ["adapt-in-place", "adapter-add", "adapter-remove", "prompt-cache"])
 def test_a_killed_command_is_run_again(scenario: str) -> None:
     """At some places."""
-    assert "kills, 0 faults" in run(scenario, "--every", "19")
+    assert "kills, 0 faults" in run("tests.kills", scenario, "--every", "19")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("disk", ["full", "gone"])
 def test_a_disk_that_fails_is_told_in_one_line(disk: str) -> None:
     """From some places on; when it is back, the command is run again."""
-    done = run("adapt-in-place", "adapter-add", "--every", "29", "--disk", disk)
+    done = run("tests.kills", "adapt-in-place", "adapter-add", "--every", "29", "--disk", disk)
     assert done.count(", 0 faults") == 2
 
 
@@ -44,4 +28,4 @@ def test_a_disk_that_fails_is_told_in_one_line(disk: str) -> None:
 @pytest.mark.parametrize("scenario", kills.SCENARIOS)
 def test_a_command_killed_anywhere_is_run_again(scenario: str) -> None:
     """At every place."""
-    assert "kills, 0 faults" in run(scenario)
+    assert "kills, 0 faults" in run("tests.kills", scenario)

@@ -32,6 +32,8 @@ TASKS = (
     "image-classification",
     "audio-classification",
 )
+TOKENLESS = ("image-classification", "audio-classification")
+"""Tasks of models that read no tokens."""
 #: Ways to resize an image.
 RESAMPLE = ("nearest", "bilinear", "bicubic", "lanczos")
 #: transformers' problem types.
@@ -173,7 +175,7 @@ def _check_model(manifest: Manifest) -> None:
         1 <= model.min_length <= model.max_length,
         f"model.min_length is {model.min_length}, expected 1 to {model.max_length}",
     )
-    least = 0 if manifest.task in ("image-classification", "audio-classification") else 1
+    least = 0 if manifest.task in TOKENLESS else 1
     _require(model.vocab_size >= least, f"model.vocab_size is {model.vocab_size}, expected at least {least}")
     for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id", "mask_token_id"):
         token = getattr(model, name)

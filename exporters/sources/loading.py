@@ -14,6 +14,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TextSettings
+from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import tidy
@@ -65,8 +66,7 @@ class Source:
         Raises:
             ExportError: it has a setting that the runtime does not know.
         """
-        embeds = self.task == "feature-extraction" or isinstance(self.model, SentenceClassifier)
-        text = read_tokenizer(folder, embeds=embeds, writes=self.task.endswith("-generation"))
+        text = _read_text(folder, self.task, self.model)
         self.tokenizer_files |= text.files
         self.text_settings, self.tokenizer = text.settings, text.tokenizer
 
@@ -240,9 +240,8 @@ def load_source(
     else:
         module = _load_pretrained(str(model), resolved, labels)
         shipped, name = str(model), _name(Path(model))
-        if resolved not in ("image-classification", "audio-classification"):
-            embeds = resolved == "feature-extraction" or isinstance(module, SentenceClassifier)
-            text = read_tokenizer(shipped, embeds=embeds, writes=resolved.endswith("-generation"))
+        if resolved not in TOKENLESS:
+            text = _read_text(shipped, resolved, module)
     if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
         raise ExportError(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
@@ -252,7 +251,7 @@ def load_source(
     if resolved == "text-classification":
         pool_by_mask(module)
     lengths = [read_max_length(resolved, module.config, shipped)]
-    if resolved not in ("image-classification", "audio-classification"):
+    if resolved not in TOKENLESS:
         lengths += [length for length in (usable_positions(module), keep_angles(module)) if length]
     source = Source(
         model=module,
@@ -267,6 +266,11 @@ def load_source(
     )
     generation_settings(source)  # which refuses what the runtime does not do, before any work is done
     return source
+
+
+def _read_text(folder: str, task: str, module: Any) -> TokenizerFiles:
+    embeds = task == "feature-extraction" or isinstance(module, SentenceClassifier)
+    return read_tokenizer(folder, embeds=embeds, writes=task.endswith("-generation"))
 
 
 def _load_adapted(
@@ -339,7 +343,7 @@ def _check_not_quantized(model: str, config: Any) -> None:
 
 def read_max_length(task: str, config: Any, model: str | None) -> int:
     """Longest input: the model's positions, or fewer where its files say so; 1 for images."""
-    if task in ("image-classification", "audio-classification"):
+    if task in TOKENLESS:
         return 1 if task == "image-classification" else MAX_SAMPLES
     limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
     if model is None:

@@ -22,6 +22,15 @@ class Rules:
     def __init__(self, model: ModelInfo, read: Sequence[int], max_new_tokens: int) -> None:
         self._settings, self._ends = model.generation, list(model.eos_token_ids)
         self._read, self._max_new_tokens = list(read), max_new_tokens
+        # Most models have none, and a text is not looked at for each of its tokens then.
+        settings = self._settings
+        self._are_none = settings.forced_bos_token_id is None and not any(
+            (
+                *(settings.suppress_tokens, settings.begin_suppress_tokens, settings.forced_eos_token_ids),
+                *(settings.min_length, settings.min_new_tokens),
+                *(settings.no_repeat_ngram_size, settings.bad_words_ids),
+            )
+        )
         # Single tokens that end a text are never bad words.
         self._bad_words = [
             word for word in self._settings.bad_words_ids if len(word) > 1 or word[0] not in self._ends
@@ -29,6 +38,8 @@ class Rules:
 
     def applied(self, logits: FloatArray, written: Sequence[int]) -> FloatArray:
         """Logits `[vocab]` as the rules leave them, behind the tokens that were written so far."""
+        if self._are_none:
+            return logits
         settings, count = self._settings, len(written)
         length = len(self._read) + count
         forced = None

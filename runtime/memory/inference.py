@@ -86,13 +86,13 @@ def plan_forward(
         BudgetError: neither fits; names the smallest budget that would do.
     """
     rows, tokens = shape
-    looked_up_bytes = _SPARE_BYTES
+    beside_bytes = _SPARE_BYTES
     if manifest.partition is not None:
-        looked_up_bytes += most_mapped_row_bytes(manifest, manifest.partition, rows * tokens)
-    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank, looked_up_bytes)
+        beside_bytes += most_mapped_row_bytes(manifest, manifest.partition, rows * tokens)
+    resident = _resident(manifest, budget_bytes, process_bytes, shape, rank, beside_bytes)
     if resident is not None:
-        activation_bytes = resident.activation_bytes + looked_up_bytes
-        return dataclasses.replace(resident, activation_bytes=activation_bytes, cache_bytes=0, is_whole=True)
+        activation_bytes = resident.activation_bytes + beside_bytes
+        return dataclasses.replace(resident, activation_bytes=activation_bytes, is_whole=True)
     streamed = manifest.streamed_inference
     assert streamed is not None
     assert budget_bytes is not None
@@ -141,7 +141,7 @@ def plan_generation(
     others_bytes = growing_cache_bytes(manifest, rows - 1, total)
     resident = _resident(manifest, budget_bytes, process_bytes, (1, total), rank, others_bytes)
     if resident is not None:
-        return resident
+        return dataclasses.replace(resident, cache_bytes=others_bytes)
     streamed = manifest.streamed_inference
     assert streamed is not None
     assert budget_bytes is not None
@@ -200,14 +200,15 @@ def _resident(
     process_bytes: int,
     shape: tuple[int, int],
     rank: int,
-    others_bytes: int = 0,
+    beside_bytes: int,
 ) -> RunPlan | None:
-    """The whole inference graph and other rows' caches beside it; None where only its stages may fit."""
+    """The whole inference graph, where something else has room beside it; None where only its stages may
+    fit."""
     memory = manifest.inference_memory
-    held_bytes = process_bytes + others_bytes
+    held_bytes = process_bytes + beside_bytes
     try:
         plan = plan_graph(RESIDENT, memory, budget_bytes, held_bytes, shape=shape, rank=rank)
-        return dataclasses.replace(plan, process_bytes=process_bytes, cache_bytes=others_bytes)
+        return dataclasses.replace(plan, process_bytes=process_bytes)
     except BudgetError as error:
         if manifest.streamed_inference is not None:
             return None
