@@ -27,14 +27,13 @@ from edgepeft.runtime.inputs import (
 )
 from edgepeft.runtime.session import GraphSession
 
-from .losses.contrastive import SCALE
-from .losses.triplet import MARGIN
-from .sources.base import Pooling
+from .sources.last_token import lacks_pad
 from .sources.loading import Source
 from .sources.tracing import conv1d_weights
-from .verify_batch import Arrays, affordable, model_feeds, relative_difference, sample_batch
+from .verify_batch import PADDED, Arrays, affordable, model_feeds, relative_difference, sample_batch, unpadded
 from .verify_decoder import GROWN, verify_decoder, verify_growth
 from .verify_generation import verify_generation
+from .verify_reference import long_output, torch_drift, torch_gradients, torch_output
 from .verify_stages import verify_stages
 from .verify_streamed import verify_streamed
 from .verify_text import TEXTS
@@ -46,7 +45,6 @@ GRADIENT_COSINE = 0.9999
 GRADIENT_NORM_TOLERANCE = 1e-3
 #: A change of the output below this is no change.
 EFFECT = 1e-6
-TAKEN = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_values")
 #: Of the drift penalty, where there is one.
 DRIFT = 0.7
 
@@ -153,10 +151,29 @@ class _Check:
             decoded = verify_decoder(self.bundle, self.batch, inputs, got, self.tolerance)
             self.figures.setdefault("decoder_outputs", {})[what] = decoded
         if adapter is None:
+            self._padding(got)
             self._plain = counted[0]
             if has_drift_penalty(self.bundle.manifest):
                 self.batch |= {BASE_LOGITS: got, DRIFT_WEIGHT: np.array(DRIFT, np.float32)}
         self._latest = counted[0]
+
+    def _padding(self, got: np.ndarray) -> None:
+        """A classifier that knows no padding by its token says of a padded row what it says of it alone.
+
+        PyTorch's own model, made to read what the mask counts, is no judge of that.
+        """
+        task = self.bundle.manifest.task
+        if task != "text-classification" or not lacks_pad(self.source.model.config):
+            return
+        alone = unpadded(self.batch, PADDED)
+        self._session.bind({**model_feeds(self.bundle, "inference", alone), **self._adapter_feeds(None)})
+        said = self._session.run_for([self.output_name])[self.output_name].numpy()
+        differs = relative_difference(got[[PADDED]], said)
+        if not differs <= self.tolerance:
+            raise VerificationError(
+                f"{self.output_name} of a row differs by {differs:.2e} of their largest magnitude with "
+                f"padding behind it, tolerance {self.tolerance:.0e}: nothing was written"
+            )
 
     def prompt(self) -> list[int]:
         """Tokens of a text of the tokenizer's own, or, without one, those of the batch's first row."""
@@ -178,7 +195,7 @@ class _Check:
             own["decoder_input_ids"] = ids
         try:
             with torch.no_grad():
-                expected = _long_output(self.source, own).numpy()
+                expected = long_output(self.source, own).numpy()
         except Exception as error:  # whatever the model's own code raises
             raise VerificationError(
                 f"{self.source.name} does not read {tokens} tokens in PyTorch, of "
@@ -218,7 +235,7 @@ class _Check:
         model.zero_grad()
         output, loss = self._torch_output(model)
         if BASE_LOGITS in self.batch:
-            loss = loss + DRIFT * _torch_drift(output, self.batch)
+            loss = loss + DRIFT * torch_drift(output, self.batch)
         loss.backward()
         differs = abs(float(outputs["loss"]) - loss.item()) / max(1.0, abs(loss.item()))
         if not differs <= LOSS_TOLERANCE:
@@ -230,7 +247,7 @@ class _Check:
         lora_inputs = {
             key for slot in self.bundle.manifest.lora_slots for key in (slot.a_input, slot.b_input)
         }
-        for key, expected in _torch_gradients(model).items():
+        for key, expected in torch_gradients(model).items():
             if key not in trainable:
                 continue
             got = outputs[f"grad.{key}"]
@@ -255,71 +272,13 @@ class _Check:
             )
 
     def _torch_output(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return _torch_output(self.source, model, self.batch, self.bundle.manifest.model.loss)
+        return torch_output(self.source, model, self.batch, self.bundle.manifest.model.loss)
 
     def _model_feeds(self, role: str) -> Arrays:
         return model_feeds(self.bundle, role, self.batch)
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
-
-
-def _torch_drift(logits: torch.Tensor, batch: Arrays) -> torch.Tensor:
-    """KL divergence from the base model's distribution, averaged over the positions that count."""
-    base, adapted = (torch.log_softmax(z, -1) for z in (torch.from_numpy(batch[BASE_LOGITS]), logits))
-    each = torch.nn.functional.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
-    if each.ndim == 1:
-        return each.mean()
-    counted = batch["labels"] != IGNORED_LABEL if "decoder_input_ids" in batch else batch["attention_mask"]
-    return each[torch.from_numpy(counted).bool()].mean()
-
-
-def _torch_output(
-    source: Source, model: Any, batch: Arrays, named_loss: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The task's output and loss as PyTorch computes them."""
-    inputs = {name: torch.from_numpy(batch[name]) for name in TAKEN if name in batch}
-    if source.pooling is None:
-        result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
-        return result.logits, result.loss
-    embedding = _embedding(source.pooling, model, inputs)
-    if named_loss == "triplet":
-        anchor, positive, negative = embedding.chunk(3)
-        return embedding, torch.nn.functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN)
-    anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
-    scores = SCALE * anchors @ positives.T
-    return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
-
-
-def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    hidden = model(**inputs).last_hidden_state
-    if pooling.mode == "mean":
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
-    elif pooling.mode == "max":
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
-    else:
-        pooled = hidden[:, 0]
-    return torch.nn.functional.normalize(pooled, dim=-1) if pooling.normalize else pooled
-
-
-def _long_output(source: Source, batch: Arrays) -> torch.Tensor:
-    """The output for rows without labels."""
-    inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
-    if source.pooling is not None:
-        return _embedding(source.pooling, source.model, inputs)
-    logits: torch.Tensor = source.model(**inputs).logits
-    return logits
-
-
-def _torch_gradients(model: Any) -> dict[str, np.ndarray]:
-    """Gradients by PEFT's state-dict key."""
-    return {
-        name.replace(".default.", ".").replace(".modules_to_save.", "."): parameter.grad.numpy()
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
-    }
 
 
 def _fill_lora_b(adapter: Adapter, model: Any) -> Adapter:

@@ -13,6 +13,7 @@ from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
 from .sources.base import ModelSource
 
 BATCH, SEQUENCE, TARGET = 6, 12, 9  # pairs and triplets
+PADDED = 1  # a row that is padded on the right
 LEFT = 3  # the first row that is padded on the left
 #: Of the longest row: tokens at most, and operations.
 LONGEST, AFFORDABLE = 1024, 1e11
@@ -31,6 +32,13 @@ def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
             shape = [rows if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
             feeds[item.name] = np.zeros(shape, item.dtype)
     return feeds
+
+
+def unpadded(batch: Arrays, row: int) -> Arrays:
+    """One row of tokens without its padding."""
+    filled = batch["attention_mask"][row] == 1
+    tokens = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: batch[name][[row]][:, filled] for name in tokens if name in batch}
 
 
 def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:

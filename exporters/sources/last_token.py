@@ -15,10 +15,9 @@ def pool_by_mask(model: Any) -> None:
     Every family compares `input_ids` with `config.pad_token_id` itself. While the model runs, that is a
     tensor that equals them where the mask is 0, and nowhere else.
     """
-    config = model.config.get_text_config()
-    declared = getattr(config, "pad_token_id", None)
-    if model.config.is_encoder_decoder or (declared is not None and 0 <= declared < config.vocab_size):
+    if not lacks_pad(model.config):
         return
+    declared = getattr(model.config.get_text_config(), "pad_token_id", None)
 
     def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None)
@@ -32,6 +31,13 @@ def pool_by_mask(model: Any) -> None:
 
     model.register_forward_pre_hook(tell, with_kwargs=True)
     model.register_forward_hook(forget, always_call=True)
+
+
+def lacks_pad(config: Any) -> bool:
+    """Whether a classifier of this configuration cannot tell padding by a token of its vocabulary."""
+    text = config.get_text_config()
+    declared = getattr(text, "pad_token_id", None)
+    return not config.is_encoder_decoder and (declared is None or not 0 <= declared < text.vocab_size)
 
 
 def _set_pad(model: Any, value: Any) -> None:

@@ -50,14 +50,16 @@ def llama(*, tied: bool) -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(config).eval()
 
 
-def save_adapter(model: transformers.PreTrainedModel, folder: Path, seed: int, **config: Any) -> Path:
+def save_adapter(
+    model: transformers.PreTrainedModel, folder: Path, seed: int, *, embeddings: bool = False, **config: Any
+) -> Path:
     """A PEFT LoRA over `model`, its factors (and its head, if it saves one) random, as PEFT writes it."""
     torch.manual_seed(seed)
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=embeddings)
     wrapped.unload()
     return folder
 

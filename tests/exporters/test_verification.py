@@ -6,16 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 import transformers
+from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import edgepeft
 from edgepeft.bundle.manifest import GenerationSettings, TextSettings
-from edgepeft.errors import EdgePeftError, VerificationError
-from edgepeft.exporters import model_info, pipeline
+from edgepeft.errors import AdapterError, EdgePeftError, ExportError, VerificationError
+from edgepeft.exporters import model_info, pipeline, stored_modules
 from edgepeft.exporters.passes import cache_in_place
-from edgepeft.exporters.sources import loading, tokenizer
+from edgepeft.exporters.sources import loading, onnx_graph, tokenizer
 from edgepeft.exporters.sources.generation_settings import generation_config
 from edgepeft.runtime import chat
 
@@ -195,13 +197,17 @@ def test_a_context_that_is_too_long_is_found(
         edgepeft.export(model, tmp_path / "wrong", bits=32, train=False)
 
 
-def _adapter(folder: Path, *, tied: bool = True, resize: int = 0, **config: Any) -> Path:
+def _adapter(
+    folder: Path, *, tied: bool = True, resize: int = 0, embeddings: bool = False, **config: Any
+) -> Path:
     model = models.llama(tied=tied)
     if resize:
         model.resize_token_embeddings(resize, mean_resizing=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return models.save_adapter(model, folder, 3, r=2, task_type="CAUSAL_LM", **config)
+        return models.save_adapter(
+            model, folder, 3, embeddings=embeddings, r=2, task_type="CAUSAL_LM", **config
+        )
 
 
 #: What an adapter stores, and what is taken out.
@@ -244,23 +250,59 @@ def test_what_an_adapter_stores_and_is_left_out_is_found(
     folder = _adapter(tmp_path / "adapter", **config)
     take_out(monkeypatch)
     model = models.llama(tied=config.get("tied", True))
-    with pytest.raises(EdgePeftError):
+    with pytest.raises(VerificationError, match="logits with adapter 'a' differs from PyTorch's"):
         edgepeft.export(model, tmp_path / "wrong", bits=32, adapters={"a": folder}, train=False)
 
 
-def test_a_classifier_that_reads_padding_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One without a token that pads."""
+def test_a_vocabulary_that_is_not_resized_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = _adapter(
+        tmp_path / "adapter", tied=False, resize=330, embeddings=True, target_modules=["q_proj"]
+    )
+    monkeypatch.setattr(stored_modules, "_resize_vocabulary", lambda *_: None)
+    with pytest.raises(AdapterError, match=r"\[330, 64\] in the adapter, \[320, 64\] in this bundle"):
+        edgepeft.export(
+            models.llama(tied=False), tmp_path / "wrong", bits=32, adapters={"a": folder}, train=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("declared", "error", "match"),
+    [
+        (None, ExportError, "Cannot handle batch sizes > 1 if no padding token is defined"),
+        (-1, VerificationError, "logits of a row differs by .* with padding behind it"),
+    ],
+)
+def test_a_classifier_that_reads_padding_is_found(
+    declared: int | None, error: type[Exception], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without a token that pads, or whose token is none."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**models.SIZES, max_position_embeddings=64, num_labels=3)
+    vars(config)["pad_token_id"] = declared
     monkeypatch.setattr(loading, "pool_by_mask", lambda _: None)
-    with pytest.raises(EdgePeftError):
+    with pytest.raises(error, match=match):
         edgepeft.export(
             transformers.LlamaForSequenceClassification(config), tmp_path / "wrong", bits=32, train=False
         )
 
 
-def test_heads_that_no_kernel_takes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = transformers.LlamaConfig(**{**models.SIZES, "hidden_size": 40}, max_position_embeddings=64)
+@pytest.mark.parametrize("hidden_size", [40, pytest.param(32, marks=pytest.mark.slow)])
+def test_heads_that_no_kernel_takes_are_found(
+    hidden_size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads of 10 and of 8."""
+    sizes = {**models.SIZES, "hidden_size": hidden_size}
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=64)
     monkeypatch.setattr(cache_in_place, "_takes_size", lambda _: True)
-    with pytest.raises(EdgePeftError):
+    with pytest.raises(EdgePeftError, match=r"head_size .* be a multiple of"):
         edgepeft.export(transformers.LlamaForCausalLM(config), tmp_path / "wrong", bits=32, train=False)
+
+
+def test_a_file_of_sixteen_bits_that_is_not_widened_is_found(
+    files: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model.onnx"
+    onnx.save(convert_float_to_float16(onnx.load(files("bert-script")), keep_io_types=True), path)
+    monkeypatch.setattr(onnx_graph, "widen_floats", lambda _: False)
+    with pytest.raises(EdgePeftError, match=r"Type \(tensor\(float16\)\) of output arg"):
+        edgepeft.export(path, tmp_path / "wrong", bits=32, train=False)
