@@ -62,6 +62,7 @@ def plan(
     from edgepeft.runtime.memory.planner import choose, judging_alone
     from edgepeft.runtime.preprocessing.images import LEFT_BYTES, load_decoders
     from edgepeft.runtime.tasks import task_for
+    from edgepeft.runtime.training.closed_form import trained_head
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.preparation import plans_now
     from edgepeft.runtime.training.sampling import batch_indices
@@ -98,12 +99,13 @@ def plan(
     rows = batch_size * task.rows_per_record
     sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
     candidates = plans_now(opened, sizes, budget, later_bytes)
+    head_alone = [] if trained_head(opened.manifest, names) is None else judging_alone(candidates)
     if options.trainable == "head":
-        candidates = judging_alone(candidates)
+        candidates, head_alone = judging_alone(candidates), []
     fits: str | None = None
     failure: BudgetError | None = None
     try:
-        fits = choose(candidates, budget).label
+        fits = choose(candidates, budget, head_alone).label
     except BudgetError as error:
         failure = error
     result = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -224,10 +225,15 @@ def _adapter_bytes(workload: Workload) -> int:
     return _BYTES_PER_VALUE * workload.adapter_values
 
 
-def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
+def choose(candidates: list[Plan], budget_bytes: int | None, head_alone: Sequence[Plan] = ()) -> Plan:
     """The fastest plan that fits the budget; without a budget, the first.
 
     One without exact gradients is chosen only where there is no other.
+
+    Args:
+        candidates: what there is.
+        budget_bytes: the limit; None for none.
+        head_alone: plans of what takes less, a head in closed form, to be named where nothing fits.
 
     Raises:
         BudgetError: none fits; the error names the smallest budget that would do.
@@ -243,7 +249,10 @@ def choose(candidates: list[Plan], budget_bytes: int | None) -> Plan:
     others = (plan for plan in candidates if plan not in eligible and plan.fits(budget_bytes))
     other = next(others, None)
     remedy = ""
-    if other is not None:
+    if head := [plan for plan in head_alone if plan.fits(budget_bytes)]:
+        peak_bytes = min(plan.peak_bytes for plan in head)
+        remedy = f"; --trainable head fits with {format_size(peak_bytes)}: a classifier's last layer, no LoRA"
+    elif other is not None:
         remedy = (
             f"; --strategy {other.strategy} fits with {format_size(other.peak_bytes)}, but estimates its "
             "gradients and needs many more steps"

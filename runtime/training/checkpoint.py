@@ -29,7 +29,9 @@ class Progress:
         losses, learning_rates, grad_norms: one entry a step.
         held_out_before: loss, accuracy and what `Judged` compares of the starting adapter, so that they are
             computed once.
-        held_out_head: the same of a head in closed form, where there is one.
+        held_out_head: the same of a head in closed form, where training starts from one.
+        head_says_something: whether a head in closed form beats those to shuffled labels; None where that was
+            not tried.
         limited_steps: steps after which the policy's bound scaled the update back.
     """
 
@@ -39,6 +41,7 @@ class Progress:
     grad_norms: list[float] = field(default_factory=list)
     held_out_before: tuple[float, float | None, float] | None = None
     held_out_head: tuple[float, float | None, float] | None = None
+    head_says_something: bool | None = None
     limited_steps: int = 0
 
 

@@ -10,9 +10,9 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import steps_per_epoch
 
-FEW = 100
-"""Records below which a classifier learns its head in closed form and nothing else: more than that needs
-records to be judged by."""
+FEW = 20
+"""Records below which a classifier learns its head in closed form and nothing else: held-out records would be
+one or two."""
 RATE = 1e-3
 STEPS, GENERATION_STEPS = 120, 60
 """Steps that an update takes at least, if `MOST_EPOCHS` are enough for so many."""

@@ -14,7 +14,15 @@ from edgepeft.runtime.training.gate import Evaluation, Sink
 from edgepeft.runtime.training.preparation import Prepared, classes_of
 from edgepeft.runtime.training.remembered import balanced_sample, most_records
 from edgepeft.runtime.training.ridge import Fit
-from edgepeft.runtime.training.verdict import Judged, Outcome, calibrate, decide, judged, judged_earlier
+from edgepeft.runtime.training.verdict import (
+    ENOUGH,
+    Judged,
+    Outcome,
+    calibrate,
+    decide,
+    judged,
+    judged_earlier,
+)
 
 FROM, CLOSED_FORM, TRAINED = "start", "closed-form head", "trained"
 """Names of candidates."""
@@ -69,7 +77,9 @@ class Judging:
         if head is None or progress.step:
             return
         present = {name: state.parameters[name].copy() for name in head.inputs}
-        self._fit_head(self._prepared.train_on)
+        train_on = self._prepared.train_on
+        closed, _, fit = self._fit_head(train_on)
+        progress.head_says_something = _says_something(closed, fit, len(train_on))
         fitted = self._judged(CLOSED_FORM, self._judge(held_out))
         if fitted.loss <= judged_earlier(FROM, progress.held_out_before).loss:
             progress.held_out_head = fitted.figures
@@ -81,16 +91,20 @@ class Judging:
         """Judge what was trained, and choose.
 
         Where a head in closed form is better, or training cannot be told from chance, the head is fitted once
-        more, to the held-out records too.
+        more, to the held-out records too. Where these are too few to tell, what is trained is worth no more
+        than the head that it started from.
         """
         progress, held_out = self._prepared.progress, self._prepared.held_out
         assert progress.held_out_before is not None
         before = judged_earlier(FROM, progress.held_out_before)
         candidates = [self._judged(TRAINED, self._calibrated(self._judge(held_out)))]
+        said = candidates[0].evaluation.said
+        too_few = said is not None and len(said.targets) < ENOUGH
+        says_something = progress.head_says_something if too_few else None
         if progress.held_out_head is None:
-            return self._decided(before, candidates)
+            return self._decided(before, candidates, says_something)
         fitted = judged_earlier(CLOSED_FORM, progress.held_out_head)
-        outcome = self._decided(before, [*candidates, fitted])
+        outcome = self._decided(before, [*candidates, fitted], says_something)
         if outcome.chosen is candidates[0] and outcome.rejected is None:
             return outcome
         self._prepared.state.return_to_start()

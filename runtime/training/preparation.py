@@ -126,7 +126,7 @@ def prepare(
         width = adapter.tensors[head.weight].shape[1]
         counted = task.label_count(examples) + sum(len(rows) for rows in held.values())
         candidates = with_features(candidates, features_bytes(width, counted))
-    plan = choose(candidates, budget_bytes)
+    plan = choose(candidates, budget_bytes, [] if alone or head is None else judging_alone(candidates))
     inputs = graph_inputs(bundle, [(adapter, 1.0)])
     file_in = output.parent if plan.state_in_file else None
     optimizer = OPTIMIZER_STATES[options.optimizer_state] if plan.exact else None

@@ -22,6 +22,7 @@ from edgepeft.adapters import load_adapter
 from edgepeft.errors import AdapterError, DataError, UpdateRejectedError, UsageError
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
 from edgepeft.runtime import prediction
+from edgepeft.runtime.training.defaults import FEW
 from edgepeft.runtime.training.remembered import FILE, balanced_sample
 
 from . import models
@@ -155,18 +156,24 @@ def direction(values: np.ndarray) -> np.ndarray:
 
 
 def test_few_records_get_a_head_and_no_steps(exported: Make, tmp_path: Path) -> None:
-    """By default; with steps that are asked for, training starts from it."""
+    """By default; with more of them, or steps that are asked for, training starts from it."""
     bundle = exported("bert-classifier", 32)
     data = records("bert-classifier")
     with edgepeft.load(bundle.folder) as model:
-        report = model.adapt(data, tmp_path / "out", adapter="plain")
+        with pytest.raises(UpdateRejectedError) as few:  # which a random model learns nothing from
+            model.adapt(data[: FEW - 1], tmp_path / "few", adapter="plain")
+        more = model.adapt(data, tmp_path / "more", adapter="plain")
+        head = model.adapt(data, tmp_path / "head", adapter="plain", trainable="head")
         trained = model.adapt(data, tmp_path / "trained", adapter="plain", epochs=2)
-    assert (report.steps, report.chosen) == (0, "closed-form head")
-    assert report.held_out_after.accuracy is not None
-    assert report.held_out_after.accuracy > 0.55  # chance is a third
-    assert report.accuracy_interval is not None
-    assert report.accuracy_interval[0] < 1
-    assert sum(item["items"] for item in report.by_label.values()) == COUNT
+    assert few.value.report is not None
+    assert few.value.report["steps"] == 0
+    assert (head.steps, head.chosen) == (0, "closed-form head")
+    assert head.held_out_after.accuracy is not None
+    assert head.held_out_after.accuracy > 0.55  # chance is a third
+    assert head.accuracy_interval is not None
+    assert head.accuracy_interval[0] < 1
+    assert sum(item["items"] for item in head.by_label.values()) == COUNT
+    assert more.steps == 10 * 5  # epochs, of 36 records in batches of 8
     names = [item.name for item in trained.candidates]
     assert names == ["start", "trained", "closed-form head"]
     start = next(item for item in trained.candidates if item.name == "closed-form head")
