@@ -235,9 +235,9 @@ def test_the_first_strategy_that_fits_is_chosen(manifest: Manifest) -> None:
     assert caught.value.required_bytes == streamed.smallest_budget_bytes
     assert choose(candidates, caught.value.required_bytes) is streamed
     assert caught.value.required_bytes % MIB == 0
-    head = dataclasses.replace(streamed, state_bytes=0)
+    head = dataclasses.replace(streamed, process_bytes=streamed.process_bytes - 9 * MIB)
     with pytest.raises(BudgetError, match="; --trainable head fits with "):
-        choose(candidates, caught.value.required_bytes - MIB, [head])
+        choose(candidates, int(1.02 * streamed.peak_bytes) - 1, [head])
 
 
 def test_a_bundle_without_training_has_no_plans(manifest: Manifest) -> None:
