@@ -217,7 +217,12 @@ class Update:
                     prepared.inputs,
                     prepared.state,
                     progress,
-                    Schedule(prepared.options, prepared.total_steps, manifest.policy.max_relative_change),
+                    Schedule(
+                        prepared.options,
+                        prepared.total_steps,
+                        manifest.policy.max_relative_change,
+                        prepared.classes,
+                    ),
                     after_step,
                     self._threads,
                     self._present.held,

@@ -31,12 +31,21 @@ class StepBatches:
             yield self.task.batch([self.examples[index] for index in part], training=True)
 
 
-def step_batches(task: Task, examples: Sequence[Example], options: TrainingOptions, step: int) -> StepBatches:
+def step_batches(
+    task: Task,
+    examples: Sequence[Example],
+    options: TrainingOptions,
+    step: int,
+    classes: Indices | None = None,
+) -> StepBatches:
     """The batch of `records_per_step` records of a step (from 0), in micro-batches of `batch_size`.
 
-    A last part of fewer records than the task learns from at once is left out.
+    A last part of fewer records than the task learns from at once is left out. `classes` are those of the
+    examples, if they have any.
     """
-    indices = batch_indices(len(examples), options.records_per_step, options.seed, step, task.minimum_batch)
+    indices = batch_indices(
+        len(examples), options.records_per_step, options.seed, step, task.minimum_batch, classes
+    )
     size = options.batch_size
     parts = (indices[start : start + size] for start in range(0, len(indices), size))
     return StepBatches(task, examples, tuple(part for part in parts if len(part) >= task.minimum_batch))

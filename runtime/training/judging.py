@@ -11,7 +11,7 @@ from edgepeft.runtime.examples import Part
 from edgepeft.runtime.tasks import Example, Task
 from edgepeft.runtime.training.closed_form import ClosedForm, label_weights
 from edgepeft.runtime.training.gate import Evaluation, Sink
-from edgepeft.runtime.training.preparation import Prepared, classes_of
+from edgepeft.runtime.training.preparation import Prepared
 from edgepeft.runtime.training.remembered import balanced_sample, most_records
 from edgepeft.runtime.training.ridge import Fit
 from edgepeft.runtime.training.verdict import (
@@ -130,7 +130,7 @@ class Judging:
     def features(self) -> dict[str, npt.NDArray[np.float32]]:
         """What the adapter keeps of the records, as it is now: their features, by label; see `remembered`."""
         head, train_on = self._prepared.head, self._prepared.train_on
-        classes = classes_of(train_on, self._task)
+        classes = self._prepared.classes
         if head is None or classes is None:
             return {}
         if self._closed is None:

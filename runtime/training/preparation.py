@@ -39,7 +39,8 @@ class Prepared:
     `inputs` are the graph's that do not train. `candidates` are the plans that `plan` was chosen from, for
     batches of `sizes`. `head` is what can be fitted in closed form, and all there is to do where there are no
     steps: then all records are trained on and, one at a time, held out. `held` are features of records of
-    other labels, by label, that the adapter kept. In `options` nothing is left open that steps need."""
+    other labels, by label, that the adapter kept. `classes` are those of the records to train on, where they
+    have any. In `options` nothing is left open that steps need."""
 
     options: TrainingOptions
     head: LinearHead | None
@@ -51,6 +52,7 @@ class Prepared:
     sizes: Workload
     examples: Examples
     train_on: Sequence[Example]
+    classes: npt.NDArray[np.int64] | None
     held_out: Sequence[Example]
     total_steps: int
     inputs: dict[str, npt.NDArray[np.float32]]
@@ -154,6 +156,7 @@ def prepare(
         sizes=sizes,
         examples=examples,
         train_on=examples.part(train_on),
+        classes=None if classes is None else classes[train_on],
         held_out=examples.part(held_out),
         total_steps=total_steps,
         inputs=inputs,

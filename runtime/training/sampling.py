@@ -54,9 +54,13 @@ def steps_per_epoch(count: int, batch_size: int, minimum: int = 1) -> int:
     return full + (rest >= minimum)
 
 
-def batch_indices(count: int, batch_size: int, seed: int, step: int, minimum: int = 1) -> Indices:
+def batch_indices(
+    count: int, batch_size: int, seed: int, step: int, minimum: int = 1, classes: Indices | None = None
+) -> Indices:
     """The records of a step (from 0): each epoch is one `default_rng([seed, epoch]).permutation(count)`, cut
-    in order."""
+    in order; where records have `classes`, int64 `[count]`, with its share of each in every batch."""
     epoch, position = divmod(step, steps_per_epoch(count, batch_size, minimum))
     order = np.random.default_rng([seed, epoch]).permutation(count)
+    if classes is not None:
+        order = _spread(order, classes)
     return order[position * batch_size : (position + 1) * batch_size]

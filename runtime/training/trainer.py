@@ -18,6 +18,7 @@ from edgepeft.runtime.training.checkpoint import Progress
 from edgepeft.runtime.training.descent import GradientDescent, Stepper
 from edgepeft.runtime.training.forward_only import ForwardOnly
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.sampling import Indices
 from edgepeft.runtime.training.schedule import learning_rate
 
 FloatArray = npt.NDArray[np.float32]
@@ -36,11 +37,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that fixes what each step does."""
+    """Everything that fixes what each step does; `classes` are those of the examples, if they have any."""
 
     options: TrainingOptions
     total_steps: int
     max_relative_change: float | None
+    classes: Indices | None
 
 
 def train(
@@ -84,7 +86,7 @@ def train(
         stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
     try:
         while progress.step < schedule.total_steps:
-            batches = step_batches(task, examples, options, progress.step)
+            batches = step_batches(task, examples, options, progress.step, schedule.classes)
             rate = learning_rate(
                 options.schedule,
                 options.learning_rate,

@@ -234,7 +234,8 @@ def test_shuffled_labels_are_rejected(exported: Make, tmp_path: Path) -> None:
                 kept += 1
             except UpdateRejectedError as error:
                 reasons.append(str(error))
-    assert all("than saying the same of every record" in reason for reason in reasons)
+    told = ("than saying the same of every record", "held-out loss went from")
+    assert all(any(part in reason for part in told) for reason in reasons)
     assert kept <= 4  # of 20 with a probability of 1 in 20: more once in 400 runs
 
 

@@ -74,9 +74,11 @@ def torch_losses(model: torch.nn.Module, data: list[dict[str, Any]], steps: int 
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, steps)
     classes = np.array([record["label"] for record in data]) if "label" in data[0] else None
     train_on, _ = split(len(data), 0.1, SEED, classes=classes)
+    kinds = None if classes is None else classes[train_on]
     losses = []
     for step in range(steps):
-        chosen = [data[train_on[index]] for index in batch_indices(len(train_on), BATCH, SEED, step)]
+        indices = batch_indices(len(train_on), BATCH, SEED, step, classes=kinds)
+        chosen = [data[train_on[index]] for index in indices]
         loss = model(**padded(chosen)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)

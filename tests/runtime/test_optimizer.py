@@ -101,6 +101,18 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     assert not np.array_equal(batch_indices(count, size, 8, 0), epochs[0][0])
 
 
+def test_batches_have_their_share_of_every_class() -> None:
+    """As far as whole records allow; each epoch in another order."""
+    classes = np.random.default_rng(0).permutation([0] * 32 + [1] * 8 + [2] * 4)
+    for epoch in range(3):
+        batches = [batch_indices(44, 11, 7, 4 * epoch + step, classes=classes) for step in range(4)]
+        assert sorted(np.concatenate(batches)) == list(range(44))
+        assert [np.bincount(classes[batch]).tolist() for batch in batches] == [[8, 2, 1]] * 4
+    again = batch_indices(44, 11, 7, 8, classes=classes)
+    np.testing.assert_array_equal(again, batches[0])
+    assert not np.array_equal(again, batch_indices(44, 11, 7, 0, classes=classes))
+
+
 def test_a_last_batch_without_a_gradient_is_left_out() -> None:
     """One pair has no negatives."""
     assert steps_per_epoch(9, 4, minimum=2) == 2
