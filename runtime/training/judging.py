@@ -91,8 +91,8 @@ class Judging:
         """Judge what was trained, and choose.
 
         Where a head in closed form is better, or training cannot be told from chance, the head is fitted once
-        more, to the held-out records too. Where these are too few to tell, what is trained is worth no more
-        than the head that it started from.
+        more, to the held-out records too. One test against shuffled labels says whether a head is better
+        than chance, and what was trained from it where the held-out records are too few to tell.
         """
         progress, held_out = self._prepared.progress, self._prepared.held_out
         assert progress.held_out_before is not None
@@ -100,19 +100,17 @@ class Judging:
         candidates = [self._judged(TRAINED, self._calibrated(self._judge(held_out)))]
         said = candidates[0].evaluation.said
         too_few = said is not None and len(said.targets) < ENOUGH
-        says_something = progress.head_says_something if too_few else None
+        tested = progress.head_says_something if too_few else None
         if progress.held_out_head is None:
-            return self._decided(before, candidates, says_something)
+            return self._decided(before, candidates, tested)
         fitted = judged_earlier(CLOSED_FORM, progress.held_out_head)
-        outcome = self._decided(before, [*candidates, fitted], says_something)
+        outcome = self._decided(before, [*candidates, fitted], tested)
         if outcome.chosen is candidates[0] and outcome.rejected is None:
             return outcome
         self._prepared.state.return_to_start()
         fitted = self._judged(CLOSED_FORM, self._judge(held_out))
-        examples = self._prepared.examples
-        self._closed, _, fit = self._fit_head(examples)
-        says_something = _says_something(self._closed, fit, len(examples))
-        outcome = self._decided(before, [fitted], says_something)
+        self._closed, _, _ = self._fit_head(self._prepared.examples)
+        outcome = self._decided(before, [fitted], progress.head_says_something)
         return dataclasses.replace(outcome, candidates=[*candidates, fitted])
 
     def _decided(
