@@ -16,6 +16,7 @@ from .passes.linear_head import add_features, find_linear_head, free_labels
 from .passes.linears import find_linears, find_marked_linears, select, unpack
 from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
+from .passes.pool_before_head import pool_before_head
 from .passes.quantize import Freezer
 from .passes.saved_modules import keep_saved_modules
 from .sources.base import ModelSource
@@ -80,6 +81,8 @@ def build_forward(
     slots = insert_lora_slots(graph, chosen.values())
     if source.pooling is not None:
         append_pooling(graph, source.pooling)
+    if source.task in CLASSIFICATION:
+        pool_before_head(graph)
     freezer.freeze(graph, {name: (value, traced.weights[name]) for name, value in weights.items()})
     tidy(traced.model)
     values = {

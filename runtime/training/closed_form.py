@@ -42,6 +42,7 @@ class ClosedForm:
         count: labels of the records that it will be given.
         width: of the features.
         seed: see `Ridge`.
+        has_bias: whether the head has one.
         held: features of records of other labels, `[records, width]` by label; see `remembered`.
     """
 
@@ -53,11 +54,17 @@ class ClosedForm:
         count: int,
         width: int,
         seed: int,
+        has_bias: bool,
         held: Mapping[str, FloatArray] = MappingProxyType({}),
     ) -> None:
         self._task, self._targets, self._label_weights = task, targets, label_weights
         count += sum(len(rows) for rows in held.values())
-        self._ridge = Ridge(width, len(targets.names), count, seed)
+        self._offset = 0.5 if targets.problem_type == "multi_label_classification" else 0.0
+        self._origin = None
+        if not has_bias:  # a probability that all labels share makes no difference between them
+            single = targets.problem_type == "single_label_classification"
+            self._origin = 1 / len(targets.names) if single else self._offset
+        self._ridge = Ridge(width, len(targets.names), count, seed, self._origin)
         self._held: list[tuple[FloatArray, npt.NDArray[np.float64]]] = []
         for name, rows in held.items():
             encoded = targets.encoded(np.full(len(rows), targets.names.index(name), np.int64))
@@ -67,7 +74,6 @@ class ClosedForm:
         self._scales = (1.0,) if regression else SCALES
         # Of few records, those that are left out say too little to tell a small penalty from a large one.
         self._least_alpha = 0.0 if regression else _LEAST_PENALTY / count
-        self._offset = 0.5 if targets.problem_type == "multi_label_classification" else 0.0
 
     def take(self, outputs: Mapping[str, FloatArray], batch: Mapping[str, Array]) -> None:
         """Count a batch in."""
@@ -88,7 +94,8 @@ class ClosedForm:
         if not self._held or given.said is None:
             return given
         count = sum(len(rows) for rows, _ in self._held)
-        alone = Ridge(self._held[0][0].shape[1], len(self._targets.names), count)
+        width, outputs = self._held[0][0].shape[1], len(self._targets.names)
+        alone = Ridge(width, outputs, count, origin=self._origin)
         for rows, encoded in self._held:
             alone.add(rows, encoded, self._targets.weight_of(encoded, self._label_weights))
         fit = alone.fit(self._targets.losses, self._scales, self._offset, _LEAST_PENALTY / count)

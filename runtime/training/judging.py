@@ -164,7 +164,8 @@ class Judging:
         count = self._task.label_count(examples)
         seed, held = prepared.options.seed, prepared.held
         weights = label_weights(self._targets, examples, held)
-        closed = ClosedForm(self._task, self._targets, weights, count, width, seed, held)
+        has_bias = prepared.head.bias is not None
+        closed = ClosedForm(self._task, self._targets, weights, count, width, seed, has_bias, held)
         return closed, self._judge(examples, closed.take)
 
     def _put_head(self, fit: Fit) -> None:

@@ -6,6 +6,7 @@ h = w (1 / Σw + zᵀ (Λ + α)⁻¹ z) with z = Vᵀ x. Source: Golub, Heath an
 as a method for choosing a good ridge parameter" (1979); what scikit-learn's `RidgeCV` does.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,9 +70,14 @@ class Ridge:
         outputs: of the head.
         count: records to come.
         seed: of the sample that is kept where not all can be.
+        origin: of a head without a bias: what targets are measured from, for such a head says 0 of features
+            that are 0. None: of one with a bias, which is what both are centred for.
     """
 
-    def __init__(self, width: int, outputs: int, count: int, seed: int = 0) -> None:
+    def __init__(
+        self, width: int, outputs: int, count: int, seed: int = 0, origin: float | None = None
+    ) -> None:
+        self._origin = origin
         self._capacity = max(min(KEPT_BYTES // (4 * width), count), 1)
         self._features = np.zeros((self._capacity, width), np.float32)
         self._targets = np.zeros((self._capacity, outputs))
@@ -170,9 +176,8 @@ class Ridge:
         rows, targets = self._features[:kept].astype(np.float64), self._targets[:kept]
         weights = self._weights[:kept]
         if self._sums is not None:
-            return self._sums.system(rows, targets, weights)
-        total = weights.sum()
-        mean, target_mean = weights @ rows / total, weights @ targets / total
+            return self._sums.system(rows, targets, weights, self._origin)
+        total, mean, target_mean = _centres(weights.sum(), weights @ rows, weights @ targets, self._origin)
         rows -= mean
         turned = np.sqrt(weights)[:, None] * rows
         if kept < rows.shape[1]:
@@ -257,21 +262,32 @@ class _Sums:
             for start in range(0, len(self._squares), _AT_ONCE):
                 self._squares[start : start + _AT_ONCE] += weighted[:, start : start + _AT_ONCE].T @ features
 
-    def system(self, rows: FloatArray, targets: FloatArray, weights: FloatArray) -> _System:
+    def system(
+        self, rows: FloatArray, targets: FloatArray, weights: FloatArray, origin: float | None
+    ) -> _System:
         """The system of all that was added, which is gone then."""
         self._multiply()
-        mean, target_mean = self._features / self._total, self._targets / self._total
-        for start in range(0, len(mean), _AT_ONCE):
-            self._squares[start : start + _AT_ONCE] -= self._total * np.outer(
-                mean[start : start + _AT_ONCE], mean
-            )
+        total, mean, target_mean = _centres(self._total, self._features, self._targets, origin)
+        if origin is None:
+            for start in range(0, len(mean), _AT_ONCE):
+                self._squares[start : start + _AT_ONCE] -= self._total * np.outer(
+                    mean[start : start + _AT_ONCE], mean
+                )
         values, vectors = _positive(*np.linalg.eigh(self._squares))
         del self._squares
-        whole = vectors.T @ (self._products - self._total * np.outer(mean, target_mean))
+        whole = vectors.T @ (self._products - np.outer(self._features, target_mean))
         rows -= mean
-        return _System(
-            values, vectors, mean, target_mean, rows @ vectors, targets, weights, self._total, whole
-        )
+        return _System(values, vectors, mean, target_mean, rows @ vectors, targets, weights, total, whole)
+
+
+def _centres(
+    total: float, features: FloatArray, targets: FloatArray, origin: float | None
+) -> tuple[float, FloatArray, FloatArray]:
+    """The weight that the means are made of, and the means, from weighted sums; those of a head without a
+    bias are given, which is as if no end of records had told them."""
+    if origin is None:
+        return total, features / total, targets / total
+    return math.inf, np.zeros_like(features), np.full_like(targets, origin)
 
 
 def _positive(values: FloatArray, vectors: FloatArray) -> tuple[FloatArray, FloatArray]:

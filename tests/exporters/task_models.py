@@ -43,6 +43,15 @@ def wav2vec2() -> transformers.PreTrainedModel:
     return transformers.Wav2Vec2ForSequenceClassification(config).eval()
 
 
+def llama_classifier() -> transformers.PreTrainedModel:
+    """A language model that classifies by its last token."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **models.SIZES, max_position_embeddings=64, num_labels=3, pad_token_id=0, initializer_range=0.2
+    )
+    return transformers.LlamaForSequenceClassification(config).eval()
+
+
 def bert_tokens() -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     config = transformers.BertConfig(**_labelled(models.SIZES, max_position_embeddings=64))
@@ -104,6 +113,7 @@ BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str],
     "bert-regression": (lambda: bert("regression", 1), ["query", "value"], "SEQ_CLS"),
     "bert-regression-3": (lambda: bert("regression"), ["query", "value"], "SEQ_CLS"),
     "bert-multi-label": (lambda: bert("multi_label_classification"), ["query", "value"], "SEQ_CLS"),
+    "llama-classifier": (llama_classifier, ["q_proj", "v_proj"], "SEQ_CLS"),
     "t5": (t5, ["q", "v", "wo"], "SEQ_2_SEQ_LM"),
     "bart": (bart, ["q_proj", "v_proj", "fc1"], "SEQ_2_SEQ_LM"),
 }

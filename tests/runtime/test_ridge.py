@@ -29,37 +29,52 @@ def problem(
     return features, targets, rng.uniform(0.5, 2, count)
 
 
-def fitted(features: npt.NDArray[np.float32], targets: FloatArray, weights: FloatArray) -> tuple[Ridge, Fit]:
-    found = Ridge(features.shape[1], targets.shape[1], len(features))
+def fitted(
+    features: npt.NDArray[np.float32], targets: FloatArray, weights: FloatArray, origin: float | None = None
+) -> tuple[Ridge, Fit]:
+    found = Ridge(features.shape[1], targets.shape[1], len(features), origin=origin)
     for start in range(0, len(features), 7):
         part = slice(start, start + 7)
         found.add(features[part], targets[part], weights[part])
     return found, found.fit(squared, scales=(1.0,))
 
 
+def reference(alpha: float, origin: float | None) -> Reference:
+    return Reference(alpha=alpha, fit_intercept=origin is None)
+
+
+@pytest.mark.parametrize("origin", [None, 0.25])
 @pytest.mark.parametrize(("count", "kept"), [(20, 20), (90, 90), (90, 25)])
-def test_it_is_scikit_learns(count: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With fewer records than features, with more, and with more than are kept."""
+def test_it_is_scikit_learns(
+    count: int, kept: int, origin: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer records than features, with more, and with more than are kept; with a bias and without."""
     features, targets, weights = problem(count, 32, 3)
     monkeypatch.setattr(ridge, "KEPT_BYTES", kept * 32 * 4)
-    _, fit = fitted(features, targets, weights)
-    reference = Reference(alpha=fit.alpha).fit(features.astype(np.float64), targets, sample_weight=weights)
-    np.testing.assert_allclose(fit.weight, reference.coef_, atol=1e-4)
-    np.testing.assert_allclose(fit.bias, reference.intercept_, atol=1e-4)
+    _, fit = fitted(features, targets, weights, origin)
+    expected = reference(fit.alpha, origin).fit(
+        features.astype(np.float64), targets - (origin or 0), sample_weight=weights
+    )
+    np.testing.assert_allclose(fit.weight, expected.coef_, atol=1e-4)
+    np.testing.assert_allclose(fit.bias, expected.intercept_ + (origin or 0), atol=1e-4)
     assert len(fit.left_out) == kept
 
 
+@pytest.mark.parametrize("origin", [None, 0.25])
 @pytest.mark.parametrize("count", [20, 90])
-def test_a_record_that_was_left_out_was(count: int) -> None:
+def test_a_record_that_was_left_out_was(count: int, origin: float | None) -> None:
     features, targets, weights = problem(count, 32, 3)
-    _, fit = fitted(features, targets, weights)
+    _, fit = fitted(features, targets, weights, origin)
     for index in (0, 7, count - 1):
         others = np.arange(count) != index
-        without = Reference(alpha=fit.alpha).fit(
-            features[others].astype(np.float64), targets[others], sample_weight=weights[others]
+        without = reference(fit.alpha, origin).fit(
+            features[others].astype(np.float64),
+            targets[others] - (origin or 0),
+            sample_weight=weights[others],
         )
         wide = features[index : index + 1].astype(np.float64)
-        np.testing.assert_allclose(fit.left_out[index], without.predict(wide)[0], atol=1e-4)
+        expected = without.predict(wide)[0] + (origin or 0)
+        np.testing.assert_allclose(fit.left_out[index], expected, atol=1e-4)
 
 
 def test_the_penalty_is_the_one_that_leaving_out_prefers() -> None:
