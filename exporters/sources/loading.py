@@ -1,5 +1,6 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
+import copy
 import inspect
 import math
 import os
@@ -206,7 +207,7 @@ class Source:
 def load_source(
     model: Any, *, task: str | None = None, labels: Sequence[str] | None = None, seed: int = 0
 ) -> Source:
-    """Load `model`: a transformers model object, a folder, a hub id or a GGUF file.
+    """Load `model`: a transformers model object, of which a copy is made, a folder, a hub id or a GGUF file.
 
     A PEFT model or the folder of an adapter is loaded as what it computes.
 
@@ -223,6 +224,8 @@ def load_source(
         return _load_adapted(AdapterFolder(Path(model)), task, labels, seed)
     if isinstance(model, peft.PeftModel):
         model = merged(model)
+    elif isinstance(model, transformers.PreTrainedModel):
+        model = copy.deepcopy(model)  # which gets the bundle's weights, to be compared
     resolved = resolve_task(task) if task else infer_task(model)
     if is_gguf_file(model) and resolved != "text-generation":
         raise UsageError(f"{model}: a GGUF file is exported for text-generation, not for {resolved}")

@@ -71,6 +71,21 @@ def test_a_peft_model_is_exported_as_what_it_computes(
         assert (tmp_path / name / "tokenizer.json").read_text() == '{"of": "the adapter"}'
 
 
+def test_a_model_object_stays_what_it_was(tmp_path: Path) -> None:
+    """Though the export compares it on other weights, without gradients, in float32, another vocabulary."""
+    model = untied().to(torch.bfloat16).train()
+    folder = save(untied, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    config = model.config.to_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    edgepeft.export(model, tmp_path / "bundle", bits=4, adapters={"a": folder}, train=False)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.to_dict() == config
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_an_adapter_folder_of_a_classifier_brings_its_head(tmp_path: Path) -> None:
     """The base has none; PEFT noted the task, and the head says how many classes there are."""
     models.bert_encoder().save_pretrained(tmp_path / "base")
