@@ -18,7 +18,7 @@ Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
 # Chosen on ten sets of texts of 4 to 60 records a class, 12 draws of each: docs/decisions.md.
-_LEAST_PENALTY = 20.0
+_LEAST_PENALTY = 1.0
 
 
 def trained_head(manifest: Manifest, names: Sequence[str]) -> LinearHead | None:
@@ -73,7 +73,7 @@ class ClosedForm:
         regression = targets.problem_type == "regression"
         self._scales = (1.0,) if regression else SCALES
         # Of few records, those that are left out say too little to tell a small penalty from a large one.
-        self._least_alpha = 0.0 if regression else _LEAST_PENALTY / count
+        self._least = 0.0 if regression else _LEAST_PENALTY
 
     def take(self, outputs: Mapping[str, FloatArray], batch: Mapping[str, Array]) -> None:
         """Count a batch in."""
@@ -84,7 +84,7 @@ class ClosedForm:
 
     def fit(self) -> Fit:
         """The head that does best on records that it was not fitted to."""
-        return self._ridge.fit(self._targets.losses, self._scales, self._offset, self._least_alpha)
+        return self._ridge.fit(self._targets.losses, self._scales, self._offset, self._least)
 
     def with_held(self, given: Evaluation) -> Evaluation:
         """What the start says of the records, and of those that only their features are there of.
@@ -98,7 +98,7 @@ class ClosedForm:
         alone = Ridge(width, outputs, count, origin=self._origin)
         for rows, encoded in self._held:
             alone.add(rows, encoded, self._targets.weight_of(encoded, self._label_weights))
-        fit = alone.fit(self._targets.losses, self._scales, self._offset, _LEAST_PENALTY / count)
+        fit = alone.fit(self._targets.losses, self._scales, self._offset, self._least)
         scores, targets = (fit.left_out, given.said.scores), (fit.targets, given.said.targets)
         return self._evaluation(Scores(np.concatenate(scores), np.concatenate(targets)))
 
@@ -116,7 +116,7 @@ class ClosedForm:
     def says_something(self, fit: Fit) -> bool:
         """Whether a fit is better than those to shuffled labels; all records must have been kept."""
         return self._ridge.beats_shuffled(
-            fit.loss, self._targets.losses, self._scales, self._offset, self._least_alpha
+            fit.loss, self._targets.losses, self._scales, self._offset, self._least
         )
 
     def evaluation(self, fit: Fit) -> Evaluation:

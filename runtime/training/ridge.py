@@ -20,7 +20,7 @@ Losses = Callable[[FloatArray, FloatArray], FloatArray]
 KEPT_BYTES = 8 * 2**20
 """Features that are kept as they are, to be left out one at a time: all, or a sample where they are more."""
 ALPHAS = tuple(10.0 ** (exponent / 2) for exponent in range(-8, 5))
-"""Penalties to choose from, relative to the largest eigenvalue of S."""
+"""Penalties to choose from, relative to the largest of `_System.spread`."""
 SCALES = tuple(2.0 ** (exponent / 2) for exponent in range(-2, 21))
 """Factors to choose from that make logits of predictions of 0 and 1."""
 _AT_ONCE = 256
@@ -116,7 +116,7 @@ class Ridge:
         losses: Losses,
         scales: Sequence[float] = SCALES,
         offset: float = 0.0,
-        least_alpha: float = 0.0,
+        least: float = 0.0,
     ) -> Fit:
         """The head with the smallest loss on records that were left out; once, for sums are not kept.
 
@@ -124,10 +124,11 @@ class Ridge:
             losses: what is to be small.
             scales: factors to choose from.
             offset: is subtracted from a prediction before it is scaled: 0.5 makes logits of probabilities.
-            least_alpha: no smaller penalty of `ALPHAS` is tried, if there is a larger one.
+            least: no penalty is tried that is smaller than so many times what a record's features have as
+                squared norm, in the mean, if `ALPHAS` has a larger one.
         """
         system = self._system()
-        tried = self._tried(system, losses, scales, offset, least_alpha)
+        tried = self._tried(system, losses, scales, offset, least)
         loss, alpha, scale, left_out = min(tried, key=lambda fit: fit[0])
         coefficients = system.vectors @ (system.projected / (system.values + alpha)[:, None])
         bias = system.target_mean - system.feature_mean @ coefficients
@@ -148,7 +149,7 @@ class Ridge:
         losses: Losses,
         scales: Sequence[float] = SCALES,
         offset: float = 0.0,
-        least_alpha: float = 0.0,
+        least: float = 0.0,
     ) -> bool:
         """Whether a fit is better than what can be had from targets that say nothing: than that of each of
         `SHUFFLES` shuffles of the targets among the records, which at random happens once in `SHUFFLES` + 1.
@@ -164,7 +165,7 @@ class Ridge:
             for _ in range(SHUFFLES):
                 order = self._generator.permutation(self._seen)
                 self._targets, self._weights = own[0][order], own[1][order]
-                tried = self._tried(self._system(), losses, scales, offset, least_alpha)
+                tried = self._tried(self._system(), losses, scales, offset, least)
                 if any(other <= loss for other, *_ in tried):
                     return False
         finally:
@@ -188,20 +189,20 @@ class Ridge:
             values, vectors = _positive(*np.linalg.eigh(turned.T @ turned))
         return _System(values, vectors, mean, target_mean, rows @ vectors, targets, weights, total)
 
-    @staticmethod
     def _tried(
-        system: "_System", losses: Losses, scales: Sequence[float], offset: float, least_alpha: float
+        self, system: "_System", losses: Losses, scales: Sequence[float], offset: float, least: float
     ) -> Iterator[tuple[float, float, float, FloatArray]]:
         """Of each penalty the smallest loss, the penalty itself, the scale and what was left out."""
-        largest = float(system.values.max(initial=1e-30))
+        largest, norm = float(system.spread[0]), float(system.spread.sum()) / self._seen
         weights = system.weights / system.weights.sum()
-        for alpha in [alpha for alpha in ALPHAS if alpha >= least_alpha] or ALPHAS[-1:]:
-            left_out = system.left_out(alpha * largest)
+        alphas = [alpha * largest for alpha in ALPHAS]
+        for alpha in [alpha for alpha in alphas if alpha >= least * norm] or alphas[-1:]:
+            left_out = system.left_out(alpha)
             loss, scale = min(
                 (float(weights @ losses(scale * (left_out - offset), system.targets)), scale)
                 for scale in scales
             )
-            yield loss, alpha * largest, scale, left_out
+            yield loss, alpha, scale, left_out
 
 
 @dataclass(frozen=True)
@@ -217,6 +218,15 @@ class _System:
     weights: FloatArray
     total: float
     whole: FloatArray | None = None
+
+    @property
+    def spread(self) -> FloatArray:
+        """The eigenvalues, largest first; of a head without a bias all but the largest, which may be that of
+        the mean and says nothing of how records differ (SmolLM2's is ten times the next)."""
+        ordered = np.sort(self.values)[::-1]
+        if math.isinf(self.total) and len(ordered) > 1:
+            return ordered[1:]
+        return ordered if len(ordered) else np.full(1, 1e-30)
 
     @property
     def projected(self) -> FloatArray:
