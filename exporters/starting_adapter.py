@@ -6,12 +6,13 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
 import torch
 
-from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, write_adapter
+from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, load_adapter, write_adapter
 from edgepeft.errors import UsageError
 
 from .model_info import default_targets, saved_module_names
@@ -74,6 +75,7 @@ def write_starting_adapter(source: Source, folder: Path, options: LoraOptions) -
         # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         source.model = model.unload()
+    write_adapter(Adapter(_settings(folder), load_adapter(folder).tensors, str(folder)), folder)
     source.model.requires_grad_(False)
 
 
@@ -103,5 +105,11 @@ def write_file_adapter(source: OnnxFile, folder: Path, options: LoraOptions) -> 
             if (value := source.weights.get(f"{module}.{parameter}")) is not None:
                 tensors[f"{PREFIX}{module}.{parameter}"] = value.numpy()
     config.save_pretrained(str(folder))
-    settings = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    write_adapter(Adapter(settings, tensors, str(folder)), folder)
+    write_adapter(Adapter(_settings(folder), tensors, str(folder)), folder)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration as it was saved, its set of targets in an order: equal exports are equal files."""
+    settings: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    targets = settings["target_modules"]
+    return settings | {"target_modules": sorted(targets) if isinstance(targets, list) else targets}
