@@ -27,7 +27,8 @@ def with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
         else:
             spec = manifest.graphs[role]
             peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit, batch_unit)
-        return with_session(folder, role, MemoryFormula(session_bytes=0, peaks=peaks), length_unit)
+        tensors = MemoryFormula(session_bytes=0, peaks=peaks)
+        return with_session(folder, role, tensors, length_unit, manifest.model.max_length)
 
     inference = formula("inference")
     streamed = manifest.streamed_inference

@@ -36,6 +36,9 @@ LARGER = ((18, 64), (6, 64), (72, 64), (288, 64))
 #: Of recordings one more: half a minute at the strides of wav2vec 2.0, where few and large tensors, those of
 #: attention, may leave larger gaps.
 RECORDING = (1, 1536)
+#: As may those of texts where they outweigh the rest (a T5's biases by position): one more, if it takes so
+#: many times the tensors of a fourth of its length.
+TEXT, SQUARE = (2, 512), 8
 #: The length of a third run is that part of the larger one's.
 BETWEEN = 4
 RANK = 1
@@ -47,7 +50,9 @@ ARENA_GAPS, MOST_GAPS = 0.3, 0.5
 STAGES, FORWARD, STREAMED = "stages", "forward", "streamed"
 
 
-def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1) -> MemoryFormula:
+def with_session(
+    bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1, max_length: int = 0
+) -> MemoryFormula:
     """The formula of graph `role` of the bundle at `bundle`, with what the session and the arena's gaps take.
 
     Args:
@@ -55,6 +60,7 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
         role: the graph's key in the manifest, `STAGES`, `FORWARD` or `STREAMED`.
         tensors: what a run of the graph holds. The session's arena keeps it.
         length_unit: the sequence of a run is a multiple of it.
+        max_length: tokens that the model takes.
 
     Raises:
         ExportError: the process failed.
@@ -89,13 +95,22 @@ def with_session(bundle: Path, role: str, tensors: MemoryFormula, length_unit: i
     def large(size: tuple[int, int]) -> bool:
         return tensor_bytes(size) - tensor_bytes(SIZE) >= LARGER_BYTES
 
+    def is_square(size: tuple[int, int]) -> bool:
+        return tensor_bytes(size) >= SQUARE * tensor_bytes((size[0], size[1] // BETWEEN))
+
     first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
     sizes = [size for size in LARGER if large(size)]
     if sizes:
         small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
         gaps, held_bytes = line(next(small, min(sizes, key=tensor_bytes)))
-        if length_unit > 1 and large(RECORDING) and tensor_bytes(RECORDING) <= LARGEST_BYTES:
-            gaps, held_bytes = max((gaps, held_bytes), line(RECORDING))
+        longer = []
+        if length_unit > 1:
+            longer = [RECORDING]
+        elif max_length >= TEXT[1] and is_square(TEXT):
+            longer = [TEXT]
+        for size in longer:
+            if large(size) and tensor_bytes(size) <= LARGEST_BYTES:
+                gaps, held_bytes = max((gaps, held_bytes), line(size))
     # Some graphs take more for the smallest batch than a line through the others says: it runs between.
     small_bytes = first_bytes - (1 + gaps) * tensor_bytes(SIZE)
     session_bytes = held_bytes + max(small_bytes - held_bytes, 0.0) / 2 if sizes else small_bytes
