@@ -33,7 +33,7 @@ def measure_streamed(folder: Path, length_unit: int = 1) -> MemoryFormula:
     short = _one_of_each_kind(bundle.manifest, streamed)
     in_use = np.hstack(list(_bytes_in_use(bundle, short, grid, length_unit)))
     tensors = MemoryFormula(session_bytes=0, peaks=fit_peaks(in_use, grid, length_unit))
-    return with_session(folder, STREAMED, tensors, length_unit)
+    return with_session(folder, STREAMED, tensors, length_unit, bundle.manifest.model.max_length)
 
 
 def _bytes_in_use(

@@ -58,8 +58,9 @@ def _check_tokens(bundle: Bundle, source: ModelSource) -> None:
         for pair in pairs:
             for length in sorted(cuts):
                 given = [part.lower() if lower else part for part in (written, pair) if part is not None]
-                with quiet():
-                    want = theirs(*given, truncation=True, max_length=length)
+                want = _read(theirs, *given, truncation=True, max_length=length)
+                if want is None:  # no token stands for what it does not know
+                    continue
                 types = want.get("token_type_ids") or [0] * len(want["input_ids"])
                 got = text.cut(written, length, pair)
                 if (got.ids, got.type_ids) != (want["input_ids"], types):
@@ -71,7 +72,9 @@ def _check_tokens(bundle: Bundle, source: ModelSource) -> None:
                         + (f"; {SENTENCES} has do_lower_case" if lower else "")
                     )
         if bundle.manifest.task.endswith("-generation"):
-            ids = theirs(written)["input_ids"]
+            if (read := _read(theirs, written)) is None:
+                continue
+            ids = read["input_ids"]
             with quiet():
                 expected = theirs.decode(ids, skip_special_tokens=True)
             if text.decode(ids) != expected:
@@ -79,6 +82,15 @@ def _check_tokens(bundle: Bundle, source: ModelSource) -> None:
                     f"tokens {ids[:12]} are written as {text.decode(ids)[:60]!r}, by transformers as "
                     f"{expected[:60]!r}: nothing was written"
                 )
+
+
+def _read(tokenizer: Any, *texts: str, **options: Any) -> Any:
+    """What transformers makes of texts; None where it cannot read them."""
+    try:
+        with quiet():
+            return tokenizer(*texts, **options)
+    except Exception:  # the package `tokenizers` raises bare ones
+        return None
 
 
 def _check_template(bundle: Bundle, source: ModelSource) -> None:

@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExportError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise ExportError(f"{path}: holds a {type(content).__name__}, expected an object")
@@ -75,11 +75,14 @@ def read_config(folder: Path, graph: ir.Graph, output: ir.Value, labels: list[st
     """
     hub = read_json(folder / "config.json")
     genai = read_json(folder / "genai_config.json").get("model", {})
+    if not isinstance(genai, dict) or not isinstance(genai.get("decoder", {}), dict):
+        raise ExportError(f"{folder / 'genai_config.json'}: model and its decoder are to be objects")
     settings = {**genai, **{key: value for key, value in hub.items() if value is not None}}
+    _check_kinds(settings, folder)
     assert output.shape is not None
     last = output.shape[-1]
     width = last if isinstance(last, int) else 0
-    decoder = genai.get("decoder", {}) if isinstance(genai, dict) else {}
+    decoder = genai.get("decoder", {})
     layers = settings.get("num_hidden_layers") or decoder.get("num_hidden_layers")
     caches = sum(1 for value in graph.inputs if is_cache(value)) // 2
     return FileConfig(
@@ -96,6 +99,22 @@ def read_config(folder: Path, graph: ir.Graph, output: ir.Value, labels: list[st
         eos_token_id=settings.get("eos_token_id"),
         problem_type=settings.get("problem_type"),
     )
+
+
+def _check_kinds(settings: dict[str, Any], folder: Path) -> None:
+    """Refuse a setting that is no number where it has to be one.
+
+    Raises:
+        ExportError: names it.
+    """
+    sizes = ("vocab_size", "max_position_embeddings", "context_length", "num_hidden_layers")
+    for name in (*sizes, "pad_token_id", "bos_token_id", "eos_token_id"):
+        value = settings.get(name)
+        listed = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if any(item is not None and type(item) is not int for item in listed):
+            raise ExportError(
+                f"{folder}: config.json or genai_config.json has {name} {value!r}, expected a whole number"
+            )
 
 
 def _vocabulary(settings: dict[str, Any], graph: ir.Graph, output: ir.Value) -> int:

@@ -61,7 +61,12 @@ def generation_settings(source: ModelSource) -> GenerationSettings:
         min_length=found.min_length or 0,
         min_new_tokens=found.min_new_tokens or 0,
         no_repeat_ngram_size=found.no_repeat_ngram_size or 0,
-        bad_words_ids=tuple(_tokens(word, source) for word in found.bad_words_ids or ()),
+        # A word with a token that is not in the vocabulary is never written.
+        bad_words_ids=tuple(
+            tokens
+            for word in found.bad_words_ids or ()
+            if len(tokens := _tokens(word, source)) == len(word) > 0
+        ),
     )
 
 

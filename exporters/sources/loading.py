@@ -250,6 +250,8 @@ def load_source(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
             f"compared: edgepeft exports models that do, for {resolved}"
         )
+    if resolved == "text2text-generation":
+        _check_start(module, name)
     module = module.float().cpu().eval().requires_grad_(False)
     if resolved == "text-classification":
         pool_by_mask(module)
@@ -269,6 +271,21 @@ def load_source(
     )
     generation_settings(source)  # which refuses what the runtime does not do, before any work is done
     return source
+
+
+def _check_start(model: Any, name: str) -> None:
+    """Refuse models whose answers begin with something else than the one token that the runtime begins with.
+
+    Raises:
+        ExportError: it is one.
+    """
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    declared = model.config.decoder_start_token_id
+    if shift is not None and shift(torch.tensor([[5, 6, 7]]))[0, 0].item() != declared:
+        raise ExportError(
+            f"{name}: begins an answer with the last token of what it is to learn (the language, as mBART), "
+            f"edgepeft with decoder_start_token_id, {declared}: take a T5, a BART or a Pegasus"
+        )
 
 
 def _read_text(folder: str, task: str, module: Any) -> TokenizerFiles:

@@ -104,14 +104,22 @@ def lower_case(tokenizer: Any) -> None:
 
 
 def _load(model: str) -> Any:
-    """transformers' tokenizer; None where it makes none that the package `tokenizers` runs."""
-    try:
-        with quiet():
-            found = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-            found("a 北")  # which a class of another vocabulary, that was guessed, may not be able to read
-    except Exception:  # whatever the tokenizer's own code raises: what the device reads is still there
-        return None
-    return found if getattr(found, "backend_tokenizer", None) is not None else None
+    """transformers' tokenizer; None where it makes none that the package `tokenizers` runs.
+
+    A class that was guessed may be of another vocabulary and read no text at all: then that of the file is
+    taken, which may have no token for what it does not know, and read not every text, either.
+    """
+    for maker in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+        try:
+            with quiet():
+                found = maker.from_pretrained(model, trust_remote_code=False)
+                if maker is transformers.AutoTokenizer:
+                    found("a 北")
+        except Exception:  # whatever the tokenizer's own code raises
+            continue
+        if getattr(found, "backend_tokenizer", None) is not None:
+            return found
+    return None
 
 
 def _unless_equal(data: bytes | None, text: str) -> bytes:

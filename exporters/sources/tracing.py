@@ -61,6 +61,8 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
 def _untraced(source: Source, with_past: bool, error: Exception) -> str:
     """Why a model is refused that torch.export does not trace."""
     what = f"{source.name} ({source.architecture})"
+    while error.__cause__ is not None:  # torch's own errors say where it failed, the first one why
+        error = error.__cause__  # type: ignore[assignment]
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     reason = reason.partition("! For more information")[0]
     if source.task == "text-generation" and not with_past:

@@ -60,7 +60,7 @@ def with_session(
         role: the graph's key in the manifest, `STAGES`, `FORWARD` or `STREAMED`.
         tensors: what a run of the graph holds. The session's arena keeps it.
         length_unit: the sequence of a run is a multiple of it.
-        max_length: tokens that the model takes.
+        max_length: tokens that the model takes; 0: what takes no tokens.
 
     Raises:
         ExportError: the process failed.
@@ -74,7 +74,8 @@ def with_session(
         command = [sys.executable, "-m", "edgepeft.exporters.training.probe", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ExportError(f"measuring the graph {role!r} failed: {done.stderr.strip().splitlines()[-1:]}")
+            reason = next(iter(done.stderr.strip().splitlines()[-1:]), f"exit code {done.returncode}")
+            raise ExportError(f"measuring the memory of the graph {role!r} failed: {reason}")
         return int(done.stdout)
 
     def line(larger: tuple[int, int]) -> tuple[float, float]:
@@ -99,7 +100,8 @@ def with_session(
         return tensor_bytes(size) >= SQUARE * tensor_bytes((size[0], size[1] // BETWEEN))
 
     first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    sizes = [size for size in LARGER if large(size)]
+    shorter = ((rows, min(length, max_length or length)) for rows, length in LARGER)
+    sizes = [size for size in shorter if large(size)]
     if sizes:
         small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)
         gaps, held_bytes = line(next(small, min(sizes, key=tensor_bytes)))

@@ -1,7 +1,10 @@
 """Recordings to samples as a model takes them."""
 
+import io
+import struct
 import wave
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -58,9 +61,47 @@ def preprocess(samples: FloatArray, settings: AudioPreprocessing) -> FloatArray:
     return np.asarray((samples - mean) / np.sqrt(variance + np.float32(1e-7)), np.float32)
 
 
+def _with_plain_header(file: BinaryIO) -> Any:
+    """The file itself, or one whose header is of the extended kind (`WAVE_FORMAT_EXTENSIBLE`, for more than
+    two channels or 16 bits) and says PCM, with the plain kind's tag: Python 3.11's `wave` reads no other."""
+    file.seek(12)
+    while len(head := file.read(8)) == 8:
+        name, size = struct.unpack("<4sI", head)
+        if name == b"fmt ":
+            place, content = file.tell(), file.read(min(size, 40))
+            if len(content) >= 26 and content[:2] == b"\xfe\xff" and content[24:26] == b"\x01\x00":
+                file.seek(0)
+                return _Tagged(file, place)
+            break
+        file.seek(size + size % 2, io.SEEK_CUR)
+    file.seek(0)
+    return file
+
+
+class _Tagged:
+    """A file with the tag of PCM (1) at one place."""
+
+    def __init__(self, file: BinaryIO, place: int) -> None:
+        self._file, self._place = file, place
+
+    def read(self, size: int = -1, /) -> bytes:
+        first = self._file.tell() - self._place
+        data = bytearray(self._file.read(size))
+        for offset, byte in enumerate(b"\x01\x00"):
+            if 0 <= offset - first < len(data):
+                data[offset - first] = byte
+        return bytes(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
 def _wav(path: Path, sampling_rate: int, limit: int) -> FloatArray:
     try:
-        with wave.open(str(path), "rb") as file:
+        with path.open("rb") as opened, wave.open(_with_plain_header(opened), "rb") as file:
             rate, channels, width = file.getframerate(), file.getnchannels(), file.getsampwidth()
             if width > 4:
                 raise DataError(f"{path} has samples of {width} bytes, expected 1 to 4: convert it first")

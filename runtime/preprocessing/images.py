@@ -29,7 +29,7 @@ MAX_PIXELS = 2**26
 
 
 def read_image(value: object, channels: int, edge: int | None = None) -> Pixels:
-    """An image as uint8 `[height, width, channels]`.
+    """An image as uint8 `[height, width, channels]`, upright: a file's EXIF orientation is followed.
 
     A JPEG file that the memory budget has no room for is decoded at a half, a quarter or an eighth of its
     size.
@@ -143,6 +143,25 @@ def _decoded(path: Path, channels: int, edge: int | None) -> Pixels:
             for top in range(0, image.height, _ROWS):  # so that it is not there three times
                 rows = image.crop((0, top, image.width, min(top + _ROWS, image.height))).convert(mode)
                 pixels[top : top + _ROWS] = np.asarray(rows).reshape(-1, image.width, channels)
-            return pixels
+            return _upright(pixels, _orientation(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is no PNG, PPM or JPEG image that can be read ({error})") from error
+
+
+def _orientation(image: "PIL.Image.Image") -> int:
+    """How a camera was held, 1 to 8 (EXIF, tag 0x112); 1 where nothing says so."""
+    try:
+        return int(image.getexif().get(0x112, 1))
+    except Exception:  # whatever Pillow raises of damaged tags, which are no part of the picture
+        return 1
+
+
+def _upright(pixels: Pixels, orientation: int) -> Pixels:
+    """A view of pixels `[height, width, channels]`, turned and mirrored as their orientation says."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels

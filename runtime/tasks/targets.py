@@ -17,6 +17,8 @@ from edgepeft.runtime.tasks.base import Array, Example, Label, shown
 
 THRESHOLD = 0.5
 """Probability from which a class counts as predicted, where several may apply."""
+MOST_NUMBER = 1e18
+"""Largest number that can be learned: its square is a float32."""
 
 
 class Targets:
@@ -200,12 +202,14 @@ class Targets:
         numbers = [
             float(item)
             for item in value
-            if isinstance(item, int | float | np.number) and not isinstance(item, bool) and np.isfinite(item)
+            if isinstance(item, int | float | np.number)
+            and not isinstance(item, bool)
+            and -MOST_NUMBER <= item <= MOST_NUMBER
         ]
         if len(numbers) != len(value) or len(numbers) != len(self.names):
             raise DataError(
                 f"{record.where}: label is {shown(value)}, expected {len(self.names)} finite numbers "
-                f"({', '.join(self.names[:10])})"
+                f"({', '.join(self.names[:10])}) of at most {MOST_NUMBER:.0e}"
             )
         return tuple(numbers)
 

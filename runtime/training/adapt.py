@@ -13,7 +13,7 @@ import edgepeft
 from edgepeft.adapters import CONFIG_FILE, write_adapter
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
-from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
+from edgepeft.errors import BudgetError, BundleError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable, settle
 from edgepeft.runtime.activation import to_peft_layout
 from edgepeft.runtime.data import RecordSource
@@ -117,7 +117,8 @@ class Update:
                 nothing is written.
             DataError: a record cannot be used, or there are too few.
             AdapterError: the starting adapter is damaged or does not fit.
-            BundleError: the weights have changed on the disk meanwhile; nothing is written.
+            BundleError: the weights have changed on the disk meanwhile; nothing is written, nor is the work
+                so far kept, which was done with them.
         """
         report_file = self._output / REPORT_FILE
         if self._options.resume and is_finished(self._checkpoint, report_file):
@@ -136,7 +137,11 @@ class Update:
             outcome = self._train(prepared, judging) if prepared.total_steps else judging.fit_head_alone()
             features = judging.features() if outcome.rejected is None else {}
             report = self._report(prepared, outcome, resumed_from_step, began_s)
-            self._bundle.check_weights()
+            try:
+                self._bundle.check_weights()
+            except BundleError:
+                self._checkpoint.unlink(missing_ok=True)  # it was trained on them
+                raise
             if outcome.rejected is None:
                 self._keep(prepared, report, features)
         self._checkpoint.unlink(missing_ok=True)

@@ -94,6 +94,7 @@ def prepare(
         held = _held(adapter, head, classes, task)
     if options.add_labels and not held:
         _check_old_labels(bundle, classes, task)
+    _check_several_labels(classes, len(held), task)
     if count < 2 or (classes is not None and len(set(classes.tolist())) + len(held) < 2):
         head = None
     if options.trainable == "head" and head is None:
@@ -199,6 +200,20 @@ def _check_old_labels(bundle: Bundle, classes: npt.NDArray[np.int64] | None, tas
             f"{', '.join(known[:10])}{', …' if len(known) > 10 else ''}: give records of them too, or start "
             "from an adapter that edgepeft has taught them, which keeps what it needs"
         )
+
+
+def _check_several_labels(classes: npt.NDArray[np.int64] | None, held: int, task: Task) -> None:
+    """Refuse records that all have one label, and no other is held.
+
+    Raises:
+        DataError: they do.
+    """
+    if classes is None or task.targets is None or len(classes) < 2 or len({*classes.tolist()}) + held > 1:
+        return
+    raise DataError(
+        f"all {len(classes)} records have the label {task.targets.names[int(classes[0])]!r}: what learns "
+        "from these alone says it of everything: give records of another label too"
+    )
 
 
 def plans_now(bundle: Bundle, sizes: Workload, budget_bytes: int | None, later_bytes: int = 0) -> list[Plan]:

@@ -1,5 +1,6 @@
 """What is refused of ONNX files that other tools wrote, and how wrong gradients are told."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,29 @@ def test_a_wrong_gradient_is_refused(
     with pytest.raises(edgepeft.VerificationError, match="central differences of the loss give"):
         edgepeft.export(files("llama-q4-asymmetric"), tmp_path / "b", rank=2, targets=["q_proj"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "match"),
+    [
+        (
+            "config.json",
+            '{"num_hidden_layers": "two"}',
+            "has num_hidden_layers 'two', expected a whole number",
+        ),
+        ("config.json", '{"pad_token_id": "[PAD]"}', r"has pad_token_id '\[PAD\]', expected a whole number"),
+        ("config.json", '{"eos_token_id": [2, "3"]}', "has eos_token_id .* expected a whole number"),
+        ("config.json", '{"a": ' + "[" * 20_000, "config.json: cannot be read as JSON"),
+        ("genai_config.json", '{"model": [1]}', "genai_config.json: model and its decoder are to be objects"),
+    ],
+)
+def test_a_damaged_configuration_beside_a_file_is_named(
+    files: Callable[[str], Path], tmp_path: Path, name: str, text: str, match: str
+) -> None:
+    model = Path(shutil.copy(files("llama-script"), tmp_path / "model.onnx"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(edgepeft.ExportError, match=match):
+        load_onnx_file(model)
 
 
 @pytest.mark.parametrize("location", ["../weights.data", "/etc/hostname", "linked.data"])

@@ -224,6 +224,35 @@ def load_settings(changed: Path) -> Any:
     return model_info(load_source(str(changed))).generation
 
 
+def test_words_that_the_vocabulary_has_not_are_no_other_words(folder: Callable[[str], Path]) -> None:
+    words = [[5000], [3, 5000], [7], [8, 9]]
+    assert load_settings(change(folder("llama"), GENERATION, bad_words_ids=words)).bad_words_ids == (
+        (7,),
+        (8, 9),
+    )
+
+
+def test_a_tokenizer_without_an_unknown_token_keeps_its_settings(folder: Callable[[str], Path]) -> None:
+    """It reads no word that it does not know."""
+    changed = folder("classifier")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[PAD]": 0, "a": 1, "c": 2}))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, truncation_side="left")
+    made.save_pretrained(changed)
+    source = load_source(str(changed))
+    assert source.tokenizer is not None
+    assert source.text_settings.truncation_side == "left"
+
+
+def test_a_model_that_begins_answers_with_a_language_is_refused() -> None:
+    config = transformers.MBartConfig(
+        d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
+    )
+    config.vocab_size, config.decoder_start_token_id = 320, 0
+    with pytest.raises(ExportError, match="begins an answer with the last token of what it is to learn"):
+        load_source(transformers.MBartForConditionalGeneration(config))
+
+
 def test_texts_that_stop_an_answer(folder: Callable[[str], Path]) -> None:
     assert load_settings(change(folder("llama"), GENERATION, stop_strings="one")).stop_strings == ("one",)
 

@@ -299,8 +299,9 @@ def test_a_regression_and_several_labels_are_learned(exported: Make, tmp_path: P
         (result,) = device.predict(numbers[:1], adapter=tmp_path / "numbers")
         assert result["expected"] == {"LABEL_0": 0.0}
         assert abs(result["values"]["LABEL_0"]) < 0.6
-        with pytest.raises(DataError, match="expected 1 finite numbers"):
-            device.adapt([{"input_ids": [1], "label": "high"}] * 8, tmp_path / "none", rank=2)
+        for label in ("high", 2**70, 1e300, float("nan")):
+            with pytest.raises(DataError, match="expected 1 finite numbers"):
+                device.adapt([{"input_ids": [1], "label": label}] * 8, tmp_path / "none", rank=2)
     with edgepeft.load(exported("bert-multi-label", 32).folder, memory_budget="2GiB") as device:
         report = device.adapt(several, tmp_path / "several", **options)
         assert report.losses[-1] < 0.5 * report.losses[0]

@@ -1,5 +1,6 @@
 """Images and recordings against Pillow and transformers' own processors."""
 
+import struct
 import subprocess
 import sys
 import wave
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
@@ -207,3 +208,35 @@ def test_a_plan_counts_what_reading_pictures_imports(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path / "picture.jpg")]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("form", ["png", "jpeg"])
+def test_a_photograph_is_turned_upright(form: str, orientation: int, tmp_path: Path) -> None:
+    """As transformers turns it when it opens a file: phones write how they were held."""
+    pixels = np.random.default_rng(1).integers(0, 256, (8, 13, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x112] = orientation
+    path = tmp_path / f"photo.{form}"
+    image.save(path, exif=exif)
+    with Image.open(path) as opened:
+        expected = np.asarray(ImageOps.exif_transpose(opened))
+    np.testing.assert_array_equal(images.read_image(path, 3), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8])
+def test_an_extended_header_of_pcm_is_read(channels: int, tmp_path: Path) -> None:
+    """Of 24 bits, as recorders write them."""
+    numbers = np.random.default_rng(0).integers(-(2**23), 2**23, (100, channels))
+    data = b"".join(int(value).to_bytes(3, "little", signed=True) for value in numbers.ravel())
+    layout = struct.pack("<HHIIHHHHI", 0xFFFE, channels, 16000, 48000 * channels, 3 * channels, 24, 22, 24, 0)
+    layout += bytes.fromhex("0100000000001000800000aa00389b71")
+    chunks = b"".join(
+        name + struct.pack("<I", len(content)) + content
+        for name, content in ((b"LIST", b"INFO"), (b"fmt ", layout), (b"data", data))
+    )
+    path = tmp_path / "recording.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks)
+    read = audio.read_audio(path, AudioPreprocessing(16000, normalize=False), 10_000)
+    np.testing.assert_allclose(read, numbers.mean(axis=1) / 2**23, atol=1e-6)
