@@ -196,12 +196,17 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 
 def check_replaceable(path: Path, marker: str) -> None:
-    """Refuse to replace anything but an empty folder or one that holds the file `marker`.
+    """Refuse an output that cannot be written, which would show after the work only, and to replace anything
+    but an empty folder or one that holds the file `marker`.
 
     Raises:
-        UsageError: there is something else at `path`.
+        UsageError: there is something else at `path`, or nothing can be.
     """
     path = Path(path)
+    parent = next(parent for parent in path.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        reason = "may not be written to" if parent.is_dir() else "is no folder"
+        raise UsageError(f"{path}: cannot be written, {parent} {reason}: give another path")
     if not path.exists() and not path.is_symlink():
         return
     if path.is_dir() and ((path / marker).is_file() or not any(path.iterdir())):

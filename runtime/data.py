@@ -68,8 +68,11 @@ def count_records(source: RecordSource) -> int | None:
         return len(source)
     if not isinstance(source, str | Path) or source == STANDARD_INPUT or not Path(source).is_file():
         return None
-    with Path(source).open("rb") as file:
-        return sum(bool(line.strip()) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
+    try:
+        with Path(source).open("rb") as file:
+            return sum(bool(line.strip()) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b""))
+    except OSError:  # which reading the records tells of
+        return None
 
 
 def _mappings(source: Iterable[Mapping[str, Any]]) -> Iterator[Record]:

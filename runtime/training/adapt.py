@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -373,13 +372,9 @@ class Update:
 
 
 def _check_output(bundle: Bundle, output: Path) -> None:
-    """Refuse outputs that cannot be written, which would show after the first steps only, and those that
-    would damage the bundle, whose manifest vouches for its own adapters."""
+    """Refuse outputs that cannot be written, and those that would damage the bundle, whose manifest vouches
+    for its own adapters."""
     check_replaceable(output, CONFIG_FILE)
-    parent = next(parent for parent in output.parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        reason = "may not be written to" if parent.is_dir() else "is no folder"
-        raise UsageError(f"{output}: cannot be written, {parent} {reason}: give another path")
     root = bundle.path.resolve()
     resolved = output.resolve()
     if not resolved.is_relative_to(root):

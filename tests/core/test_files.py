@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.files import _exchange, atomic_file, atomic_folder, atomic_path, atomic_write, temporary_folder
+from edgepeft.files import (
+    _exchange,
+    atomic_file,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    check_replaceable,
+    temporary_folder,
+)
 
 FULL = Path("/dev/full")
 
@@ -275,3 +283,10 @@ def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: p
         pytest.importorskip("fcntl", reason="there are no such locks")
         assert names(tmp_path) == sorted([folder.name, other.name])
     assert names(tmp_path) == []
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot be written, .*file is no folder: give another path"):
+        check_replaceable(tmp_path / "file" / "below" / "out", "manifest.json")
+    check_replaceable(tmp_path / "new" / "out", "manifest.json")
