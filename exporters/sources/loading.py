@@ -365,7 +365,10 @@ def read_max_length(task: str, config: Any, model: str | None) -> int:
     """Longest input: the model's positions, or fewer where its files say so; 1 for images."""
     if task in TOKENLESS:
         return 1 if task == "image-classification" else MAX_SAMPLES
-    limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_MAX_LENGTH)
+    said = (
+        getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")
+    )  # MPT's, DBRX's
+    limit = int(next((length for length in said if length), DEFAULT_MAX_LENGTH))
     if model is None:
         return limit
     declared = [(read_json(model, "tokenizer_config.json") or {}).get("model_max_length")]

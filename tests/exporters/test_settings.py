@@ -244,6 +244,11 @@ def test_a_tokenizer_without_an_unknown_token_keeps_its_settings(folder: Callabl
     assert source.text_settings.truncation_side == "left"
 
 
+def test_the_context_may_have_another_name() -> None:
+    config = transformers.MptConfig(d_model=32, n_heads=2, n_layers=1, max_seq_len=96, vocab_size=320)
+    assert load_source(transformers.MptForCausalLM(config)).max_length == 96
+
+
 def test_a_model_that_begins_answers_with_a_language_is_refused() -> None:
     config = transformers.MBartConfig(
         d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2
