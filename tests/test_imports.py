@@ -150,6 +150,7 @@ def test_imports_follow_the_house_rules(folder: str) -> None:
                     "verify_batch.py",
                     "verify_decoder.py",
                     "verify_generation.py",
+                    "verify_reference.py",
                     "verify_text.py",
                     "verify_file.py",
                     "verify_stages.py",

@@ -204,8 +204,7 @@ def test_every_way_to_train_learns_the_same(
     """Resident, in stages that hold all, some or nothing, and with the state in a file: the same losses."""
     reports = {}
 
-    def forced(label: str, held: Held, candidates: list[Plan], budget_bytes: int | None) -> Plan:
-        del budget_bytes
+    def forced(label: str, held: Held, candidates: list[Plan], *_: object) -> Plan:
         plan = next(plan for plan in candidates if plan.label.startswith(label))
         return dataclasses.replace(plan, held=held)
 

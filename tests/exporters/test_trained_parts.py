@@ -21,7 +21,13 @@ from edgepeft.runtime.training.starting import trained_names
 from . import models
 
 Switched = Callable[[str], Path]
-FAST: dict[str, Any] = {"steps": 6, "batch_size": 4, "learning_rate": 5e-3, "seq_len": 16}
+FAST: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 8,
+    "learning_rate": 5e-3,
+    "seq_len": 16,
+    "eval_fraction": 0.4,
+}
 
 
 def data(count: int = 24) -> list[dict[str, Any]]:
@@ -91,7 +97,7 @@ def test_only_the_part_changes_and_peft_opens_the_whole(
     folder = switched("classifier")
     start = open_bundle(folder).adapter("default").tensors
     with edgepeft.load(folder) as device:
-        report = device.adapt(data(), tmp_path / "out", **options, **FAST)
+        report = device.adapt(data(60), tmp_path / "out", **options, **FAST)
     trained = load_adapter(tmp_path / "out").tensors
     assert trained.keys() == start.keys()
     changed = {name for name in start if not np.array_equal(trained[name], start[name])}
