@@ -74,8 +74,10 @@ def test_a_fresh_adapter_made_on_the_device_opens_in_peft(exported: Make, name: 
     bundle = exported(name, 32)
     rng = np.random.default_rng(0)
     data: list[dict[str, Any]] = [
-        {"input_ids": rng.integers(5, 9, 6).tolist(), "label": 1} for _ in range(40)
+        {"input_ids": rng.integers(5, 9, 6).tolist(), "label": 1 - (index % 8 == 0)} for index in range(40)
     ]
+    for record in data:  # which a model of random weights can learn
+        record["input_ids"][0] = 10 + record["label"]
     with edgepeft.load(bundle.folder) as device:
         device.adapt(data, tmp_path / "fresh", rank=3, steps=30, learning_rate=5e-3, seq_len=16)
         batch = models.batch()
