@@ -25,7 +25,7 @@ def pool_before_head(graph: ir.Graph) -> None:
     if hidden is None or hidden.shape is None or indices is None or indices.shape is None:
         return
     whole_tokens = len(hidden.shape) == 3 and indices.shape[-1] == 2
-    if not whole_tokens or pick.attributes.get_int("batch_dims", 0) or len(scores.uses()) != 1:
+    if not whole_tokens or pick.attributes.get_int("batch_dims", 0) != 0 or len(scores.uses()) != 1:
         return
     shape = [indices.shape[0], hidden.shape[2]]
     picked = append(graph, "GatherND", [hidden, indices], shape=shape, dtype=hidden.dtype)
