@@ -12,7 +12,7 @@ import numpy as np
 import peft
 import torch
 
-from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, load_adapter, write_adapter
+from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, write_adapter
 from edgepeft.errors import UsageError
 
 from .model_info import default_targets, saved_module_names
@@ -75,7 +75,7 @@ def write_starting_adapter(source: Source, folder: Path, options: LoraOptions) -
         # network.
         model.save_pretrained(str(folder), save_embedding_layers=False)
         source.model = model.unload()
-    write_adapter(Adapter(_settings(folder), load_adapter(folder).tensors, str(folder)), folder)
+    (folder / CONFIG_FILE).write_text(json.dumps(_settings(folder), indent=2), encoding="utf-8")
     source.model.requires_grad_(False)
 
 

@@ -128,9 +128,7 @@ class _Check:
     def outputs(self, what: str, adapter: Adapter | None, model: Any) -> None:
         with torch.no_grad():
             expected, _ = self._torch_output(model)
-        feeds = {**self._model_feeds("inference"), **self._adapter_feeds(adapter)}
-        self._session.bind(feeds)
-        got = self._session.run_for([self.output_name])[self.output_name].numpy()
+        got = self._said(self.batch, adapter)
         counted = got, expected.numpy()
         if got.ndim == 3:  # positions that are padding hold nothing
             decoder = "decoder_input_ids" in self.batch
@@ -157,6 +155,13 @@ class _Check:
                 self.batch |= {BASE_LOGITS: got, DRIFT_WEIGHT: np.array(DRIFT, np.float32)}
         self._latest = counted[0]
 
+    def _said(self, batch: Arrays, adapter: Adapter | None = None) -> np.ndarray:
+        """The bundle's output for a batch."""
+        feeds = model_feeds(self.bundle, "inference", batch)
+        self._session.bind({**feeds, **self._adapter_feeds(adapter)})
+        output: np.ndarray = self._session.run_for([self.output_name])[self.output_name].numpy()
+        return output
+
     def _padding(self, got: np.ndarray) -> None:
         """A classifier that knows no padding by its token says of a padded row what it says of it alone.
 
@@ -165,10 +170,7 @@ class _Check:
         task = self.bundle.manifest.task
         if task != "text-classification" or not lacks_pad(self.source.model.config):
             return
-        alone = unpadded(self.batch, PADDED)
-        self._session.bind({**model_feeds(self.bundle, "inference", alone), **self._adapter_feeds(None)})
-        said = self._session.run_for([self.output_name])[self.output_name].numpy()
-        differs = relative_difference(got[[PADDED]], said)
+        differs = relative_difference(got[[PADDED]], self._said(unpadded(self.batch, PADDED)))
         if not differs <= self.tolerance:
             raise VerificationError(
                 f"{self.output_name} of a row differs by {differs:.2e} of their largest magnitude with "
@@ -202,8 +204,7 @@ class _Check:
                 f"{manifest.model.max_length} that it is said to take "
                 f"({next(iter(str(error).splitlines()), type(error).__name__)}): nothing was written"
             ) from error
-        self._session.bind({**model_feeds(self.bundle, "inference", own), **self._adapter_feeds(None)})
-        got = self._session.run_for([self.output_name])[self.output_name].numpy()
+        got = self._said(own)
         differs = relative_difference(got, expected)
         self.figures["longest"] = {"tokens": tokens, "of": manifest.model.max_length, "output": differs}
         if not differs <= self.tolerance:

@@ -51,7 +51,7 @@ STAGES, FORWARD, STREAMED = "stages", "forward", "streamed"
 
 
 def with_session(
-    bundle: Path, role: str, tensors: MemoryFormula, length_unit: int = 1, max_length: int = 0
+    bundle: Path, role: str, tensors: MemoryFormula, length_unit: int, max_length: int
 ) -> MemoryFormula:
     """The formula of graph `role` of the bundle at `bundle`, with what the session and the arena's gaps take.
 
@@ -60,7 +60,7 @@ def with_session(
         role: the graph's key in the manifest, `STAGES`, `FORWARD` or `STREAMED`.
         tensors: what a run of the graph holds. The session's arena keeps it.
         length_unit: the sequence of a run is a multiple of it.
-        max_length: tokens that the model takes; 0: what takes no tokens.
+        max_length: tokens or samples that the model takes, 1 of images.
 
     Raises:
         ExportError: the process failed.
@@ -100,7 +100,7 @@ def with_session(
         return tensor_bytes(size) >= SQUARE * tensor_bytes((size[0], size[1] // BETWEEN))
 
     first_bytes, gaps, held_bytes = resident_bytes(SIZE), ARENA_GAPS, 0.0
-    shorter = ((rows, min(length, max_length or length)) for rows, length in LARGER)
+    shorter = ((rows, min(length, max_length)) for rows, length in LARGER)
     sizes = [size for size in shorter if large(size)]
     if sizes:
         small = (size for size in sizes if tensor_bytes(size) <= LARGEST_BYTES)

@@ -95,7 +95,7 @@ def prepare(
     if options.add_labels and not held:
         _check_old_labels(bundle, classes, task)
     _check_several_labels(classes, len(held), task)
-    if count < 2 or (classes is not None and len(set(classes.tolist())) + len(held) < 2):
+    if count < 2:
         head = None
     if options.trainable == "head" and head is None:
         raise UsageError(

@@ -193,9 +193,10 @@ class Ridge:
         self, system: "_System", losses: Losses, scales: Sequence[float], offset: float, least: float
     ) -> Iterator[tuple[float, float, float, FloatArray]]:
         """Of each penalty the smallest loss, the penalty itself, the scale and what was left out."""
-        largest, norm = float(system.spread[0]), float(system.spread.sum()) / self._seen
+        spread = system.spread
+        norm = float(spread.sum()) / self._seen
         weights = system.weights / system.weights.sum()
-        alphas = [alpha * largest for alpha in ALPHAS]
+        alphas = [alpha * float(spread[0]) for alpha in ALPHAS]
         for alpha in [alpha for alpha in alphas if alpha >= least * norm] or alphas[-1:]:
             left_out = system.left_out(alpha)
             loss, scale = min(
