@@ -129,7 +129,7 @@ def edgepeft_side(
 ) -> None:
     """edgepeft on its bundle, through the decoder that `generate` uses."""
     import edgepeft
-    from edgepeft.runtime.decoding.choose import decoder_for
+    from edgepeft.runtime.generation.decoders.choose import decoder_for
     from edgepeft.runtime.memory.inference import RunPlan, plan_generation
 
     began_s = time.perf_counter()

@@ -8,7 +8,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from edgepeft.errors import (
+from .errors import (
     AdapterError,
     BudgetError,
     BundleError,

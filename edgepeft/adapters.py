@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
-from edgepeft.errors import AdapterError
-from edgepeft.files import atomic_folder, atomic_write
-from edgepeft.foreign_adapters import foreign_format
-from edgepeft.patterns import ModulePatterns
-from edgepeft.tensor_files import read_metadata, read_tensors, write_tensors
+from .bundle.manifest import LinearHead, LoraSlot, SavedModule
+from .errors import AdapterError
+from .files import atomic_folder, atomic_write
+from .foreign_adapters import foreign_format
+from .patterns import ModulePatterns
+from .tensor_files import read_metadata, read_tensors, write_tensors
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
 """What tensors are written as; read are all floats, as float32."""

@@ -12,7 +12,7 @@ Two rules, by the kind of device:
 
 from dataclasses import dataclass
 
-from edgepeft.errors import UsageError
+from .errors import UsageError
 
 _MIB, _GIB = 2**20, 2**30
 _RASPBERRY_PI = "https://www.raspberrypi.com/documentation/computers/raspberry-pi.html"

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.sizes import format_size
-from edgepeft.system import exchange as _exchange
-from edgepeft.system import lock as _locked
+from .errors import EdgePeftError, UsageError
+from .sizes import format_size
+from .system import exchange as _exchange
+from .system import lock as _locked
 
 # Windows renames and deletes nothing that is open or mapped: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION and
 # ERROR_USER_MAPPED_FILE.

@@ -4,8 +4,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgepeft.errors import AdapterError
-from edgepeft.tensor_files import tensor_names
+from .errors import AdapterError
+from .tensor_files import tensor_names
 
 _FUSED = "fuse it into its model ({how}) and export that, or train an adapter with PEFT"
 _LLAMA_CPP = (

@@ -3,7 +3,7 @@
 import re
 from decimal import Decimal
 
-from edgepeft.errors import UsageError
+from .errors import UsageError
 
 _UNITS = {
     "": 1,

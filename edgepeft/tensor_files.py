@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import safetensors
 
-from edgepeft.errors import AdapterError, EdgePeftError
-from edgepeft.files import atomic_file
+from .errors import AdapterError, EdgePeftError
+from .files import atomic_file
 
 _PIECE_VALUES = 2**18
 _FLOATS = ("F64", "F32", "F16", "BF16")

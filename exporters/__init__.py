@@ -19,7 +19,7 @@ __all__ = ["export", "load_sentence_classifier"]
 
 
 def __getattr__(name: str) -> Any:
-    # Late, so that `edgepeft.exporters.training.probe` measures a process without torch.
+    # Late, so that `edgepeft.exporters.measure.probe` measures a process without torch.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

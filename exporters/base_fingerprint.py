@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .model_info import saved_module_names
 from .sources.base import ModelSource
-from .sources.loading import Source
+from .sources.model_info import saved_module_names
 from .sources.onnx_file import OnnxFile
 from .sources.onnx_graph import read_graph
+from .sources.transformers_model import Source
 
 #: Values of each weight that count.
 _SAMPLES = 64

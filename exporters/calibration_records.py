@@ -12,15 +12,15 @@ from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import BundleError, UsageError
-from edgepeft.runtime.data import Record, RecordSource
-from edgepeft.runtime.data import records as as_records
+from edgepeft.runtime.records import Record, RecordSource
+from edgepeft.runtime.records import records as as_records
 from edgepeft.runtime.tasks import task_for
 
-from .calibration import Feeds
-from .model_info import model_info
-from .sources.loading import Source
+from .quantize.calibrate import Feeds
+from .sources.model_info import model_info
 from .sources.onnx_file import is_onnx_file
 from .sources.samples import sample_inputs
+from .sources.transformers_model import Source
 
 #: Longer records are cut: attention's cost grows with the square, what is learned of the inputs does not.
 MAX_TOKENS = 512

@@ -26,10 +26,10 @@ from edgepeft.bundle.writer import hash_folder
 
 from .forward import Forward
 from .losses import Loss, loss_for, with_drift
-from .model_info import model_info
 from .partition import Partitioned, StreamedGraphs, Uncut, build_partition, build_streamed_inference
-from .passes.quantize import Freezer
+from .quantize.freeze import Freezer
 from .sources.base import ModelSource
+from .sources.model_info import model_info
 from .training.joint import build_joint, build_loss
 from .training.optimizer import build_adamw, build_grad_norm
 from .training.optimizer8 import build_adamw8

@@ -9,19 +9,19 @@ import torch
 from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
 from edgepeft.errors import ExportError
 
-from .decoder import Decoder, build_decoder
+from .decoder.build import Decoder, build_decoder
 from .graph import tidy
-from .model_info import default_targets
-from .passes.linear_head import add_features, find_linear_head, free_labels
-from .passes.linears import find_linears, find_marked_linears, select, unpack
-from .passes.lora import insert_lora_slots
 from .passes.optimize import optimize_forward
 from .passes.pool_before_head import pool_before_head
-from .passes.quantize import Freezer
-from .passes.saved_modules import keep_saved_modules
+from .passes.weights.linear_head import add_features, find_linear_head, free_labels
+from .passes.weights.linears import find_linears, find_marked_linears, select, unpack
+from .quantize.freeze import Freezer
 from .sources.base import ModelSource
+from .sources.model_info import default_targets
 from .sources.pooling import append_pooling
 from .sources.tasks import CLASSIFICATION
+from .techniques.lora import insert_lora_slots
+from .techniques.whole import keep_saved_modules
 
 
 @dataclass

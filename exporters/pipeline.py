@@ -13,23 +13,24 @@ from edgepeft.errors import AdapterError, UsageError
 from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
 
 from .base_fingerprint import base_fingerprint
-from .calibration import Progress, calibrate
 from .calibration_records import read_feeds, usable_records
 from .contents import Losses, write_contents
 from .forward import build_forward
-from .memory import with_memory
-from .model_info import saved_module_names
-from .passes.quantize import Freezer
-from .peft_patterns import check_patterns
-from .quantization import BLOCK_SIZES
+from .measure.bundle import with_memory
+from .quantize.blockwise import BLOCK_SIZES
+from .quantize.calibrate import Progress, calibrate
+from .quantize.freeze import Freezer
 from .sources.base import ModelSource
-from .sources.loading import Source, load_source
+from .sources.loading import load_source
+from .sources.model_info import saved_module_names
 from .sources.onnx_file import OnnxFile, converting, is_onnx_file, load_onnx_file
-from .starting_adapter import LoraOptions, write_file_adapter, write_starting_adapter
-from .stored_modules import prepare_stored, without_unused
-from .verify import verify_bundle
-from .verify_file import verify_against_file
-from .verify_text import verify_text
+from .sources.peft_patterns import check_patterns
+from .sources.transformers_model import Source
+from .techniques.fresh import LoraOptions, write_file_adapter, write_starting_adapter
+from .techniques.stored_modules import prepare_stored, without_unused
+from .verify.file import verify_against_file
+from .verify.pytorch import verify_bundle
+from .verify.text import verify_text
 from .versions import outside_range
 
 #: Name of the adapter that `rank` or `targets` create.

@@ -10,22 +10,23 @@ from typing import TYPE_CHECKING, Any, overload
 
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime import prediction
-from edgepeft.runtime.activation import AdapterSpec
-from edgepeft.runtime.data import RecordSource, count_records, records
-from edgepeft.runtime.loaded import FloatArray, LoadedBundle
-from edgepeft.runtime.registry import AdapterSpecs, check_rows
-from edgepeft.runtime.serialized import one_at_a_time
-from edgepeft.runtime.tasks import Example
-from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.sizes import parse_size
+
+from . import prediction
+from .adapters.graph_inputs import AdapterSpec
+from .adapters.loaded import AdapterSpecs, check_rows
+from .one_call_at_a_time import one_at_a_time
+from .opened_bundle import FloatArray, LoadedBundle
+from .records import RecordSource, count_records, records
+from .tasks import Example
+from .training.options import TrainingOptions
 
 # A device process generates, predicts or trains; what the others need, modules and all, it does not hold.
 if TYPE_CHECKING:
-    from edgepeft.runtime.decoding.prompt_cache import PromptCache
-    from edgepeft.runtime.generator import CacheSpec, Messages, TextStream
-    from edgepeft.runtime.training.adapt import OnStep
-    from edgepeft.runtime.training.report import AdaptReport
+    from .generation.generate import CacheSpec, Messages, TextStream
+    from .generation.prompt_cache import PromptCache
+    from .training.adapt import OnStep
+    from .training.report import AdaptReport
 
 
 class Model(LoadedBundle):
@@ -61,7 +62,7 @@ class Model(LoadedBundle):
             UsageError: an input cannot be used, or the bundle was exported without training graphs.
             AdapterError: the adapter is missing, damaged or does not fit.
         """
-        from edgepeft.runtime.loss import loss_and_gradients
+        from .batch_gradients import loss_and_gradients
 
         return loss_and_gradients(self._bundle, self._sessions, self._budget_bytes, batch, adapter)
 
@@ -319,7 +320,7 @@ class Model(LoadedBundle):
             DataError: a text cannot be used.
             UsageError: the bundle's task is not feature-extraction, or it has no such prompt.
         """
-        from edgepeft.runtime.tasks.embedding import Embedding
+        from .tasks.embedding import Embedding
 
         task = self._task
         if not isinstance(task, Embedding):
@@ -368,7 +369,7 @@ class Model(LoadedBundle):
         unknown = sorted(options.keys() - known)
         if unknown:
             raise UsageError(f"adapt takes no option {unknown[0]!r}: it takes {', '.join(sorted(known))}")
-        from edgepeft.runtime.training.adapt import Update
+        from .training.adapt import Update
 
         self._sessions.check_unused("training needs its memory")
         self.close()

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.errors import BudgetError, BundleError, EdgePeftError
-from edgepeft.runtime.data import Record, RecordSource
-from edgepeft.runtime.registry import AdapterSpecs, part_of
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.tasks.base import Array, Outputs
+
+from .adapters.loaded import AdapterSpecs, part_of
+from .records import Record, RecordSource
+from .tasks import Example, Task
+from .tasks.examples import Array, Outputs
 
 Forward = Callable[[Mapping[str, object], AdapterSpecs], dict[str, npt.NDArray[np.float32]]]
 OnProgress = Callable[[int, int], None]

@@ -18,9 +18,10 @@ from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.sizes_on_disk import PACKED
 from edgepeft.errors import BundleError, EdgePeftError
-from edgepeft.runtime.memory.arena import register_shared_arena
-from edgepeft.runtime.memory.huge_pages import gather_into_huge_pages
-from edgepeft.runtime.memory.mapped_pages import drop_mapped_pages
+
+from .memory.arena import register_shared_arena
+from .memory.huge_pages import gather_into_huge_pages
+from .memory.mapped_pages import drop_mapped_pages
 
 Array = npt.NDArray[np.generic]
 

@@ -24,7 +24,7 @@ import torch_side
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.data import records
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import task_for
 from edgepeft.sizes import format_size
 

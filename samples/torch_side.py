@@ -21,8 +21,8 @@ import transformers
 
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.exporters import load_sentence_classifier
-from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import MemoryRecorder
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import Example, Task, task_for
 from edgepeft.runtime.training.preparation import classes_of
 from edgepeft.runtime.training.sampling import batch_indices, split

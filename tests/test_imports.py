@@ -70,9 +70,9 @@ with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
 UNUSED = (
     "edgepeft.runtime.generat",
     "edgepeft.runtime.decoding",
-    "edgepeft.runtime.chat",
+    "edgepeft.runtime.text.chat",
     "edgepeft.runtime.preprocessing",
-    "edgepeft.runtime.onnx_adapter",
+    "edgepeft.runtime.adapters.onnx_adapter",
     "edgepeft.runtime.bench",
     "edgepeft.runtime.tasks.embedding",
     "importlib.metadata",
@@ -100,7 +100,7 @@ with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
     ran = loaded_after(f"""{opened}
     model.forward({{"input_ids": [[1, 2, 3]]}})
 """)
-    unneeded = (*UNUSED, "edgepeft.runtime.training.adapt", "edgepeft.runtime.training.chain")
+    unneeded = (*UNUSED, "edgepeft.runtime.training.adapt", "edgepeft.runtime.training.gradients.chain")
     assert not [name for name in ran if name.startswith(unneeded)]
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter
-from edgepeft.bundle.manifest import Manifest
-from edgepeft.bundle.reader import Bundle, read_manifest
-from edgepeft.bundle.validation import ADAPTER_NAMES, is_adapter_name
-from edgepeft.bundle.writer import hash_file, write_manifest
-from edgepeft.errors import AdapterError, BundleError, UsageError
-from edgepeft.files import atomic_folder, locked, remove_folder, remove_leftovers, scratch_folder
+from ..adapters import CONFIG_FILE, TENSOR_FILE, Adapter
+from ..errors import AdapterError, BundleError, UsageError
+from ..files import atomic_folder, locked, remove_folder, remove_leftovers, scratch_folder
+from .manifest import Manifest
+from .reader import Bundle, read_manifest
+from .validation import ADAPTER_NAMES, is_adapter_name
+from .writer import hash_file, write_manifest
 
 _ADAPTER_FILES = (CONFIG_FILE, TENSOR_FILE)
 

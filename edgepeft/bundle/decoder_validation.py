@@ -1,8 +1,8 @@
 """What a manifest must say of the decoder graph before it is opened."""
 
-from edgepeft.bundle.manifest import Manifest
-from edgepeft.bundle.wiring import SEQLENS, TOTAL, DecoderGraph
-from edgepeft.errors import BundleError
+from ..errors import BundleError
+from .manifest import Manifest
+from .wiring import SEQLENS, TOTAL, DecoderGraph
 
 _INPUTS = {"input_ids", SEQLENS, TOTAL}
 

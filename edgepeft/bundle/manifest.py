@@ -7,8 +7,8 @@ is plain JSON, so that a driver in another language reads the same file.
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgepeft.bundle.memory_formula import MemoryFormula
-from edgepeft.bundle.wiring import DecoderGraph, Partition, StreamedInference
+from .memory_formula import MemoryFormula
+from .wiring import DecoderGraph, Partition, StreamedInference
 
 FORMAT_VERSION = 1
 

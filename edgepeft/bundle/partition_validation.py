@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from edgepeft.bundle.manifest import GraphSpec, Manifest, TensorSpec
-from edgepeft.bundle.sizes_on_disk import tensor_bytes
-from edgepeft.bundle.wiring import Partition, Stage, StreamedInference, VocabularyHead
-from edgepeft.errors import BundleError
+from ..errors import BundleError
+from .manifest import GraphSpec, Manifest, TensorSpec
+from .sizes_on_disk import tensor_bytes
+from .wiring import Partition, Stage, StreamedInference, VocabularyHead
 
 
 def check_partition(manifest: Manifest, partition: Partition) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, Adapter, check_base, fit, load_adapter
-from edgepeft.bundle.manifest import FileEntry, Manifest
-from edgepeft.bundle.serialization import manifest_from_json
-from edgepeft.bundle.validation import check_relative_path, is_adapter_name
-from edgepeft.bundle.writer import MANIFEST_FILE, hash_file
-from edgepeft.errors import AdapterError, BundleError
+from ..adapters import CONFIG_FILE, TENSOR_FILE, Adapter, check_base, fit, load_adapter
+from ..errors import AdapterError, BundleError
+from .manifest import FileEntry, Manifest
+from .serialization import manifest_from_json
+from .validation import check_relative_path, is_adapter_name
+from .writer import MANIFEST_FILE, hash_file
 
 _MAX_MANIFEST_BYTES = 64 * 2**20
 # IO_REPARSE_TAG_MOUNT_POINT: Windows's links to folders that anybody may make; to Python no symbolic ones.

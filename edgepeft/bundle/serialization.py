@@ -8,9 +8,9 @@ import types
 import typing
 from typing import Any
 
-from edgepeft.bundle.manifest import FORMAT_VERSION, Manifest
-from edgepeft.bundle.validation import validate_manifest
-from edgepeft.errors import BundleError
+from ..errors import BundleError
+from .manifest import FORMAT_VERSION, Manifest
+from .validation import validate_manifest
 
 _MAX_INT = 2**53  # what every JSON reader keeps exact
 

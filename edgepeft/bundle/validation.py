@@ -5,8 +5,9 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from edgepeft.bundle.decoder_validation import check_decoder
-from edgepeft.bundle.manifest import (
+from ..errors import BundleError
+from .decoder_validation import check_decoder
+from .manifest import (
     FEATURES,
     GenerationSettings,
     GraphSpec,
@@ -16,10 +17,9 @@ from edgepeft.bundle.manifest import (
     TensorSpec,
     WeightTensor,
 )
-from edgepeft.bundle.memory_formula import MemoryFormula
-from edgepeft.bundle.partition_validation import check_partition, check_streamed_inference
-from edgepeft.bundle.sizes_on_disk import DTYPE_BITS, tensor_bytes
-from edgepeft.errors import BundleError
+from .memory_formula import MemoryFormula
+from .partition_validation import check_partition, check_streamed_inference
+from .sizes_on_disk import DTYPE_BITS, tensor_bytes
 
 #: The tasks a bundle can have; each has a loss below `exporters/losses` and a task below `runtime/tasks`.
 TASKS = (

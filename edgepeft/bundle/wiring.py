@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from edgepeft.bundle.memory_formula import MemoryFormula
+from .memory_formula import MemoryFormula
 
 #: Inputs of a decoder's graph: a row's tokens but one, int32 `[batch]`, and the longest row's, int32 `[1]`.
 SEQLENS, TOTAL = "seqlens_k", "total_sequence_length"

@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from edgepeft.bundle.manifest import FileEntry, Manifest
-from edgepeft.bundle.serialization import manifest_to_json
-from edgepeft.errors import BundleError
-from edgepeft.files import atomic_write
+from ..errors import BundleError
+from ..files import atomic_write
+from .manifest import FileEntry, Manifest
+from .serialization import manifest_to_json
 
 MANIFEST_FILE = "manifest.json"
 _CHUNK_BYTES = 2**20

@@ -14,11 +14,12 @@ from typing import Any
 import click
 
 import edgepeft
-from edgepeft.cli.bus_errors import tell_bus_errors
-from edgepeft.cli.console import Console
-from edgepeft.cli.group import Group
-from edgepeft.cli.streams import take_every_character
-from edgepeft.errors import EdgePeftError, UsageError
+
+from ..errors import EdgePeftError, UsageError
+from .bus_errors import tell_bus_errors
+from .console import Console
+from .group import Group
+from .streams import take_every_character
 
 COMMANDS = ("export", "inspect", "plan", "generate", "predict", "adapt", "adapter", "bench")
 

@@ -1,5 +1,5 @@
 """`python -m edgepeft.cli`, for where scripts are not on the path."""
 
-from edgepeft.cli import main
+from . import main
 
 main(prog_name="edgepeft")

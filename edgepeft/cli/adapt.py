@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.interrupts import Interrupted
-from edgepeft.cli.options import (
+from ..errors import UpdateRejectedError
+from ..sizes import format_size
+from .console import Console
+from .interrupts import Interrupted
+from .options import (
     budget_option,
     bundle_argument,
     check_floor,
@@ -17,8 +19,6 @@ from edgepeft.cli.options import (
     memory_options,
     table,
 )
-from edgepeft.errors import UpdateRejectedError
-from edgepeft.sizes import format_size
 
 if TYPE_CHECKING:
     from edgepeft.runtime.training.trainer import Step
@@ -88,7 +88,7 @@ def adapt(
     with _Steps(console, data, resume=options["resume"]) as steps:
         console.progress.stage("opening the bundle")
         from edgepeft.runtime import load
-        from edgepeft.runtime.training.checkpoint import checkpoint_path
+        from edgepeft.runtime.training.state.checkpoint import checkpoint_path
 
         steps.saved_in(checkpoint_path(Path(output)))
         with load(bundle, memory_budget=budget, force=force) as model:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.group import Group
-from edgepeft.cli.options import bundle_argument, force_option, json_option, table
-from edgepeft.errors import AdapterError, UsageError
-from edgepeft.sizes import format_size
+from ..errors import AdapterError, UsageError
+from ..sizes import format_size
+from .console import Console
+from .group import Group
+from .options import bundle_argument, force_option, json_option, table
 
 if TYPE_CHECKING:
-    from edgepeft.adapters import Adapter, StoredDtype
-    from edgepeft.bundle.reader import Bundle
+    from ..adapters import Adapter, StoredDtype
+    from ..bundle.reader import Bundle
 
 ONNX_SUFFIX = ".onnx_adapter"
 
@@ -55,7 +55,7 @@ def list_adapters(console: Console, /, bundle: str) -> None:
     Example:
       edgepeft adapter list model.edge
     """
-    from edgepeft.bundle.reader import open_bundle
+    from ..bundle.reader import open_bundle
 
     opened = open_bundle(bundle)
     console.show([_entry(opened, name) for name in opened.adapter_names()], _table)
@@ -80,8 +80,8 @@ def add(
     Example:
       edgepeft adapter add model.edge mine=./my-adapter
     """
-    from edgepeft.bundle.adapter_store import add_adapter
-    from edgepeft.bundle.reader import open_bundle
+    from ..bundle.adapter_store import add_adapter
+    from ..bundle.reader import open_bundle
 
     named = [_named(item) for item in adapters]
     console.progress.stage("opening the bundle")
@@ -107,8 +107,8 @@ def remove(console: Console, /, bundle: str, names: tuple[str, ...]) -> None:
     Example:
       edgepeft adapter remove model.edge mine
     """
-    from edgepeft.bundle.adapter_store import remove_adapter
-    from edgepeft.bundle.reader import open_bundle
+    from ..bundle.adapter_store import remove_adapter
+    from ..bundle.reader import open_bundle
 
     console.progress.stage("opening the bundle")
     opened = open_bundle(bundle)
@@ -145,16 +145,16 @@ def export_adapter(
       edgepeft adapter export model.edge mine -o ./mine --dtype float16
       edgepeft adapter export model.edge mine -o mine.onnx_adapter
     """
-    from edgepeft.adapters import CONFIG_FILE
-    from edgepeft.bundle.reader import open_bundle
-    from edgepeft.files import atomic_folder
+    from ..adapters import CONFIG_FILE
+    from ..bundle.reader import open_bundle
+    from ..files import atomic_folder
 
     opened = open_bundle(bundle, force=force)
     held = opened.adapter(name)
     if output.suffix == ONNX_SUFFIX:
         if dtype == "float16":
             raise UsageError(f"{output}: holds what the graphs take, float32: leave out --dtype float16")
-        from edgepeft.runtime.onnx_adapter import write_onnx_adapter
+        from edgepeft.runtime.adapters.onnx_adapter import write_onnx_adapter
 
         write_onnx_adapter(opened, held, output)
     else:
@@ -193,10 +193,10 @@ def _source(
 ) -> "tuple[Adapter, Callable[[Path], None]]":
     """The adapter at a path as it will be stored, and what writes its files into a folder."""
     if path.suffix == ONNX_SUFFIX:
-        from edgepeft.runtime.onnx_adapter import read_onnx_adapter
+        from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter
 
         return _writer(read_onnx_adapter(bundle, path), path, dtype or "float32")
-    from edgepeft.adapters import load_adapter
+    from ..adapters import load_adapter
 
     return _writer(load_adapter(path), path, dtype)
 
@@ -206,8 +206,8 @@ def _writer(
 ) -> "tuple[Adapter, Callable[[Path], None]]":
     """The adapter with the values that are stored, and what writes its files into a folder: byte for byte
     those of the folder at `path` where no dtype is asked for."""
-    from edgepeft.adapters import rounded, write_adapter
-    from edgepeft.bundle.adapter_store import copy_adapter
+    from ..adapters import rounded, write_adapter
+    from ..bundle.adapter_store import copy_adapter
 
     if dtype is None:
         return adapter, lambda folder: copy_adapter(path, folder)
@@ -217,7 +217,7 @@ def _writer(
 
 def _entry(bundle: "Bundle", name: str) -> dict[str, Any]:
     """What the list says of an adapter; of one that cannot be used, why."""
-    from edgepeft.adapters import TENSOR_FILE
+    from ..adapters import TENSOR_FILE
 
     entry: dict[str, Any] = {"name": name, "in_manifest": name in bundle.manifest.adapters}
     try:

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.options import budget_option, bundle_argument, json_option, table
-from edgepeft.errors import UsageError
-from edgepeft.sizes import format_size
+from ..errors import UsageError
+from ..sizes import format_size
+from .console import Console
+from .options import budget_option, bundle_argument, json_option, table
 
 if TYPE_CHECKING:
     from edgepeft.runtime.bench.report import BenchReport, PhaseResult

@@ -8,8 +8,8 @@ import os
 import signal
 from typing import Any
 
-from edgepeft.cli.console import Console
-from edgepeft.errors import EdgePeftError
+from ..errors import EdgePeftError
+from .console import Console
 
 _kept: list[Any] = []  # what the C library calls has to stay
 

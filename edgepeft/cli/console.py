@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import click
 
-from edgepeft.cli.interrupts import Interrupted, Interrupts
-from edgepeft.cli.progress import Progress
-from edgepeft.errors import BudgetError, EdgePeftError
+from ..errors import BudgetError, EdgePeftError
+from .interrupts import Interrupted, Interrupts
+from .progress import Progress
 
 
 class Console:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from edgepeft.errors import ContextError
+from ..errors import ContextError
 
 PROMPT = "> "
 

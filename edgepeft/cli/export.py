@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from edgepeft.bundle.validation import TASKS
-from edgepeft.bundle.writer import MANIFEST_FILE
-from edgepeft.cli.console import Console
-from edgepeft.cli.options import force_option, json_option, missing_ways
-from edgepeft.errors import UsageError
-from edgepeft.files import check_replaceable
-from edgepeft.sizes import format_size
+from ..bundle.validation import TASKS
+from ..bundle.writer import MANIFEST_FILE
+from ..errors import UsageError
+from ..files import check_replaceable
+from ..sizes import format_size
+from .console import Console
+from .options import force_option, json_option, missing_ways
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -108,7 +108,7 @@ def export(
     _check_early(model, output)
     progress = console.progress
     progress.stage("importing torch and transformers")
-    from edgepeft import export as run_export
+    from .. import export as run_export
 
     manifest = run_export(
         model,

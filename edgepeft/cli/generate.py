@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.conversation import converse, write
-from edgepeft.cli.generation_options import generation_options
-from edgepeft.cli.options import (
+from ..errors import UsageError
+from .console import Console
+from .conversation import converse, write
+from .generation_options import generation_options
+from .options import (
     adapter_spec,
     adapters_option,
     budget_option,
@@ -19,8 +20,7 @@ from edgepeft.cli.options import (
     force_option,
     json_option,
 )
-from edgepeft.cli.streams import read_standard_input
-from edgepeft.errors import UsageError
+from .streams import read_standard_input
 
 
 @click.command(short_help="Continue a text, or chat.")

@@ -3,7 +3,7 @@ of `GenerationOptions`."""
 
 import click
 
-from edgepeft.cli.options import Decorator, all_of
+from .options import Decorator, all_of
 
 
 def generation_options() -> Decorator:

@@ -5,9 +5,9 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.options import bundle_argument, json_option, missing_ways, table
-from edgepeft.sizes import format_size
+from ..sizes import format_size
+from .console import Console
+from .options import bundle_argument, json_option, missing_ways, table
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -21,7 +21,7 @@ def inspect(console: Console, /, bundle: str) -> None:
     Example:
       edgepeft inspect model.edge
     """
-    from edgepeft.bundle.reader import open_bundle
+    from ..bundle.reader import open_bundle
 
     console.progress.stage("checking the files")
     console.show(_summary(open_bundle(bundle, force=True)), _table)

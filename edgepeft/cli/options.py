@@ -7,10 +7,10 @@ from typing import Any
 
 import click
 
-from edgepeft.devices import DEVICES, Device
-from edgepeft.devices import device as find_device
-from edgepeft.errors import BudgetError, UsageError
-from edgepeft.sizes import format_size, parse_size
+from ..devices import DEVICES, Device
+from ..devices import device as find_device
+from ..errors import BudgetError, UsageError
+from ..sizes import format_size, parse_size
 
 PROCESS_BYTES = 48 * 2**20
 """Python, numpy and onnxruntime: 44 MiB measured on x86-64, and what of edgepeft is beside them."""

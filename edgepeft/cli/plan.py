@@ -7,8 +7,11 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.options import (
+from ..devices import Device
+from ..errors import BudgetError, BundleError, MissingExtraError, UsageError
+from ..sizes import format_size
+from .console import Console
+from .options import (
     budget_option,
     bundle_argument,
     device_option,
@@ -17,9 +20,6 @@ from edgepeft.cli.options import (
     memory_options,
     table,
 )
-from edgepeft.devices import Device
-from edgepeft.errors import BudgetError, BundleError, MissingExtraError, UsageError
-from edgepeft.sizes import format_size
 
 
 @click.command(short_help="Predict the memory of an update.")
@@ -57,17 +57,18 @@ def plan(
       edgepeft plan model.edge --budget 128MiB --seq-len 64 --batch-size 4
       edgepeft plan model.edge --device pi-zero-2w
     """
-    from edgepeft.bundle.reader import open_bundle
-    from edgepeft.runtime import examples
     from edgepeft.runtime.memory.planner import choose, judging_alone
     from edgepeft.runtime.preprocessing.images import LEFT_BYTES, load_decoders
     from edgepeft.runtime.tasks import task_for
-    from edgepeft.runtime.training.closed_form import trained_head
+    from edgepeft.runtime.training import examples
+    from edgepeft.runtime.training.head.closed_form import trained_head
     from edgepeft.runtime.training.options import TrainingOptions
     from edgepeft.runtime.training.preparation import plans_now
     from edgepeft.runtime.training.sampling import batch_indices
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
     from edgepeft.runtime.training.workload import workload
+
+    from ..bundle.reader import open_bundle
 
     # What a process holds is a part of the figures, and adapting brings these libraries in.
     importlib.import_module("edgepeft.runtime.training.adapt")

@@ -6,8 +6,8 @@ from typing import Any
 
 import click
 
-from edgepeft.cli.console import Console
-from edgepeft.cli.options import (
+from .console import Console
+from .options import (
     adapter_spec,
     adapters_option,
     aligned,

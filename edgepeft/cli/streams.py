@@ -6,7 +6,7 @@ On Windows what is no terminal has one of the old code pages, which most of the 
 import io
 import sys
 
-from edgepeft.errors import UsageError
+from ..errors import UsageError
 
 
 def take_every_character() -> None:

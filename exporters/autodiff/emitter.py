@@ -8,8 +8,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ..graph import MICROSOFT
 from .node_writer import NodeWriter
-from .registry import MICROSOFT
 from .shapes import (
     broadcast_shapes,
     normalize_axes,

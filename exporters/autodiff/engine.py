@@ -11,15 +11,7 @@ from edgepeft.errors import ExportError, UnsupportedOperatorError
 from . import rules as _rules  # noqa: F401  (fills the table)
 from .context import RuleContext
 from .emitter import Emitter
-from .registry import (
-    RULES,
-    Cotangent,
-    NonDifferentiable,
-    Refused,
-    Registry,
-    Rule,
-    operator_version,
-)
+from .registry import RULES, Cotangent, NonDifferentiable, Refused, Registry, Rule, operator_version
 from .scatter import accumulate
 
 # The reductions that the rules emit take their axes as an input from this opset on.

@@ -25,7 +25,6 @@ from .scatter import Scatter
 if TYPE_CHECKING:
     from .context import RuleContext
 
-MICROSOFT = "com.microsoft"
 ALL_VERSIONS = (1, 2**31 - 1)
 
 Cotangent = ir.Value | Scatter

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from ..forward import Forward
 from ..graph import tidy
-from ..passes.input_shapes import take_sizes_from_inputs
+from ..passes.shapes.from_inputs import take_sizes_from_inputs
 from ..writer import INLINE_BYTES, is_weight
 from .cuts import Segment, ancestors, cut, dependences
 from .output_slice import OutputLayer, find_output_layer

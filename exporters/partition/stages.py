@@ -23,9 +23,9 @@ import onnx_ir as ir
 from ..autodiff import differentiate
 from ..graph import append, graph_input, new_model, tidy
 from ..losses import Loss
-from ..passes.decode_late import decode_late
-from ..passes.decode_weights import decode_weights
-from ..passes.linear_head import add_features, find_linear_head
+from ..passes.weights.linear_head import add_features, find_linear_head
+from ..quantize.decode import decode_weights
+from ..quantize.decode_late import decode_late
 from .copying import Copier
 from .cuts import Segment, ancestors
 from .saved import choose_saved

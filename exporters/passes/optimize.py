@@ -6,8 +6,8 @@ from onnxscript.rewriter import onnx_fusions
 from onnxscript.rewriter.rules.fusion import _layer_norm
 
 from ..graph import OPSET_IMPORTS, tidy
-from .attention import simplify_attention
-from .rotary import expand_rotary_caches
+from .attention.rotary import expand_rotary_caches
+from .attention.standard import simplify_attention
 
 
 def optimize_forward(model: ir.Model) -> None:

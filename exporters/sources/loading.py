@@ -2,206 +2,35 @@
 
 import copy
 import inspect
-import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
-from transformers.pytorch_utils import Conv1D
 
-from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TextSettings
 from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
-from ..graph import tidy
-from ..passes.drop_cache import drop_cache
-from ..passes.input_shapes import take_sizes_from_inputs
-from .base import Pooling, Traced
 from .context import keep_angles, usable_positions
 from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
 from .last_token import pool_by_mask
 from .model_files import read_json, read_max_seq_length, read_pooling
 from .peft_model import AdapterFolder, is_adapter_folder, merged
-from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .quiet import quiet
-from .samples import keeps_keys_and_values, run_once, sample_inputs
-from .sentence_classifier import SentenceClassifier, is_sentence_encoder, load_sentence_classifier
+from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
-from .tokenizer import TokenizerFiles, read_tokenizer
-from .tracing import conv1d_weights, trace
+from .tokenizer import TokenizerFiles
+from .transformers_model import Source, read_text
 
 #: Longest input of a model that does not name one.
 DEFAULT_MAX_LENGTH = 2048
 #: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
 MAX_SAMPLES = 30 * 16_000
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-
-
-@dataclass
-class Source:
-    """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
-
-    `shipped` is the folder or hub id that it came from, `traced` the graph once it was asked for.
-    """
-
-    model: Any  # a transformers PreTrainedModel; its modules are looked up by name
-    task: str
-    name: str
-    pooling: Pooling | None = None
-    tokenizer_files: dict[str, bytes] = field(default_factory=dict)
-    text_settings: TextSettings = field(default_factory=TextSettings)
-    tokenizer: Any = None  # transformers' own, to compare with
-    max_length: int = 0
-    shipped: str | None = None
-    traced: Traced | None = None
-
-    def use_tokenizer(self, folder: str) -> None:
-        """Take the tokenizer of an adapter's folder instead.
-
-        Raises:
-            ExportError: it has a setting that the runtime does not know.
-        """
-        text = _read_text(folder, self.task, self.model)
-        self.tokenizer_files |= text.files
-        self.text_settings, self.tokenizer = text.settings, text.tokenizer
-
-    @property
-    def image_preprocessing(self) -> ImagePreprocessing | None:
-        """What the model's image processor does; None where it has none of those that the runtime knows, or
-        one that makes another size than the model takes."""
-        if self.task != "image-classification" or self.shipped is None:
-            return None
-        found = read_image_preprocessing(self.shipped)
-        pixels = sample_inputs(self, with_past=False).inputs["pixel_values"]
-        if found is None or (len(found.mean), *found.output_size) != tuple(pixels.shape[1:]):
-            return None
-        return found
-
-    @property
-    def audio_preprocessing(self) -> AudioPreprocessing | None:
-        """What the model's feature extractor does; None where it has none that the runtime knows."""
-        if self.task != "audio-classification" or self.shipped is None:
-            return None
-        return read_audio_preprocessing(self.shipped)
-
-    @property
-    def config(self) -> Any:
-        """The transformers configuration."""
-        return self.model.config
-
-    @property
-    def max_positions(self) -> int | None:
-        """Tokens the model has positions for; None where any number will do (ALiBi)."""
-        return getattr(self.config, "max_position_embeddings", None)
-
-    @property
-    def architecture(self) -> str:
-        """The model's class."""
-        return type(self.model).__name__
-
-    @property
-    def quantization(self) -> None:
-        """Nothing is quantized yet."""
-        return None
-
-    @property
-    def own_training_graph(self) -> bool:
-        """A language model has a cache, as a rule, which training has no use for."""
-        return self.task == "text-generation"
-
-    def module_names(self) -> list[str]:
-        """Names of all modules."""
-        return [name for name, _ in self.model.named_modules()]
-
-    def parameter_names(self) -> set[str]:
-        """Names of all parameters, a shared one by each of its names."""
-        return {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-
-    def linear_names(self) -> list[str]:
-        """Names of the linear modules but the output head of a language model."""
-        head = self.model.get_output_embeddings()
-        return [
-            name
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-        ]
-
-    def has_matrix(self, module: str) -> bool:
-        """Whether `module` is there and has a two-dimensional weight."""
-        weight = getattr(dict(self.model.named_modules()).get(module), "weight", None)
-        return weight is not None and weight.ndim == 2
-
-    def resolve_targets(self, targets: Sequence[str]) -> list[str]:
-        """Targets as they are: suffixes of module names."""
-        return list(targets)
-
-    def trace(self, *, training: bool) -> Traced:
-        """A copy of the model's one trace (see `tracing.trace`); for training without its cache."""
-        if self.traced is None:
-            # A model that keeps something else reads the whole text for every token.
-            with_past = self.task == "text-generation" and keeps_keys_and_values(self)
-            self.traced = trace(self, with_past=with_past)
-        traced = self.traced.copy()
-        traced.turned = frozenset(conv1d_weights(self.model))
-        if training:
-            drop_cache(traced.model.graph)
-            take_sizes_from_inputs(traced.model.graph)
-            tidy(traced.model)
-        return traced
-
-    def called_linears(self) -> set[str]:
-        """Names of the linear modules that the model calls.
-
-        Some models hand a linear's weight to a function instead (WavLM's attention): PEFT wraps the call, so
-        its LoRA would do nothing there.
-        """
-        called: set[str] = set()
-        hooks = [
-            module.register_forward_hook(lambda *_, name=name: called.add(name))
-            for name, module in self.model.named_modules()
-            if isinstance(module, torch.nn.Linear | Conv1D)
-        ]
-        try:
-            run_once(self, sample_inputs(self, with_past=False).inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return called
-
-    @property
-    def problem_type(self) -> str | None:
-        """transformers' `problem_type` of a classifier of texts or images, which decides its loss; None else.
-
-        Where the configuration names none, one output is a regression and several are classes, as
-        transformers has it.
-        """
-        if self.task not in ("text-classification", "image-classification"):
-            return None
-        declared: str | None = getattr(self.config, "problem_type", None)
-        return declared or ("regression" if self.config.num_labels == 1 else "single_label_classification")
-
-    @property
-    def length_unit(self) -> int:
-        """Samples of a waveform that make one frame of features; 1 for tokens."""
-        return math.prod(self.config.conv_stride) if self.task == "audio-classification" else 1
-
-    @property
-    def min_length(self) -> int:
-        """Shortest input: samples that the feature encoder needs for two frames; 1 for tokens."""
-        if self.task != "audio-classification":
-            return 1
-        samples = 2
-        for kernel, stride in reversed(
-            list(zip(self.config.conv_kernel, self.config.conv_stride, strict=True))
-        ):
-            samples = (samples - 1) * stride + kernel
-        return samples
 
 
 def load_source(
@@ -244,7 +73,7 @@ def load_source(
         module = _load_pretrained(str(model), resolved, labels)
         shipped, name = str(model), _name(Path(model))
         if resolved not in TOKENLESS:
-            text = _read_text(shipped, resolved, module)
+            text = read_text(shipped, resolved, module)
     if resolved != "feature-extraction" and "labels" not in inspect.signature(module.forward).parameters:
         raise ExportError(
             f"{type(module).__name__} takes no labels and computes no loss, so its gradients cannot be "
@@ -288,11 +117,6 @@ def _check_start(model: Any, name: str) -> None:
             f"{name}: begins an answer with the last token of what it is to learn (the language, as mBART), "
             f"edgepeft with decoder_start_token_id, {declared}: take a T5, a BART or a Pegasus"
         )
-
-
-def _read_text(folder: str, task: str, module: Any) -> TokenizerFiles:
-    embeds = task == "feature-extraction" or isinstance(module, SentenceClassifier)
-    return read_tokenizer(folder, embeds=embeds, writes=task.endswith("-generation"))
 
 
 def _load_adapted(

@@ -18,13 +18,13 @@ from edgepeft.bundle.manifest import Quantization, TextSettings
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
 from ..graph import INT64, MICROSOFT, rename_axes
+from ..passes.attention.group_query import lower_group_query_attention
+from ..passes.attention.multi_head import lower_multi_head_attention, lower_packed_attention
 from ..passes.drop_cache import PAST, drop_cache, is_cache
-from ..passes.exact_products import use_exact_products
-from ..passes.group_query_attention import lower_group_query_attention
-from ..passes.lift_weights import Weights, find_weights, lift, lift_weights, to_torch
-from ..passes.linears import Linear, find_embeddings, find_linears, find_marked_linears, unpack
-from ..passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
-from ..passes.position_ids import derive_position_ids
+from ..passes.shapes.position_ids import derive_position_ids
+from ..passes.weights.lift import Weights, find_weights, lift, lift_weights, to_torch
+from ..passes.weights.linears import Linear, find_embeddings, find_linears, find_marked_linears, unpack
+from ..quantize.exact_products import use_exact_products
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
 from .loading import read_max_length

@@ -21,8 +21,8 @@ from onnxscript import version_converter
 from edgepeft.errors import ExportError
 
 from ..graph import IR_VERSION, OPSET_IMPORTS
-from ..passes.shapes import infer_shapes
-from ..passes.widen_floats import drop_idle_casts, widen_floats
+from ..passes.shapes.infer import infer_shapes
+from ..passes.weights.widen_floats import drop_idle_casts, widen_floats
 
 #: The oldest opset that onnxscript's converter starts from; onnx's own goes up to it.
 _OLDEST = 18

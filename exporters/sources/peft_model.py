@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TASK_TYPES, TENSOR_FILE
 from edgepeft.errors import ExportError
 
-from ..peft_patterns import check_patterns
+from .peft_patterns import check_patterns
 from .tied_weights import untie, vocabulary_tables
 
 _APART = "to keep them apart, export the base with --adapter NAME=DIR"

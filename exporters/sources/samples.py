@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from optimum.utils import DummyTextInputGenerator, NormalizedConfigManager, NormalizedTextConfig
@@ -14,9 +14,7 @@ from transformers import Cache, DynamicCache
 from edgepeft.errors import ExportError
 
 from ..passes.drop_cache import PAST
-
-if TYPE_CHECKING:
-    from .loading import Source
+from .loaded_model import LoadedModel
 
 #: Sample sizes of the trace; 0 and 1 would be specialized by torch.export.
 SAMPLE_BATCH, SAMPLE_SEQUENCE, SAMPLE_PAST, SAMPLE_TARGET = 2, 7, 5, 6
@@ -70,7 +68,7 @@ class Samples:
         return leaves
 
 
-def sample_inputs(source: Source, with_past: bool) -> Samples:
+def sample_inputs(source: LoadedModel, with_past: bool) -> Samples:
     """Sample inputs of the task; `with_past` adds a key/value cache.
 
     Raises:
@@ -88,7 +86,7 @@ def sample_inputs(source: Source, with_past: bool) -> Samples:
     return samples
 
 
-def _tokens(source: Source) -> Samples:
+def _tokens(source: LoadedModel) -> Samples:
     config = source.config
     generator = DummyTextInputGenerator(
         source.task,
@@ -110,7 +108,7 @@ def _tokens(source: Source) -> Samples:
     )
 
 
-def _add_decoder_tokens(source: Source, samples: Samples) -> None:
+def _add_decoder_tokens(source: LoadedModel, samples: Samples) -> None:
     ids = torch.ones(SAMPLE_BATCH, SAMPLE_TARGET, dtype=torch.long)
     target = torch.export.Dim("decoder_sequence", max=source.max_positions)
     samples.inputs["decoder_input_ids"] = ids
@@ -118,7 +116,7 @@ def _add_decoder_tokens(source: Source, samples: Samples) -> None:
     samples.axes["decoder_input_ids"] = ("batch", "decoder_sequence")
 
 
-def run_once(source: Source, inputs: dict[str, Any]) -> Any:
+def run_once(source: LoadedModel, inputs: dict[str, Any]) -> Any:
     """What the model makes of its sample inputs.
 
     Raises:
@@ -134,12 +132,12 @@ def run_once(source: Source, inputs: dict[str, Any]) -> Any:
         ) from error
 
 
-def keeps_keys_and_values(source: Source) -> bool:
+def keeps_keys_and_values(source: LoadedModel) -> bool:
     """Whether a language model keeps keys and values of every layer while it writes, and nothing else."""
     return _kept(source, _tokens(source).inputs) is not None
 
 
-def _add_cache(source: Source, samples: Samples) -> None:
+def _add_cache(source: LoadedModel, samples: Samples) -> None:
     cache = _sample_cache(source, samples.inputs)
     length = SAMPLE_PAST + SAMPLE_SEQUENCE
     batch, past = samples.shapes["input_ids"][0], torch.export.Dim("past_sequence")
@@ -151,7 +149,7 @@ def _add_cache(source: Source, samples: Samples) -> None:
     samples.axes["attention_mask"] = ("batch", "total_sequence")
 
 
-def _images(source: Source) -> Samples:
+def _images(source: LoadedModel) -> Samples:
     """Pictures of the one size the model was made for: a table of positions, or windows, fix it."""
     config = source.config
     size = getattr(config, "image_size", None)
@@ -168,7 +166,7 @@ def _images(source: Source) -> Samples:
     )
 
 
-def _recordings(source: Source) -> Samples:
+def _recordings(source: LoadedModel) -> Samples:
     """Raw waveforms; the axis of samples is called `sequence`, like that of tokens."""
     samples = source.min_length + SAMPLE_STRIDES * source.length_unit
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +193,7 @@ def _cache_argument(model: Any) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
+def _sample_cache(source: LoadedModel, inputs: dict[str, Any]) -> DynamicCache:
     """A cache of `SAMPLE_PAST` positions, its sizes asked of the model.
 
     Every layer keeps all positions, sliding windows too: the mask is what narrows them.
@@ -209,7 +207,7 @@ def _sample_cache(source: Source, inputs: dict[str, Any]) -> DynamicCache:
     return cache
 
 
-def _kept(source: Source, inputs: dict[str, Any]) -> list[tuple[Any, Any]] | None:
+def _kept(source: LoadedModel, inputs: dict[str, Any]) -> list[tuple[Any, Any]] | None:
     """Keys and values of every layer as a run leaves them; None where some layer keeps something else (a
     state-space model, one with convolutions)."""
     source.model.config.use_cache = True

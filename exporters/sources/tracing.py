@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -22,14 +22,12 @@ from ..graph import rename_axes, transposed_input
 from ..passes.drop_cache import PAST, PRESENT
 from ..versions import range_run
 from .base import Traced
+from .loaded_model import LoadedModel
 from .samples import Samples, sample_inputs
 from .tied_weights import canonical_names
 
-if TYPE_CHECKING:
-    from .loading import Source
 
-
-def trace(source: Source, *, with_past: bool = False) -> Traced:
+def trace(source: LoadedModel, *, with_past: bool = False) -> Traced:
     """Trace `source` at opset 23 with symbolic axes `batch`, `sequence` (and `past_sequence`).
 
     Weights become graph inputs, so that no later optimization folds, transposes or merges them; tied weights
@@ -58,7 +56,7 @@ def trace(source: Source, *, with_past: bool = False) -> Traced:
     return Traced(program, _lift_weights(program.graph, module))
 
 
-def _untraced(source: Source, with_past: bool, error: Exception) -> str:
+def _untraced(source: LoadedModel, with_past: bool, error: Exception) -> str:
     """Why a model is refused that torch.export does not trace."""
     what = f"{source.name} ({source.architecture})"
     while error.__cause__ is not None:  # torch's own errors say where it failed, the first one why

@@ -10,7 +10,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass, TopologicalSortPass
 from ..partition.copying import copied_node
 from ..partition.cuts import ancestors
 from ..partition.saved import choose_saved
-from ..passes.decode_late import decode_late
+from ..quantize.decode_late import decode_late
 
 
 def rematerialize(model: ir.Model, ends: Sequence[ir.Value]) -> int:

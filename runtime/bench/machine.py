@@ -5,7 +5,7 @@ import platform
 import re
 from pathlib import Path
 
-from edgepeft.runtime.memory.system import read_kernel
+from ..memory.system import read_kernel
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _BOARD = Path("/proc/device-tree/model")

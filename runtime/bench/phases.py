@@ -11,8 +11,9 @@ from typing import Any
 from edgepeft.bundle.manifest import GenerationSettings, Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.runtime.bench.synthetic import prompt_ids, synthetic_records
-from edgepeft.runtime.model import Model
+
+from ..model import Model
+from .synthetic import prompt_ids, synthetic_records
 
 LEARNING_RATE = 1e-4
 RECORDS = 20

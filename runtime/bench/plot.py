@@ -4,9 +4,10 @@ from pathlib import Path
 
 from edgepeft.errors import MissingExtraError
 from edgepeft.files import atomic_file
-from edgepeft.runtime.bench.machine import shortened
-from edgepeft.runtime.bench.report import BenchReport
 from edgepeft.sizes import format_size
+
+from .machine import shortened
+from .report import BenchReport
 
 _MIB = 2**20
 

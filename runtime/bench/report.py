@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgepeft.runtime.memory.process import Sample
+from ..memory.process import Sample
 
 Status = Literal["ran", "refused", "killed"]
 

@@ -18,14 +18,15 @@ from edgepeft.adapters import save_adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BudgetError, CgroupError, EdgePeftError, UsageError
-from edgepeft.runtime.bench.machine import machine_name
-from edgepeft.runtime.bench.phases import Request, names
-from edgepeft.runtime.bench.report import BenchReport, Measured, PhaseResult
-from edgepeft.runtime.bench.synthetic import synthetic_adapter
-from edgepeft.runtime.memory.cgroup import MemoryCgroup, drop_page_cache
-from edgepeft.runtime.memory.process import Sample
-from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.sizes import format_size
+
+from ..memory.cgroup import MemoryCgroup, drop_page_cache
+from ..memory.process import Sample
+from ..training.options import TrainingOptions
+from .machine import machine_name
+from .phases import Request, names
+from .report import BenchReport, Measured, PhaseResult
+from .synthetic import synthetic_adapter
 
 _WARM_CACHE = "file pages that were in memory before are not charged to the cgroup: dropping them needs root"
 

@@ -8,9 +8,10 @@ import numpy as np
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.tasks import audio_classification, image_classification
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.starting import starting_adapter
+
+from ..tasks import audio_classification, image_classification
+from ..training.options import TrainingOptions
+from ..training.starting import starting_adapter
 
 DEFAULT_RANK = 8
 _B_SCALE = 0.01

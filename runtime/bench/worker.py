@@ -8,9 +8,10 @@ import json
 import sys
 
 from edgepeft.errors import BudgetError, EdgePeftError
-from edgepeft.runtime.bench.phases import PHASES, Request
-from edgepeft.runtime.bench.report import Measured
-from edgepeft.runtime.memory.process import MemoryRecorder
+
+from ..memory.process import MemoryRecorder
+from .phases import PHASES, Request
+from .report import Measured
 
 
 def measure(request: Request) -> Measured:

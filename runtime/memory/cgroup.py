@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Self
 
 from edgepeft.errors import CgroupError
-from edgepeft.runtime.memory.system import read_kernel, write_kernel
 from edgepeft.sizes import format_size
+
+from .system import read_kernel, write_kernel
 
 _MOUNTS = Path("/proc/self/mounts")
 _OWN = Path("/proc/self/cgroup")

@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 from edgepeft.bundle.manifest import Manifest, TensorSpec
 from edgepeft.bundle.wiring import Partition, Stage
-from edgepeft.runtime.memory.plan import Held, Plan, Workload
+
+from .plan import Held, Plan, Workload
 
 # Measured on 2 x86 cores with SmolLM2-135M's shape at 128 tokens: seconds of a multiplication by one weight
 # for one token, of decoding a quantized weight, and all else (norms, attention, small products) as a share of

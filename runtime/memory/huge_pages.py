@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepeft.runtime.memory.mappings import advise_addresses, private_mappings, resident_pages
-from edgepeft.runtime.memory.system import read_kernel
+from .mappings import advise_addresses, private_mappings, resident_pages
+from .system import read_kernel
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
 _MADV_COLLAPSE = 25

@@ -9,11 +9,12 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.errors import BudgetError
-from edgepeft.runtime.cache import cache_bytes, cache_specs, growing_cache_bytes
-from edgepeft.runtime.memory.chain_cost import most_mapped_row_bytes
-from edgepeft.runtime.memory.plan import suggested_budget
-from edgepeft.runtime.memory.planner import check_run, run_bytes
 from edgepeft.sizes import format_size
+
+from ..key_value_cache import cache_bytes, cache_specs, growing_cache_bytes
+from .chain_cost import most_mapped_row_bytes
+from .plan import suggested_budget
+from .planner import check_run, run_bytes
 
 RESIDENT, STREAMED = "inference", "streamed"
 #: What batch after batch leaves in a process beside its arena: on MiniLM 2 MiB were counted over the plan.

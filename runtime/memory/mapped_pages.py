@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edgepeft.runtime.memory.mappings import advise_addresses, page_entries, private_mappings
+from .mappings import advise_addresses, page_entries, private_mappings
 
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from edgepeft.runtime.memory.system import c_function, read_kernel, read_kernel_bytes
+from .system import c_function, read_kernel, read_kernel_bytes
 
 _MAPPINGS, _PAGES = Path("/proc/self/maps"), Path("/proc/self/pagemap")
 

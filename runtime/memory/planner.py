@@ -9,10 +9,11 @@ import numpy as np
 from edgepeft.bundle.manifest import CHECKPOINTED, STREAMED, Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
-from edgepeft.runtime.inputs import has_drift_penalty, model_inputs
-from edgepeft.runtime.memory.chain_cost import ChainCost, largest_stage_bytes, mapped_row_bytes, row_bytes
-from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload, suggested_budget
 from edgepeft.sizes import format_size
+
+from ..inputs import has_drift_penalty, model_inputs
+from .chain_cost import ChainCost, largest_stage_bytes, mapped_row_bytes, row_bytes
+from .plan import NOTHING_HELD, Held, Plan, Workload, suggested_budget
 
 CHUNK_VALUES = 2**16
 """Values that the optimizer graphs see at a time."""

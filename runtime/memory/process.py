@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from edgepeft.errors import EdgePeftError
-from edgepeft.runtime.memory import system
+
+from . import system
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _MAX_SAMPLES = 2000

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BundleError
-from edgepeft.runtime.memory.system import private_memory
-from edgepeft.runtime.memory.weights import Weights
+
+from .system import private_memory
+from .weights import Weights
 
 _Place = tuple[int, int]
 

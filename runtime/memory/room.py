@@ -10,9 +10,10 @@ from contextvars import ContextVar
 from typing import NamedTuple
 
 from edgepeft.errors import BudgetError
-from edgepeft.runtime.memory.plan import suggested_budget
-from edgepeft.runtime.memory.process import read_memory, release_freed_memory
 from edgepeft.sizes import format_size
+
+from .plan import suggested_budget
+from .process import read_memory, release_freed_memory
 
 PARSED = 10
 """Bytes that JSON takes for each of its own, while it is parsed and what it says is used."""

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import TensorSpec
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.sizes_on_disk import PACKED
-from edgepeft.runtime.memory.system import advise, discard, private_memory
+
+from .system import advise, discard, private_memory
 
 Array = npt.NDArray[np.generic]
 

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import AudioPreprocessing
 from edgepeft.errors import DataError
-from edgepeft.runtime.memory.room import check_room
-from edgepeft.runtime.preprocessing.arrays import mapped_array
+
+from ..memory.room import check_room
+from .arrays import mapped_array
 
 FloatArray = npt.NDArray[np.float32]
 

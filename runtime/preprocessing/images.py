@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import ImagePreprocessing
 from edgepeft.errors import BudgetError, DataError, MissingExtraError
-from edgepeft.runtime.memory.room import check_room, no_room
-from edgepeft.runtime.preprocessing.arrays import mapped_array
-from edgepeft.runtime.preprocessing.resample import Pixels, resize
+
+from ..memory.room import check_room, no_room
+from .arrays import mapped_array
+from .resample import Pixels, resize
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -7,11 +7,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.preprocessing.audio import preprocess, read_audio
-from edgepeft.runtime.tasks.base import Array, Example
-from edgepeft.runtime.tasks.classification import Classifier
-from edgepeft.runtime.tasks.values import read_values
+
+from ..preprocessing.audio import preprocess, read_audio
+from ..records import Record
+from .classification import Classifier
+from .examples import Array, Example
+from .values import read_values
 
 FIELD = "input_values"
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from edgepeft.errors import DataError, UsageError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..inputs import IGNORED_LABEL
+from ..records import Record
+from .examples import Array, Example, NothingToLearnError, Outputs, Row
+from .tokens import TokenTask
 
 
 class CausalLM(TokenTask):

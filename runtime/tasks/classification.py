@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.tasks.base import Array, Example, Outputs, Task
-from edgepeft.runtime.tasks.targets import Targets
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..records import Record
+from .base import Task
+from .examples import Array, Example, Outputs
+from .targets import Targets
+from .tokens import TokenTask
 
 
 class Classifier(Task):

@@ -6,9 +6,10 @@ from typing import Any
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.data import Record, RecordSource, records
-from edgepeft.runtime.tasks.base import Array, Example, Outputs
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..records import Record, RecordSource, records
+from .examples import Array, Example, Outputs
+from .tokens import TokenTask
 
 
 class Embedding(TokenTask):

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
-from edgepeft.runtime.tasks.targets import softmax
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..inputs import IGNORED_LABEL
+from ..records import Record
+from .examples import Array, Example, NothingToLearnError, Outputs, Row, shown
+from .targets import softmax
+from .tokens import TokenTask
 
 TOP_K = 5
 """Tokens that are proposed for a mask."""

@@ -8,11 +8,12 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.preprocessing.images import preprocess, read_image
-from edgepeft.runtime.tasks.base import Array, Example
-from edgepeft.runtime.tasks.classification import Classifier
-from edgepeft.runtime.tasks.values import read_values
+
+from ..preprocessing.images import preprocess, read_image
+from ..records import Record
+from .classification import Classifier
+from .examples import Array, Example
+from .values import read_values
 
 FIELD = "pixel_values"
 

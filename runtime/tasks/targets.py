@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.tasks.base import Array, Example, Label, shown
+
+from ..records import Record
+from .examples import Array, Example, Label, shown
 
 THRESHOLD = 0.5
 """Probability from which a class counts as predicted, where several may apply."""

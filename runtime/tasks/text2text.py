@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from edgepeft.errors import DataError, UsageError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
-from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..inputs import IGNORED_LABEL, shifted_right
+from ..records import Record
+from .examples import Array, Example, NothingToLearnError, Outputs, Row, shown
+from .tokens import TokenTask
 
 
 class Text2Text(TokenTask):

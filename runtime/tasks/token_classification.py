@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, NothingToLearnError, Outputs, Row, shown
-from edgepeft.runtime.tasks.targets import Targets, softmax
-from edgepeft.runtime.tasks.tokens import TokenTask
+
+from ..inputs import IGNORED_LABEL
+from ..records import Record
+from .examples import Array, Example, NothingToLearnError, Outputs, Row, shown
+from .targets import Targets, softmax
+from .tokens import TokenTask
 
 NAMES = ("labels", "ner_tags", "tags")
 """Fields that the labels may be in."""

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.inputs import IGNORED_LABEL
-from edgepeft.runtime.tasks.base import Array, Example, Row, Task, field_names, shown
+
+from ..inputs import IGNORED_LABEL
+from ..records import Record
+from .base import Task, field_names
+from .examples import Array, Example, Row, shown
 
 PAIR = "text_pair"
 

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.errors import DataError
-from edgepeft.runtime.data import Record
-from edgepeft.runtime.memory.room import check_room
-from edgepeft.runtime.preprocessing.arrays import mapped_array
-from edgepeft.runtime.tasks.base import shown
+
+from ..memory.room import check_room
+from ..preprocessing.arrays import mapped_array
+from ..records import Record
+from .examples import shown
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -14,32 +14,25 @@ from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import BudgetError, BundleError, UpdateRejectedError, UsageError
 from edgepeft.files import atomic_folder, atomic_write, check_replaceable, settle
-from edgepeft.runtime.activation import to_peft_layout
-from edgepeft.runtime.data import RecordSource
-from edgepeft.runtime.memory.arena import renew_shared_arena
-from edgepeft.runtime.memory.chain_cost import ChainCost
-from edgepeft.runtime.memory.plan import Plan, suggested_budget
-from edgepeft.runtime.memory.process import MemoryRecorder, read_memory, release_freed_memory
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.training.checkpoint import checkpoint_path, is_finished, save_checkpoint
-from edgepeft.runtime.training.gate import Evaluation, Sink, evaluate
-from edgepeft.runtime.training.judging import Judging
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.preparation import Prepared, prepare
-from edgepeft.runtime.training.remembered import FloatArray, write_features
-from edgepeft.runtime.training.report import (
-    REPORT_FILE,
-    AdaptReport,
-    Candidate,
-    HeldOut,
-    MemoryReport,
-    StepDown,
-    read_report,
-)
-from edgepeft.runtime.training.stepping_down import NEAR, cheaper
-from edgepeft.runtime.training.trainer import Schedule, Step, train
-from edgepeft.runtime.training.verdict import Outcome, by_label, interval
 from edgepeft.sizes import format_size
+
+from ..adapters.graph_inputs import to_peft_layout
+from ..memory.arena import renew_shared_arena
+from ..memory.chain_cost import ChainCost
+from ..memory.plan import Plan, suggested_budget
+from ..memory.process import MemoryRecorder, read_memory, release_freed_memory
+from ..records import RecordSource
+from ..tasks import Example, Task
+from .head.remembered import FloatArray, write_features
+from .judging.candidates import Judging
+from .judging.evaluate import Evaluation, Sink, evaluate
+from .judging.verdict import Outcome, by_label, interval
+from .options import TrainingOptions
+from .preparation import Prepared, prepare
+from .report import REPORT_FILE, AdaptReport, Candidate, HeldOut, MemoryReport, StepDown, read_report
+from .state.checkpoint import checkpoint_path, is_finished, save_checkpoint
+from .stepping_down import NEAR, cheaper
+from .trainer import Schedule, Step, train
 
 CHECKPOINT_STEPS = 10
 """Steps between two checkpoints."""

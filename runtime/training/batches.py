@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.tasks.base import Array
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.sampling import Indices, batch_indices
+from ..tasks import Example, Task
+from ..tasks.examples import Array
+from .options import TrainingOptions
+from .sampling import Indices, batch_indices
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ import dataclasses
 import math
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.sampling import steps_per_epoch
+
+from .options import TrainingOptions
+from .sampling import steps_per_epoch
 
 FEW = 20
 """Records below which a classifier learns its head in closed form and nothing else: held-out records would be

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.errors import UsageError
-from edgepeft.runtime.inputs import has_drift_penalty
-from edgepeft.runtime.training.schedule import SCHEDULES
+
+from ..inputs import has_drift_penalty
+from .steps.schedule import SCHEDULES
 
 DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000

@@ -13,24 +13,25 @@ from edgepeft.bundle.manifest import LinearHead
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError, UsageError
-from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.data import RecordSource, records
-from edgepeft.runtime.examples import Examples
-from edgepeft.runtime.memory.plan import Plan, Workload
-from edgepeft.runtime.memory.planner import choose, judging_alone, plans, with_features
-from edgepeft.runtime.memory.process import read_memory, release_freed_memory
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.checkpoint import Progress, checkpoint_path, load_checkpoint
-from edgepeft.runtime.training.closed_form import trained_head
-from edgepeft.runtime.training.defaults import FEW, with_defaults
-from edgepeft.runtime.training.fingerprint import fingerprint
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.remembered import read_features
-from edgepeft.runtime.training.ridge import features_bytes
-from edgepeft.runtime.training.sampling import split, steps_per_epoch
-from edgepeft.runtime.training.starting import starting_adapter, trained_names, with_labels
-from edgepeft.runtime.training.workload import workload
+
+from ..adapters.graph_inputs import graph_inputs
+from ..memory.plan import Plan, Workload
+from ..memory.planner import choose, judging_alone, plans, with_features
+from ..memory.process import read_memory, release_freed_memory
+from ..records import RecordSource, records
+from ..tasks import Example, Task
+from .defaults import FEW, with_defaults
+from .examples import Examples
+from .head.closed_form import trained_head
+from .head.remembered import read_features
+from .head.ridge import features_bytes
+from .options import TrainingOptions
+from .sampling import split, steps_per_epoch
+from .starting import starting_adapter, trained_names, with_labels
+from .state.buffers import TrainingState
+from .state.checkpoint import Progress, checkpoint_path, load_checkpoint
+from .state.fingerprint import fingerprint
+from .workload import workload
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgepeft.errors import UsageError
-from edgepeft.runtime.memory.process import Sample
+
+from ..memory.process import Sample
 
 REPORT_FILE = "adapt_report.json"
 

@@ -4,17 +4,18 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from edgepeft.adapters import TASK_TYPES, Adapter
-from edgepeft.bundle.manifest import LoraSlot, Manifest
+from edgepeft.adapters import Adapter
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import find_adapter
-from edgepeft.runtime.memory.room import check_room
-from edgepeft.runtime.training.options import TrainingOptions
+
+from ..adapters.fresh import fresh_config, fresh_slots
+from ..adapters.graph_inputs import find_adapter
+from ..memory.room import check_room
+from .options import TrainingOptions
 
 
 def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
@@ -67,7 +68,7 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
     manifest = bundle.manifest
     if not manifest.lora_slots:
         raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
-    slots = _fresh_slots(manifest)
+    slots = fresh_slots(manifest)
     values = sum(rank * (slot.in_features + slot.out_features) for slot in slots)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
@@ -84,32 +85,6 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
         origin=f"a fresh adapter of rank {rank}",
         base=manifest.base,
     )
-
-
-def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA of this rank on every slot, with the base's own saved modules."""
-    saved = sorted({module.module for module in manifest.saved_modules})
-    return {
-        "base_model_name_or_path": manifest.model.name,
-        "bias": "none",
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": saved or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": [slot.module for slot in _fresh_slots(manifest)],
-        "task_type": TASK_TYPES.get(manifest.task),
-        "use_dora": False,
-        "use_rslora": False,
-    }
-
-
-def _fresh_slots(manifest: Manifest) -> list[LoraSlot]:
-    """The slots that a fresh adapter has a LoRA in."""
-    saved = {module.module for module in manifest.saved_modules}
-    return [slot for slot in manifest.lora_slots if slot.module not in saved]
 
 
 def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> list[str]:

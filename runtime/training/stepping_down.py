@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from edgepeft.runtime.memory.chain_cost import ChainCost
-from edgepeft.runtime.memory.plan import Plan
+from ..memory.chain_cost import ChainCost
+from ..memory.plan import Plan
 
 NEAR = 0.98
 """The share of the budget from which on an update steps down."""

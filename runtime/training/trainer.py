@@ -10,16 +10,17 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.runtime.memory.plan import NOTHING_HELD, Held
-from edgepeft.runtime.tasks import Example, Task
-from edgepeft.runtime.training.batches import step_batches
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.checkpoint import Progress
-from edgepeft.runtime.training.descent import GradientDescent, Stepper
-from edgepeft.runtime.training.forward_only import ForwardOnly
-from edgepeft.runtime.training.options import TrainingOptions
-from edgepeft.runtime.training.sampling import Indices
-from edgepeft.runtime.training.schedule import learning_rate
+
+from ..memory.plan import NOTHING_HELD, Held
+from ..tasks import Example, Task
+from .batches import step_batches
+from .options import TrainingOptions
+from .sampling import Indices
+from .state.buffers import TrainingState
+from .state.checkpoint import Progress
+from .steps.descent import GradientDescent, Stepper
+from .steps.forward_only import ForwardOnly
+from .steps.schedule import learning_rate
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -2,8 +2,9 @@
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
-from edgepeft.runtime.memory.plan import Workload
-from edgepeft.runtime.training.options import TrainingOptions
+
+from ..memory.plan import Workload
+from .options import TrainingOptions
 
 
 def workload(

@@ -15,10 +15,11 @@ import onnx_ir as ir
 import torch
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.exporters import memory, pipeline
+from edgepeft.exporters import pipeline
+from edgepeft.exporters.measure import bundle as memory
 from edgepeft.exporters.sources import loading, tracing
 from edgepeft.exporters.sources.base import Traced
-from edgepeft.exporters.sources.loading import Source
+from edgepeft.exporters.sources.transformers_model import Source
 
 Make = Callable[[Path], object]
 #: Settings that a trace does not depend on: where a model comes from, how its weights were drawn, what its

@@ -10,14 +10,14 @@ import pytest
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.data import records
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import task_for
 from edgepeft.runtime.training.batches import step_batches
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.descent import accumulate
-from edgepeft.runtime.training.gradients import open_gradients
+from edgepeft.runtime.training.gradients.strategies import open_gradients
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.steps.descent import accumulate
 
 from .interrupting import resumed, same_tensors
 

@@ -17,7 +17,7 @@ from edgepeft import cli
 from edgepeft.adapters import load_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError
-from edgepeft.runtime.onnx_adapter import read_onnx_adapter, write_onnx_adapter
+from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
 
 from . import models
 from .conftest import Exported
@@ -108,8 +108,8 @@ def test_four_rows_with_four_adapters_are_pefts(three: Exported) -> None:
 
 def test_rows_have_their_adapters_in_stages_too(three: Exported) -> None:
     """The streamed model reads the same inputs."""
-    from edgepeft.runtime.activation import resolve, row_inputs
-    from edgepeft.runtime.streamed import StreamedModel
+    from edgepeft.runtime.adapters.graph_inputs import resolve, row_inputs
+    from edgepeft.runtime.streamed_model import StreamedModel
 
     bundle = open_bundle(three.folder)
     rows = ["a", None, {"b": 0.5, "c": 2.0}, "c"]

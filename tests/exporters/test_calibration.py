@@ -15,10 +15,10 @@ from click.testing import CliRunner
 
 import edgepeft
 from edgepeft import cli
-from edgepeft.exporters import calibration as calibration_module
-from edgepeft.exporters.calibration import calibrate
-from edgepeft.exporters.gptq import DAMPING, InputStatistics, gptq
-from edgepeft.exporters.quantization import quantize
+from edgepeft.exporters.quantize import calibrate as calibration_module
+from edgepeft.exporters.quantize.blockwise import quantize
+from edgepeft.exporters.quantize.calibrate import calibrate
+from edgepeft.exporters.quantize.gptq import DAMPING, InputStatistics, gptq
 
 from . import models, task_models
 

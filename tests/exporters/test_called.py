@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import edgepeft
-from edgepeft.exporters.model_info import default_targets
 from edgepeft.exporters.sources.loading import load_source
+from edgepeft.exporters.sources.model_info import default_targets
 
 from . import models, zoo
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import edgepeft
-from edgepeft.exporters.model_info import label_names
+from edgepeft.exporters.sources.model_info import label_names
 
 from . import foreign, models, task_models
 

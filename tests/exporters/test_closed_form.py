@@ -23,7 +23,7 @@ from edgepeft.errors import AdapterError, DataError, UpdateRejectedError, UsageE
 from edgepeft.exporters.sources.sentence_classifier import load_sentence_classifier
 from edgepeft.runtime import prediction
 from edgepeft.runtime.training.defaults import FEW
-from edgepeft.runtime.training.remembered import FILE, balanced_sample
+from edgepeft.runtime.training.head.remembered import FILE, balanced_sample
 
 from . import models
 from .conftest import Exported

@@ -17,11 +17,11 @@ import transformers
 import edgepeft
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.validation import validate_manifest
-from edgepeft.exporters.passes import slice_output_layer
-from edgepeft.runtime.activation import graph_inputs, group_inputs, resolve
-from edgepeft.runtime.decoding.by_adapter import ByAdapter
-from edgepeft.runtime.decoding.in_place import InPlaceDecoder
-from edgepeft.runtime.decoding.prompt_cache import origin
+from edgepeft.exporters.decoder import slice_output_layer
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs, group_inputs, resolve
+from edgepeft.runtime.generation.decoders.by_adapter import ByAdapter
+from edgepeft.runtime.generation.decoders.in_place import InPlaceDecoder
+from edgepeft.runtime.generation.prompt_cache import origin
 from edgepeft.runtime.session import GraphSession
 
 from . import models, zoo

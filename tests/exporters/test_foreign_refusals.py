@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import edgepeft
-from edgepeft.exporters import finite_differences
 from edgepeft.exporters.autodiff.rules import quantized as quantized_rules
 from edgepeft.exporters.sources.onnx_file import load_onnx_file
+from edgepeft.exporters.verify import finite_differences
 
 
 def test_a_target_that_matches_nothing_lists_the_linears(

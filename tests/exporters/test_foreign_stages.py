@@ -19,7 +19,7 @@ from edgepeft.exporters.forward import build_forward
 from edgepeft.exporters.graph import initializer, new_model
 from edgepeft.exporters.partition import Uncut, build_partition, build_streamed_inference
 from edgepeft.exporters.partition.copying import Copier
-from edgepeft.exporters.passes.quantize import Freezer
+from edgepeft.exporters.quantize.freeze import Freezer
 from edgepeft.exporters.sources.onnx_file import load_onnx_file
 from edgepeft.exporters.writer import WeightWriter, write_graph
 from edgepeft.runtime.inputs import check_batch, model_inputs

@@ -14,11 +14,11 @@ import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.cli import main
 from edgepeft.errors import BudgetError, UsageError
-from edgepeft.exporters.training.feeds import axis_sizes, sample_adapter, sample_batch
-from edgepeft.exporters.training.memory import read_profile
+from edgepeft.exporters.measure.feeds import axis_sizes, sample_adapter, sample_batch
+from edgepeft.exporters.measure.tensors import read_profile
 from edgepeft.runtime.memory.planner import Workload, choose, plans
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.gradients.chain import Chain
+from edgepeft.runtime.training.state.buffers import TrainingState
 
 from .interrupting import resumed, same_tensors
 

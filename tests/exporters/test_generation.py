@@ -14,7 +14,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
-from edgepeft.exporters.decoder import ROLE as DECODER
+from edgepeft.exporters.decoder.build import ROLE as DECODER
 from edgepeft.runtime.memory.inference import RESIDENT, STREAMED
 from edgepeft.runtime.model import Model
 

@@ -11,7 +11,7 @@ import pytest
 from onnxruntime.transformers.float16 import convert_float_to_float16
 
 import edgepeft
-from edgepeft.exporters.passes.widen_floats import widen_floats
+from edgepeft.exporters.passes.weights.widen_floats import widen_floats
 
 IDS = np.arange(24).reshape(2, 12) % 300 + 3
 

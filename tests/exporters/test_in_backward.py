@@ -10,13 +10,13 @@ import transformers
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.planner import plans
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.gradients.chain import Chain
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.starting import trained_names
+from edgepeft.runtime.training.state.buffers import TrainingState
 from edgepeft.runtime.training.workload import workload
 
 from . import models

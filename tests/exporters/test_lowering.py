@@ -10,14 +10,14 @@ import pytest
 
 from edgepeft.errors import ExportError
 from edgepeft.exporters.graph import MICROSOFT, append, graph_input, initializer, new_model, tidy
+from edgepeft.exporters.passes.attention.group_query import lower_group_query_attention
+from edgepeft.exporters.passes.attention.multi_head import lower_multi_head_attention, lower_packed_attention
 from edgepeft.exporters.passes.drop_cache import drop_cache
-from edgepeft.exporters.passes.exact_products import use_exact_products
-from edgepeft.exporters.passes.group_query_attention import lower_group_query_attention
-from edgepeft.exporters.passes.linears import find_marked_linears, mark_linear, unpack
-from edgepeft.exporters.passes.lora import insert_lora_slots
-from edgepeft.exporters.passes.multi_head_attention import lower_multi_head_attention, lower_packed_attention
-from edgepeft.exporters.passes.position_ids import derive_position_ids
-from edgepeft.exporters.passes.shapes import infer_shapes
+from edgepeft.exporters.passes.shapes.infer import infer_shapes
+from edgepeft.exporters.passes.shapes.position_ids import derive_position_ids
+from edgepeft.exporters.passes.weights.linears import find_marked_linears, mark_linear, unpack
+from edgepeft.exporters.quantize.exact_products import use_exact_products
+from edgepeft.exporters.techniques.lora import insert_lora_slots
 
 BATCH, ROWS, HEADS, KV_HEADS, SIZE = 3, 7, 4, 2, 32
 LENGTHS = np.array([7, 4, 5])

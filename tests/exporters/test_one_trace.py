@@ -7,7 +7,8 @@ import pytest
 
 from edgepeft.exporters.sources import loading
 from edgepeft.exporters.sources.base import Traced
-from edgepeft.exporters.sources.loading import Source, load_source
+from edgepeft.exporters.sources.loading import load_source
+from edgepeft.exporters.sources.transformers_model import Source
 
 from . import models
 

@@ -16,10 +16,10 @@ from edgepeft.errors import UsageError
 from edgepeft.exporters.training.optimizer import build_adamw
 from edgepeft.exporters.training.optimizer8 import build_adamw8, dynamic_map
 from edgepeft.runtime.memory.planner import CHUNK_VALUES, plans
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.starting import trained_names
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.steps.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.workload import workload
 
 from .interrupting import resumed, same_tensors

@@ -17,14 +17,14 @@ import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.exporters.partition.cuts import cut, dependences
 from edgepeft.exporters.partition.signature import find_period
-from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.chain_cost import ChainCost
 from edgepeft.runtime.memory.plan import NOTHING_HELD, Held, Plan, Workload
 from edgepeft.runtime.memory.process import MemoryRecorder
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
-from edgepeft.runtime.training.gradients import GradientSession
+from edgepeft.runtime.training.gradients.chain import Chain
+from edgepeft.runtime.training.gradients.strategies import GradientSession
+from edgepeft.runtime.training.state.buffers import TrainingState
 
 from . import models
 
@@ -169,7 +169,9 @@ def test_a_slice_of_the_vocabulary_at_a_time(tmp_path: Path, monkeypatch: pytest
     edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=2, verify=False)
     batch = models.batch(labels="tokens")
     loss, whole, _, whole_state = both_ways(tmp_path / "bundle", batch)
-    monkeypatch.setattr("edgepeft.runtime.training.heads.SLICE_VALUES", 7 * models.SIZES["hidden_size"])
+    monkeypatch.setattr(
+        "edgepeft.runtime.training.gradients.sliced_head.SLICE_VALUES", 7 * models.SIZES["hidden_size"]
+    )
     _, sliced, _, sliced_state = both_ways(tmp_path / "bundle", batch)
     assert sliced == pytest.approx(whole, rel=1e-6)
     assert sliced == pytest.approx(loss, rel=1e-6)
@@ -260,12 +262,12 @@ LETS_GO = """
 import sys
 import numpy as np
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.memory.plan import Held
 from edgepeft.runtime.memory.arena import renew_shared_arena
 from edgepeft.runtime.memory.process import read_memory
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.gradients.chain import Chain
 
 bundle = open_bundle(sys.argv[1])
 inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])
@@ -301,10 +303,10 @@ MIXED_LENGTHS = """
 import sys
 import numpy as np
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.activation import graph_inputs
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.memory.process import read_memory
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.chain import Chain
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.gradients.chain import Chain
 
 bundle = open_bundle(sys.argv[1])
 inputs = graph_inputs(bundle, [(bundle.adapter("default"), 1.0)])

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
-from edgepeft.exporters.passes.attention import simplify_attention
-from edgepeft.exporters.passes.linears import find_embeddings, find_linears, select
-from edgepeft.exporters.passes.lora import insert_lora_slots
-from edgepeft.exporters.passes.quantize import Freezer
-from edgepeft.exporters.passes.rotary import expand_rotary_caches
-from edgepeft.exporters.passes.saved_modules import keep_saved_modules
-from edgepeft.exporters.quantization import quantize
+from edgepeft.exporters.passes.attention.rotary import expand_rotary_caches
+from edgepeft.exporters.passes.attention.standard import simplify_attention
+from edgepeft.exporters.passes.weights.linears import find_embeddings, find_linears, select
+from edgepeft.exporters.quantize.blockwise import quantize
+from edgepeft.exporters.quantize.freeze import Freezer
+from edgepeft.exporters.techniques.lora import insert_lora_slots
+from edgepeft.exporters.techniques.whole import keep_saved_modules
 
 VOCABULARY, WIDTH, HIDDEN = 48, 64, 32
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from edgepeft.errors import AdapterError
-from edgepeft.exporters import peft_patterns
-from edgepeft.exporters.peft_patterns import check_patterns
+from edgepeft.exporters.sources import peft_patterns
+from edgepeft.exporters.sources.peft_patterns import check_patterns
 
 from . import models
 

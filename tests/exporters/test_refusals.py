@@ -10,8 +10,8 @@ import transformers
 
 import edgepeft
 from edgepeft.adapters import load_adapter, save_adapter
-from edgepeft.exporters import verify as verify_module
-from edgepeft.exporters.passes.quantize import Freezer
+from edgepeft.exporters.quantize.freeze import Freezer
+from edgepeft.exporters.verify import pytorch as verify_module
 
 from . import models
 from .conftest import LORA_TARGETS

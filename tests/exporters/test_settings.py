@@ -21,8 +21,8 @@ import edgepeft
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import ExportError
-from edgepeft.exporters.model_info import model_info
 from edgepeft.exporters.sources.loading import load_source
+from edgepeft.exporters.sources.model_info import model_info
 from edgepeft.exporters.sources.settings import (
     GENERATION,
     HONOURED,
@@ -36,8 +36,8 @@ from edgepeft.exporters.sources.settings import (
     TOKENIZER,
     setting,
 )
-from edgepeft.runtime.data import Record
 from edgepeft.runtime.model import Model
+from edgepeft.runtime.records import Record
 
 from . import models, task_models
 from .sharing import Shared

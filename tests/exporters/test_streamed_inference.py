@@ -14,16 +14,16 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.bundle.serialization import manifest_from_json
 from edgepeft.errors import BudgetError, BundleError, VerificationError
-from edgepeft.exporters.verify_streamed import verify_streamed
-from edgepeft.runtime import streamed as streamed_module
-from edgepeft.runtime.activation import graph_inputs, resolve
-from edgepeft.runtime.decoding.options import GenerationOptions
-from edgepeft.runtime.decoding.streamed import StreamedDecoder
-from edgepeft.runtime.generation import Generation
+from edgepeft.exporters.verify.streamed import verify_streamed
+from edgepeft.runtime import streamed_model as streamed_module
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs, resolve
+from edgepeft.runtime.generation.decoders.streamed import StreamedDecoder
+from edgepeft.runtime.generation.loop import Generation
+from edgepeft.runtime.generation.options import GenerationOptions
 from edgepeft.runtime.memory.inference import RESIDENT, STREAMED, plan_forward, plan_generation
 from edgepeft.runtime.memory.process import read_memory
 from edgepeft.runtime.model import Model
-from edgepeft.runtime.streamed import StreamedModel
+from edgepeft.runtime.streamed_model import StreamedModel
 
 from . import models, sharing, task_models
 

@@ -204,8 +204,8 @@ def test_the_memory_formula_holds_between_its_grid(
 ) -> None:
     """Frames are a quotient that rounds down: at lengths that no stride divides, the formula is a little more
     than what is needed. Pictures have no length."""
-    from edgepeft.exporters.training import memory
-    from edgepeft.exporters.training.feeds import axis_sizes, sample_feeds
+    from edgepeft.exporters.measure import tensors as memory
+    from edgepeft.exporters.measure.feeds import axis_sizes, sample_feeds
 
     bundle = exported(name, 32)
     strategy = bundle.manifest.strategies[0]

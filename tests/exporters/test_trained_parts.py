@@ -12,11 +12,11 @@ import edgepeft
 from edgepeft.adapters import load_adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UsageError
-from edgepeft.runtime.activation import graph_inputs
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.gradients import open_gradients
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs
+from edgepeft.runtime.training.gradients.strategies import open_gradients
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.starting import trained_names
+from edgepeft.runtime.training.state.buffers import TrainingState
 
 from . import models
 

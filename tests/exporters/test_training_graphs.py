@@ -12,9 +12,9 @@ import torch
 from edgepeft.errors import ExportError
 from edgepeft.exporters.graph import append, graph_input, initializer, new_model, tidy
 from edgepeft.exporters.losses import loss_for
+from edgepeft.exporters.measure import tensors as memory
+from edgepeft.exporters.measure.feeds import axis_sizes, sample_feeds
 from edgepeft.exporters.passes.run_order import run_in_order
-from edgepeft.exporters.training import memory
-from edgepeft.exporters.training.feeds import axis_sizes, sample_feeds
 from edgepeft.exporters.training.joint import build_loss
 from edgepeft.exporters.training.optimizer import build_adamw, build_grad_norm
 from edgepeft.exporters.writer import graph_spec

@@ -15,11 +15,12 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 import edgepeft
 from edgepeft.bundle.manifest import GenerationSettings, TextSettings
 from edgepeft.errors import AdapterError, EdgePeftError, ExportError, VerificationError
-from edgepeft.exporters import model_info, pipeline, stored_modules
-from edgepeft.exporters.passes import cache_in_place
-from edgepeft.exporters.sources import loading, onnx_graph, tokenizer
+from edgepeft.exporters import pipeline
+from edgepeft.exporters.decoder import cache_in_place
+from edgepeft.exporters.sources import loading, model_info, onnx_graph, tokenizer
 from edgepeft.exporters.sources.generation_settings import generation_config
-from edgepeft.runtime import chat
+from edgepeft.exporters.techniques import stored_modules
+from edgepeft.runtime.text import chat
 
 from . import models
 from .sharing import Shared

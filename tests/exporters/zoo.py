@@ -20,7 +20,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.exporters.sources import loading
 from edgepeft.exporters.sources.base import Traced
-from edgepeft.exporters.sources.loading import Source
+from edgepeft.exporters.sources.transformers_model import Source
 
 BITS = (32, 4)
 BLOCK_SIZE = 16
@@ -213,10 +213,10 @@ def traced_once() -> Iterator[None]:
 
     with (
         patch.object(loading, "trace", trace_once),
-        patch("edgepeft.exporters.memory.measure_peaks", lambda *_: ()),
-        patch("edgepeft.exporters.memory.measure_chain_peaks", lambda *_, **__: ()),
-        patch("edgepeft.exporters.memory.with_session", lambda _, __, tensors, *___: tensors),
-        patch("edgepeft.exporters.memory.measure_streamed", lambda *_: MemoryFormula(0, ())),
+        patch("edgepeft.exporters.measure.bundle.measure_peaks", lambda *_: ()),
+        patch("edgepeft.exporters.measure.bundle.measure_chain_peaks", lambda *_, **__: ()),
+        patch("edgepeft.exporters.measure.bundle.with_session", lambda _, __, tensors, *___: tensors),
+        patch("edgepeft.exporters.measure.bundle.measure_streamed", lambda *_: MemoryFormula(0, ())),
     ):
         yield
 

@@ -20,17 +20,17 @@ import edgepeft
 from edgepeft.adapters import save_adapter
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.chat import ChatTemplate
-from edgepeft.runtime.data import Record, records
-from edgepeft.runtime.decoding.prompt_cache import open_prompt_cache
-from edgepeft.runtime.onnx_adapter import read_onnx_adapter, write_onnx_adapter
+from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
+from edgepeft.runtime.generation.prompt_cache import open_prompt_cache
 from edgepeft.runtime.preprocessing import audio, images
+from edgepeft.runtime.records import Record, records
 from edgepeft.runtime.tasks import task_for
 from edgepeft.runtime.tasks.values import read_values
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.checkpoint import Progress, is_finished, load_checkpoint, save_checkpoint
-from edgepeft.runtime.training.remembered import read_features, write_features
+from edgepeft.runtime.text.chat import ChatTemplate
+from edgepeft.runtime.training.head.remembered import read_features, write_features
 from edgepeft.runtime.training.report import read_report
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.state.checkpoint import Progress, is_finished, load_checkpoint, save_checkpoint
 from tests.fuzz import mutate
 from tests.fuzz.runner import Kind
 from tests.runtime import tiny

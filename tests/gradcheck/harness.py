@@ -16,7 +16,7 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state
 
 from edgepeft.exporters.autodiff import differentiate
-from edgepeft.exporters.autodiff.registry import MICROSOFT
+from edgepeft.exporters.graph import MICROSOFT
 
 from .reference_ops import REFERENCE_OPS
 

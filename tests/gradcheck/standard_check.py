@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from edgepeft.errors import EdgePeftError, ExportError, UnsupportedOperatorError
 from edgepeft.exporters.autodiff import differentiate
 from edgepeft.exporters.graph import OPSET_IMPORTS, append
-from edgepeft.exporters.passes.shapes import infer_shapes
+from edgepeft.exporters.passes.shapes.infer import infer_shapes
 from edgepeft.exporters.sources.onnx_graph import lift_constants, standardize
 
 from .harness import Array

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 
 from edgepeft.exporters.autodiff import differentiate
-from edgepeft.exporters.passes.shapes import infer_shapes
+from edgepeft.exporters.passes.shapes.infer import infer_shapes
 
 
 def gradient(text: str, feeds: dict[str, np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

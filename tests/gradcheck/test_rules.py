@@ -9,15 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from .cases import all_cases
-from .harness import (
-    Array,
-    Case,
-    central_differences,
-    differentiate_case,
-    run,
-    subsets,
-    torch_outputs,
-)
+from .harness import Array, Case, central_differences, differentiate_case, run, subsets, torch_outputs
 
 CASES = list(all_cases())
 

@@ -14,7 +14,7 @@ from onnx.backend.test.case.test_case import TestCase
 
 from edgepeft.exporters.autodiff.context import RuleContext
 from edgepeft.exporters.autodiff.registry import RULES, Registration, Rule, RuleResult
-from edgepeft.exporters.passes import shapes
+from edgepeft.exporters.passes.shapes import infer as shapes
 
 from .standard import COUNTS, float_tests
 from .standard_check import AS_EXPORTED, AS_IS, FALSE_SHAPE, FAULTS, NOT_RUN, RIGHT, WRONG, Standard, check

@@ -19,12 +19,12 @@ from edgepeft.adapters import load_adapter, save_adapter
 from edgepeft.bundle.manifest import Policy
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, DataError, EdgePeftError, UpdateRejectedError, UsageError
-from edgepeft.runtime.data import records
 from edgepeft.runtime.memory import process
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import task_for
 from edgepeft.runtime.training.preparation import classes_of
 from edgepeft.runtime.training.sampling import batch_indices, split
-from edgepeft.runtime.training.schedule import learning_rate
+from edgepeft.runtime.training.steps.schedule import learning_rate
 from edgepeft.runtime.training.trainer import Step
 
 from . import tiny

@@ -20,8 +20,8 @@ from edgepeft.bundle.adapter_store import add_adapter, remove_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError, BudgetError, BundleError, UsageError
 from edgepeft.runtime import prediction
-from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.process import read_memory, release_freed_memory
+from edgepeft.runtime.records import records
 
 from . import tiny
 from .test_memory import linux

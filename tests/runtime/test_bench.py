@@ -15,9 +15,9 @@ from edgepeft.runtime.bench import machine, plot, run
 from edgepeft.runtime.bench.report import BenchReport, Measured, PhaseResult
 from edgepeft.runtime.bench.run import BenchOptions, bench
 from edgepeft.runtime.bench.synthetic import synthetic_adapter, synthetic_records
-from edgepeft.runtime.data import records
 from edgepeft.runtime.memory.cgroup import MemoryCgroup
 from edgepeft.runtime.memory.process import Sample, read_memory
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import task_for
 
 from .test_cli import fails

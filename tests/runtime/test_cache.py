@@ -7,7 +7,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.bundle.wiring import Stage, StreamedInference
-from edgepeft.runtime.cache import KeyValueCache, cache_bytes
+from edgepeft.runtime.key_value_cache import KeyValueCache, cache_bytes
 
 STREAMED = StreamedInference(
     None,

@@ -13,7 +13,7 @@ import pytest
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TensorSpec
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
-from edgepeft.runtime.data import records
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import Example, Task, task_for
 
 from . import tiny

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 
-from edgepeft.runtime.decoding.detokenizer import Detokenizer, StopTexts
+from edgepeft.runtime.generation.detokenizer import Detokenizer, StopTexts
 
 
 def byte_level() -> tokenizers.Tokenizer:

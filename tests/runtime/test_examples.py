@@ -12,11 +12,11 @@ import pytest
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import DataError, EdgePeftError
-from edgepeft.runtime import examples as module
-from edgepeft.runtime.data import records
-from edgepeft.runtime.examples import Examples
 from edgepeft.runtime.memory.process import PeakMemory, read_memory, release_freed_memory
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import Example, Task, task_for
+from edgepeft.runtime.training import examples as module
+from edgepeft.runtime.training.examples import Examples
 
 from . import tiny
 from .test_data import picture_task, recording_task

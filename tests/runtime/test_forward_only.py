@@ -9,14 +9,14 @@ import torch
 from edgepeft.bundle.manifest import Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.runtime.activation import graph_inputs, to_peft_layout
-from edgepeft.runtime.data import records
+from edgepeft.runtime.adapters.graph_inputs import graph_inputs, to_peft_layout
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
+from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import task_for
 from edgepeft.runtime.training.batches import StepBatches, step_batches
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.forward_only import EPSILON, ForwardOnly, perturb
 from edgepeft.runtime.training.options import TrainingOptions
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.steps.forward_only import EPSILON, ForwardOnly, perturb
 
 from . import tiny
 from .torch_tiny import TorchClassifier

@@ -13,7 +13,7 @@ from edgepeft.bundle.manifest import TextSettings
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UsageError
 from edgepeft.runtime.memory.process import PeakMemory, read_memory, release_freed_memory
-from edgepeft.runtime.text import MOST_CHARACTERS, Text
+from edgepeft.runtime.text.tokenizer import MOST_CHARACTERS, Text
 
 from . import tiny
 

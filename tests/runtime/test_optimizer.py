@@ -15,11 +15,11 @@ from edgepeft.errors import DataError, EdgePeftError
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.tasks import Example, task_for
 from edgepeft.runtime.training.batches import step_batches
-from edgepeft.runtime.training.buffers import TrainingState
-from edgepeft.runtime.training.optimizer import AdamW, AdamWOptions
 from edgepeft.runtime.training.options import TrainingOptions
 from edgepeft.runtime.training.sampling import batch_indices, split, steps_per_epoch
-from edgepeft.runtime.training.schedule import SCHEDULES, learning_rate
+from edgepeft.runtime.training.state.buffers import TrainingState
+from edgepeft.runtime.training.steps.optimizer import AdamW, AdamWOptions
+from edgepeft.runtime.training.steps.schedule import SCHEDULES, learning_rate
 
 
 @pytest.mark.parametrize(("decay", "clip"), [(0.0, 0.0), (0.1, 1.0), (0.01, 1e6)])

@@ -11,7 +11,7 @@ import safetensors.numpy
 import edgepeft
 from edgepeft.bundle.writer import hash_file
 from edgepeft.errors import UsageError
-from edgepeft.runtime.decoding.prompt_cache import open_prompt_cache
+from edgepeft.runtime.generation.prompt_cache import open_prompt_cache
 from edgepeft.runtime.model import Model
 
 from . import tiny

@@ -5,8 +5,8 @@ import numpy.typing as npt
 import pytest
 from sklearn.linear_model import Ridge as Reference
 
-from edgepeft.runtime.training import ridge
-from edgepeft.runtime.training.ridge import Fit, Ridge
+from edgepeft.runtime.training.head import ridge
+from edgepeft.runtime.training.head.ridge import Fit, Ridge
 
 FloatArray = npt.NDArray[np.float64]
 

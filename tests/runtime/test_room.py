@@ -16,13 +16,13 @@ from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, load_adapter, save_adapt
 from edgepeft.bundle.manifest import AudioPreprocessing
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError, BudgetError, DataError
-from edgepeft.runtime import sessions
-from edgepeft.runtime.data import Record, records
-from edgepeft.runtime.decoding.prompt_cache import open_prompt_cache
+from edgepeft.runtime import open_sessions as sessions
+from edgepeft.runtime.generation.prompt_cache import open_prompt_cache
 from edgepeft.runtime.memory.process import PeakMemory, read_memory, release_freed_memory
 from edgepeft.runtime.memory.room import check_room, within
 from edgepeft.runtime.preprocessing.audio import read_audio
 from edgepeft.runtime.preprocessing.images import read_image
+from edgepeft.runtime.records import Record, records
 from edgepeft.runtime.tasks.values import read_values
 
 from . import tiny

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepeft.errors import EdgePeftError, UsageError
-from edgepeft.runtime.decoding.options import GenerationOptions
-from edgepeft.runtime.decoding.sampling import Sampler, candidates, penalized
+from edgepeft.runtime.generation.options import GenerationOptions
+from edgepeft.runtime.generation.sampling import Sampler, candidates, penalized
 
 VOCAB = 97
 

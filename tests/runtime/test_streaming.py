@@ -140,7 +140,7 @@ def test_a_prompt_is_read_in_pieces(bundle: Path, monkeypatch: pytest.MonkeyPatc
     with endless(bundle) as model:
         expected = model.generate(prompts, "one", max_new_tokens=6)
         cache = model.read_prompt(prompts[0], "one")
-        monkeypatch.setattr("edgepeft.runtime.generation._PIECE", 2)
+        monkeypatch.setattr("edgepeft.runtime.generation.loop._PIECE", 2)
         assert model.generate(prompts, "one", max_new_tokens=6) == expected
         assert model.generate(prompts, "one", max_new_tokens=6, prompt_cache=cache) == expected
         stream = model.stream(prompts[0], "one", max_new_tokens=6, keep=True)

@@ -8,8 +8,8 @@ import pytest
 
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BundleError, EdgePeftError
-from edgepeft.runtime import template_limits
-from edgepeft.runtime.chat import ChatTemplate
+from edgepeft.runtime.text import template_limits
+from edgepeft.runtime.text.chat import ChatTemplate
 
 from . import tiny
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...graph import MICROSOFT
 from ..context import RuleContext
-from ..registry import MICROSOFT, RULES, RuleResult
+from ..registry import RULES, RuleResult
 from .activations import gelu_slope, gelu_tanh_slope
 
 rule = RULES.rule

@@ -6,9 +6,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from ...graph import MICROSOFT
 from ..context import RuleContext
 from ..emitter import Emitter
-from ..registry import MICROSOFT, RULES, RuleResult
+from ..registry import RULES, RuleResult
 
 rule = RULES.rule
 

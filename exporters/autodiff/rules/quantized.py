@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ...graph import MICROSOFT
 from ..context import RuleContext
 from ..emitter import Emitter
-from ..registry import MICROSOFT, RULES, RuleResult
+from ..registry import RULES, RuleResult
 
 rule = RULES.rule
 INT64 = ir.DataType.INT64

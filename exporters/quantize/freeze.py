@@ -1,0 +1,194 @@
+"""Replace products by and look-ups in frozen weights with onnxruntime's quantized operators.
+
+Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, block * bits / 8]`; an embedding
+that the output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..graph import FLOAT, MICROSOFT, append, initializer
+from ..passes.weights.linears import find_embeddings, linear_products
+from .blockwise import QuantizedWeight, can_quantize, concatenate, quantize
+
+
+@dataclass
+class Freezer:
+    """Stores frozen weights at `bits`; one instance serves all graphs of a bundle, so that each is quantized
+    once.
+
+    Attributes:
+        reference: by state-dict key, the values that the graphs compute with, float32.
+        exceptions: matrices that are stored with other than `bits` bits.
+        quantized: by state-dict key, weights that are quantized; those of a calibration are there from the
+            start.
+        rounded: names of those that were not.
+    """
+
+    bits: int
+    block_size: int
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)
+    exceptions: dict[str, int] = field(default_factory=dict)
+    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    rounded: list[str] = field(default_factory=list)
+
+    def freeze(
+        self,
+        graph: ir.Graph,
+        weights: dict[str, tuple[ir.Value, torch.Tensor]],
+        parts: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Turn the weight inputs into initializers: quantized where they are matrices, float32 otherwise.
+
+        A matrix that no block divides, and an embedding that is not the largest (positions, token types), is
+        kept in float16; vectors stay float32. The graph is left unsorted.
+
+        Args:
+            graph: the graph.
+            weights: its weight inputs by name, with their values.
+            parts: weights that are made of others, one below the other; those have been frozen before.
+        """
+        parts = parts or {}
+        largest = _largest_embedding(weights)
+        for name, (value, tensor) in weights.items():
+            if not value.uses():
+                graph.inputs.remove(value)
+                continue
+            stored = self._bits_for(name, value, tensor, is_largest=name == largest)
+            if stored in (4, 8):
+                quantized = self._quantize(name, tensor, stored, parts.get(name, ()))
+                _use_quantized(graph, value, quantized)
+                reference = torch.from_numpy(quantized.dequantize())
+            elif stored == 16:
+                half = tensor.to(torch.float16)
+                _use_half(graph, value, half.numpy())
+                reference = half.float()
+            else:
+                reference = tensor.float()
+                _use_float(graph, value, reference.numpy())
+            if name not in parts:
+                self.reference[name] = reference
+                if tensor.ndim == 2 and stored != self.bits:
+                    self.exceptions[name] = stored
+            graph.inputs.remove(value)
+
+    def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
+        if name not in self.quantized:
+            if parts:
+                self.quantized[name] = concatenate([self.quantized[part] for part in parts])
+            else:
+                self.quantized[name] = quantize(tensor, bits, self.block_size)
+                self.rounded.append(name)
+        return self.quantized[name]
+
+    def _bits_for(self, name: str, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
+        if tensor.ndim != 2 or self.bits == 32:
+            return 32
+        small_table = bool(find_embeddings([value])) and not is_largest
+        if self.bits == 16 or small_table or not can_quantize(tensor.shape[1], self.block_size):
+            return 16
+        if not _is_quantizable(value):
+            return 16
+        return self.quantized[name].bits if name in self.quantized else self.bits
+
+
+def _largest_embedding(weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> str | None:
+    tables = {name: tensor.numel() for name, (value, tensor) in weights.items() if find_embeddings([value])}
+    return max(tables, key=lambda name: tables[name]) if tables else None
+
+
+def _is_quantizable(weight: ir.Value) -> bool:
+    """Whether every use of `weight` is a linear or a look-up."""
+    products = {node for node, _ in linear_products(weight)}
+    lookups = {lookup.node for lookup in find_embeddings([weight])}
+    return all(
+        node in products or node in lookups or (node.op_type == "Transpose" and _feeds_only(node, products))
+        for node, _ in weight.uses()
+    )
+
+
+def _feeds_only(node: ir.Node, consumers: set[ir.Node]) -> bool:
+    return all(consumer in consumers for consumer, _ in node.outputs[0].uses())
+
+
+def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: QuantizedWeight) -> None:
+    products = linear_products(weight)
+    lookups = find_embeddings([weight])
+    transposes = {node for node, _ in weight.uses() if node.op_type == "Transpose"}
+    rows, columns = quantized.codes.shape
+    bits, block_size = quantized.bits, quantized.block_size
+    packed = quantized.packed()
+    name = f"{weight.name}.q{bits}"
+    scales = initializer(graph, f"{weight.name}.scales", quantized.scales)
+    attributes = {"bits": bits, "block_size": block_size}
+    if products:
+        codes = initializer(graph, name, packed.reshape(rows, columns // block_size, block_size * bits // 8))
+        for node, x in products:
+            y = node.outputs[0]
+            product = append(
+                graph,
+                "MatMulNBits",
+                [x, codes, scales],
+                {"K": columns, "N": rows, **attributes},
+                shape=y.shape,
+                domain=MICROSOFT,
+            )
+            producer = product.producer()
+            assert producer is not None
+            producer.metadata_props.update(node.metadata_props)
+            if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+                product = append(graph, "Add", [product, node.inputs[2]], shape=y.shape)
+            _replace(graph, node, product)
+    for lookup in lookups:
+        table = initializer(graph, f"{name}.rows", packed)
+        rows_found = append(
+            graph,
+            "GatherBlockQuantized",
+            [table, lookup.node.inputs[1], scales],
+            {"gather_axis": 0, "quantize_axis": 1, **attributes},
+            shape=lookup.node.outputs[0].shape,
+            domain=MICROSOFT,
+        )
+        _replace(graph, lookup.node, rows_found)
+    for node in transposes:
+        graph.remove(node, safe=True)
+
+
+def _replace(graph: ir.Graph, node: ir.Node, replacement: ir.Value) -> None:
+    old = node.outputs[0]
+    if old.is_graph_output():
+        graph.outputs[list(graph.outputs).index(old)] = replacement
+        name, old.name = old.name, None
+        replacement.name = name
+    old.replace_all_uses_with(replacement)
+    graph.remove(node, safe=True)
+
+
+def _use_half(graph: ir.Graph, weight: ir.Value, array: np.ndarray) -> None:
+    """float16 on disk: a look-up gathers halves and casts the rows; anything else casts the whole weight."""
+    half = initializer(graph, f"{weight.name}.f16", array)
+    others = []
+    for node, index in list(weight.uses()):
+        if node.op_type == "Gather" and index == 0:
+            old = node.outputs[0]
+            rows = append(
+                graph, "Gather", [half, node.inputs[1]], {"axis": 0}, shape=old.shape, dtype=half.dtype
+            )
+            _replace(graph, node, append(graph, "Cast", [rows], {"to": FLOAT}, shape=old.shape))
+        else:
+            others.append((node, index))
+    if others:
+        cast = append(graph, "Cast", [half], {"to": FLOAT}, shape=weight.shape)
+        for node, index in others:
+            node.replace_input_with(index, cast)
+
+
+def _use_float(graph: ir.Graph, weight: ir.Value, array: np.ndarray) -> None:
+    name = weight.name
+    assert name is not None
+    weight.name = f"{name}.input"
+    weight.replace_all_uses_with(initializer(graph, name, array))

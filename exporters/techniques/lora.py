@@ -1,0 +1,83 @@
+"""Insert LoRA slots at linear layers.
+
+    y = x Wᵀ + ((x A) * scaling) B        A [in, rank], scaling [rank], B [rank, out]
+
+`A`, `B` and `scaling` are graph inputs with a rank axis of their own, so one graph serves any rank (0
+switches the slot off exactly) and adapters mix by concatenation along the rank axis. `scaling` may have the
+axes of x, `[batch, 1, …, rank]`: every row of the batch then has an adapter of its own.
+
+Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepeft.bundle.manifest import LoraSlot
+from edgepeft.errors import ExportError
+
+from ..graph import add_behind, append, graph_input, initializer
+from ..passes.weights.linears import Linear
+
+PEFT_PREFIX = "base_model.model."
+
+
+def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[LoraSlot]:
+    """Give each of `linears` a slot; the caller sorts the graph afterwards.
+
+    Raises:
+        ExportError: the shape of a linear's output is unknown.
+    """
+    slots = []
+    for index, linear in enumerate(linears):
+        key = f"{PEFT_PREFIX}{linear.module}"
+        slot = LoraSlot(
+            module=linear.module,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            a_input=f"{key}.lora_A.weight",
+            b_input=f"{key}.lora_B.weight",
+            scaling_input=f"{key}.scaling",
+            activation_axes=_activation_axes(linear),
+        )
+        _insert(graph, linear, slot, f"rank_{index}")
+        slots.append(slot)
+    return slots
+
+
+def _activation_axes(linear: Linear) -> int:
+    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
+    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
+    return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
+
+
+def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
+    lora_a = graph_input(graph, slot.a_input, [slot.in_features, rank])
+    lora_b = graph_input(graph, slot.b_input, [rank, slot.out_features])
+    scaling = graph_input(graph, slot.scaling_input, [rank])
+    for node, x in linear.uses:
+        output = node.outputs[0]
+        if output.shape is None:
+            raise ExportError(
+                f"linear {linear.module}: the shape of its output is unknown, so it takes no LoRA"
+            )
+        lead = list(output.shape)[:-1]
+        low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
+        scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
+        delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, slot.out_features])
+        delta = _in_place(graph, delta, linear.first, output)
+        add_behind(graph, output, delta)
+
+
+def _in_place(graph: ir.Graph, delta: ir.Value, first: int, output: ir.Value) -> ir.Value:
+    """`delta` in the columns from `first` on of zeros as wide as `output`."""
+    assert output.shape is not None
+    assert delta.shape is not None
+    width, own = output.shape[-1], delta.shape[-1]
+    if width == own or not isinstance(width, int) or not isinstance(own, int):
+        return delta
+    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
+    zero = initializer(graph, "zero_float32", np.array(0, np.float32))
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+    return append(graph, "Pad", [delta, pads, zero, last], shape=output.shape)

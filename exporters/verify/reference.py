@@ -1,0 +1,75 @@
+"""PyTorch's side of a verification: a task's output, its loss and the gradients."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from edgepeft.runtime.inputs import BASE_LOGITS, IGNORED_LABEL
+
+from ..losses.contrastive import SCALE
+from ..losses.triplet import MARGIN
+from ..sources.base import Pooling
+from ..sources.transformers_model import Source
+from .batch import Arrays
+
+TAKEN = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_values")
+
+
+def torch_drift(logits: torch.Tensor, batch: Arrays) -> torch.Tensor:
+    """KL divergence from the base model's distribution, averaged over the positions that count."""
+    base, adapted = (torch.log_softmax(z, -1) for z in (torch.from_numpy(batch[BASE_LOGITS]), logits))
+    each = torch.nn.functional.kl_div(adapted, base, reduction="none", log_target=True).sum(-1)
+    if each.ndim == 1:
+        return each.mean()
+    counted = batch["labels"] != IGNORED_LABEL if "decoder_input_ids" in batch else batch["attention_mask"]
+    return each[torch.from_numpy(counted).bool()].mean()
+
+
+def torch_output(
+    source: Source, model: Any, batch: Arrays, named_loss: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The task's output and loss as PyTorch computes them."""
+    inputs = {name: torch.from_numpy(batch[name]) for name in TAKEN if name in batch}
+    if source.pooling is None:
+        result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
+        return result.logits, result.loss
+    embedding = _embedding(source.pooling, model, inputs)
+    if named_loss == "triplet":
+        anchor, positive, negative = embedding.chunk(3)
+        return embedding, torch.nn.functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN)
+    anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
+    scores = SCALE * anchors @ positives.T
+    return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    hidden = model(**inputs).last_hidden_state
+    if pooling.mode == "mean":
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+    elif pooling.mode == "max":
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
+    else:
+        pooled = hidden[:, 0]
+    return torch.nn.functional.normalize(pooled, dim=-1) if pooling.normalize else pooled
+
+
+def long_output(source: Source, batch: Arrays) -> torch.Tensor:
+    """The output for rows without labels."""
+    inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
+    if source.pooling is not None:
+        return _embedding(source.pooling, source.model, inputs)
+    logits: torch.Tensor = source.model(**inputs).logits
+    return logits
+
+
+def torch_gradients(model: Any) -> dict[str, np.ndarray]:
+    """Gradients by PEFT's state-dict key."""
+    return {
+        name.replace(".default.", ".").replace(".modules_to_save.", "."): parameter.grad.numpy()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }

@@ -1,0 +1,50 @@
+"""Compare a bundle's chain of stages with its resident training graph, which was compared with PyTorch."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import VerificationError
+from edgepeft.runtime.training.gradients.chain import Chain
+from edgepeft.runtime.training.state.buffers import TrainingState
+
+#: Largest relative difference of the loss and of a gradient (its L2 norm): both add up in other orders.
+STAGE_TOLERANCE = 1e-4
+#: A gradient whose norm is below this is rounding.
+SMALLEST_NORM = 1e-6
+
+
+def verify_stages(
+    bundle: Bundle,
+    batch: Mapping[str, np.ndarray],
+    inputs: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+) -> float:
+    """The largest relative difference between the chain's results and the training graph's.
+
+    Args:
+        bundle: with a partition.
+        batch: the model's inputs and those of the loss.
+        inputs: all adapter inputs.
+        expected: `loss` and `grad.NAME` of the training graph on both.
+
+    Raises:
+        VerificationError: it is above the tolerance.
+    """
+    state = TrainingState({name: inputs[name] for name in bundle.manifest.policy.trainable})
+    chain = Chain(bundle, {**inputs, **state.parameters})
+    loss = chain.gradients(batch, state)
+    chain.close()
+    differences = {"loss": abs(loss - float(expected["loss"])) / max(1.0, abs(loss))}
+    for name, gradient in state.gradients.items():
+        other = expected[f"grad.{name}"]
+        norm = max(float(np.linalg.norm(other)), SMALLEST_NORM)
+        differences[f"the gradient of {name}"] = float(np.linalg.norm(gradient - other)) / norm
+    worst = max(differences, key=lambda name: differences[name])
+    if not differences[worst] <= STAGE_TOLERANCE:
+        raise VerificationError(
+            f"{worst} differs by {differences[worst]:.2e} between the training graph and its stages, "
+            f"tolerance {STAGE_TOLERANCE:.0e}: nothing was written"
+        )
+    return differences[worst]

@@ -1,0 +1,128 @@
+"""Adapters in onnxruntime's own file format (`.onnx_adapter`), which its `LoraAdapter` reads.
+
+The parameters of such a file are the adapter inputs of a bundle's inference graph, all of them and in the
+graph's layout: `A` `[in_features, rank]`, `B` `[rank, out_features]` and scaling `[rank]` of every slot (rank
+0 where the adapter has nothing) and every saved module (the base's own where the adapter has none). So a
+program that has onnxruntime alone runs the graph with `RunOptions.add_active_adapter` and feeds nothing but
+the model's inputs. Python's `InferenceSession.run` asks for all inputs nevertheless: there, feed what
+`AdapterFormat.read_adapter(path).get_parameters()` returns with `run_with_ort_values`.
+
+The format has no place for PEFT's configuration, which is made anew when a file is read: values and scalings
+come back bit for bit, and what the graph computes with them is the same.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from edgepeft.adapters import Adapter
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.reader import Bundle
+from edgepeft.errors import AdapterError
+from edgepeft.files import atomic_path
+
+from ..session import ORT_ERRORS, one_line
+from .fresh import fresh_config
+from .graph_inputs import FloatArray, graph_inputs, to_peft_layout
+
+SUFFIX = ".onnx_adapter"
+
+
+def write_onnx_adapter(bundle: Bundle, adapter: Adapter, path: Path) -> None:
+    """Write an adapter of a bundle as one file for onnxruntime's `LoraAdapter`.
+
+    Raises:
+        EdgePeftError: the file cannot be written.
+    """
+    values = {
+        name: ort.OrtValue.ortvalue_from_numpy(array)
+        for name, array in graph_inputs(bundle, [(adapter, 1.0)]).items()
+    }
+    file_format = ort.AdapterFormat()
+    file_format.set_adapter_version(1)
+    file_format.set_model_version(bundle.manifest.format_version)
+    file_format.set_parameters(values)
+    with atomic_path(path) as temporary:
+        try:
+            file_format.export_adapter(str(temporary))
+        except ORT_ERRORS as error:
+            raise OSError(one_line(error)) from error
+
+
+def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
+    """The adapter in a file of onnxruntime's format, made for this bundle's inference graph.
+
+    Raises:
+        AdapterError: the file is missing or damaged, or its parameters are not those of the graph.
+    """
+    if not path.is_file():
+        raise AdapterError(f"{path}: no such file")
+    try:
+        parameters = ort.AdapterFormat.read_adapter(str(path)).get_parameters()
+        inputs = {name: value.numpy().copy() for name, value in parameters.items()}
+    except ORT_ERRORS as error:
+        raise AdapterError(f"{path}: is damaged or no {SUFFIX} file ({one_line(error)})") from error
+    _check(bundle.manifest, inputs, path)
+    manifest = bundle.manifest
+    kept: dict[str, FloatArray] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for slot in manifest.lora_slots:
+        scaling = inputs[slot.scaling_input]
+        if scaling.size:
+            kept |= {name: inputs[name] for name in (slot.a_input, slot.b_input)}
+            ranks[slot.module] = scaling.size
+            alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
+    for saved in manifest.saved_modules:
+        if not np.array_equal(inputs[saved.input], bundle.read_weight(saved.default)):
+            kept[saved.input] = inputs[saved.input]
+    config = fresh_config(manifest, max(ranks.values(), default=1))
+    config["target_modules"] = list(ranks)
+    config["modules_to_save"] = (
+        sorted({saved.module for saved in manifest.saved_modules if saved.input in kept}) or None
+    )
+    config["rank_pattern"] = {module: rank for module, rank in ranks.items() if rank != config["r"]}
+    config["lora_alpha"] = next(iter(alphas.values()), 1.0)
+    config["alpha_pattern"] = {
+        module: alpha for module, alpha in alphas.items() if alpha != config["lora_alpha"]
+    }
+    return Adapter(config=config, tensors=to_peft_layout(bundle, kept), origin=str(path))
+
+
+def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> None:
+    """Check the parameters against the graph's adapter inputs."""
+    expected = {item.input: item.shape for item in manifest.saved_modules}
+    for slot in manifest.lora_slots:
+        rank = inputs[slot.scaling_input].size if slot.scaling_input in inputs else 0
+        expected[slot.a_input] = (slot.in_features, rank)
+        expected[slot.b_input] = (rank, slot.out_features)
+        expected[slot.scaling_input] = (rank,)
+    for name in sorted(expected.keys() | inputs.keys()):
+        if name not in inputs:
+            raise AdapterError(f"{path}: lacks the parameter {name!r}: the file was made for another bundle")
+        if name not in expected:
+            raise AdapterError(
+                f"{path}: has a parameter {name!r}, which is no adapter input of this bundle: the file was "
+                "made for another"
+            )
+        got = inputs[name]
+        if got.shape != expected[name] or got.dtype != np.float32:
+            raise AdapterError(
+                f"{path}: parameter {name!r} is {list(got.shape)} of {got.dtype}, expected "
+                f"{list(expected[name])} of float32: the file was made for another bundle"
+            )
+    for slot in manifest.lora_slots:
+        scaling = inputs[slot.scaling_input]
+        if scaling.size and not (scaling == scaling[0]).all():
+            raise AdapterError(
+                f"{path}: module {slot.module}: its scaling differs along the rank, so it is a mixture, "
+                "which PEFT's format cannot hold: add its adapters one by one"
+            )
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """PEFT's `lora_alpha` that gives this float32 scaling; a round number where one does."""
+    exact = scaling * rank
+    rounded = round(exact, 4)
+    return rounded if np.float32(rounded / rank) == np.float32(scaling) else exact

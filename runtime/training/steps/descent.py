@@ -1,0 +1,123 @@
+"""A step along the gradient: micro-batches, their gradients added up, AdamW."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from edgepeft.bundle.manifest import Strategy
+from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
+from edgepeft.bundle.reader import Bundle
+
+from ...inputs import has_drift_penalty
+from ...memory.plan import NOTHING_HELD, Held
+from ..batches import StepBatches
+from ..gradients.drift import Drift
+from ..gradients.strategies import Gradients, open_gradients
+from ..options import TrainingOptions
+from ..state.buffers import TrainingState
+from .optimizer import AdamW, AdamWOptions
+
+FloatArray = npt.NDArray[np.float32]
+
+DEFAULT_DRIFT_WEIGHT = 0.1
+
+
+class Stepper(Protocol):
+    """Moves the parameters of a training state by one optimizer step."""
+
+    def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
+        """The loss before the step `number` (from 1), and the norm of its gradient before clipping."""
+
+    def close(self) -> None:
+        """Free the sessions."""
+
+
+class GradientDescent:
+    """AdamW on the gradients of a strategy.
+
+    Args:
+        bundle: the bundle.
+        strategy: how gradients are computed.
+        constants: all adapter inputs; those in `state` are taken from there.
+        state: the trained tensors and moments.
+        options: of the update.
+        threads: threads of the training sessions.
+        held: what a chain of stages holds to save time.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        strategy: Strategy,
+        constants: Mapping[str, FloatArray],
+        state: TrainingState,
+        options: TrainingOptions,
+        threads: int = 0,
+        held: Held = NOTHING_HELD,
+    ) -> None:
+        self._state = state
+        self._drift: Drift | None = None
+        with ExitStack() as opened:
+            adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
+            self._optimizer = AdamW(bundle, state, adamw, OPTIMIZER_STATES[options.optimizer_state])
+            opened.callback(self._optimizer.close)
+            if has_drift_penalty(bundle.manifest):
+                weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
+                self._drift = Drift(bundle, weight, threads)
+                opened.callback(self._drift.close)
+            take = self._optimizer.take if state.passes_gradients else None
+            self._gradients = open_gradients(bundle, strategy, constants, state, threads, held, take)
+            opened.callback(self._gradients.close)
+            self._opened = opened.pop_all()
+
+    def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
+        """See `Stepper.step`."""
+        if self._state.passes_gradients:
+            self._optimizer.begin(number, learning_rate)
+            loss = accumulate(self._gradients, batches, self._state, self._drift)
+            return loss, self._optimizer.taken_norm
+        loss = accumulate(self._gradients, batches, self._state, self._drift)
+        return loss, self._optimizer.step(number, learning_rate)
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._opened.close()
+
+
+def accumulate(
+    gradients: Gradients,
+    batches: StepBatches,
+    state: TrainingState,
+    drift: Drift | None = None,
+) -> float:
+    """The loss of micro-batches as one batch, whose gradient lands in `state`.
+
+    Losses are means over what counts (a record, a labelled token), so a micro-batch has the weight of its
+    items: the result is that of all records in one batch, whatever their lengths. Two losses are not such
+    means: the contrastive one compares pairs within a micro-batch only, and the drift penalty, a mean over
+    positions, is weighted by items too.
+
+    Args:
+        gradients: computes a micro-batch's gradient into `state`.
+        batches: at least one.
+        state: receives the gradient; for several micro-batches, one that `adds_up`.
+        drift: adds what a drift penalty needs.
+    """
+    if len(batches) == 1:
+        (batch,) = batches
+        return gradients.run(batch if drift is None else drift.added_to(batch))
+    grad, total = state.buffers["grad"], state.buffers["total"]
+    items, loss = 0, 0.0
+    for batch in batches:
+        count = batches.task.items(batch)
+        loss += count * gradients.run(batch if drift is None else drift.added_to(batch))
+        for start, stop in state.pieces():
+            weighted = np.float32(count) * grad.read(start, stop)
+            total.write(start, total.read(start, stop) + weighted if items else weighted)
+        items += count
+    for start, stop in state.pieces():
+        grad.write(start, total.read(start, stop) / np.float32(items))
+    return loss / items
