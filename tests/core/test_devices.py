@@ -9,8 +9,8 @@ import pytest
 from edgepeft.devices import DEVICES, device
 from edgepeft.errors import UsageError
 
+from ..cli.test_commands import fails, run
 from ..runtime import tiny
-from ..runtime.test_cli import fails, run
 
 MIB = 2**20
 

@@ -1,6 +1,6 @@
 """Takes what only Linux has from every Python process on whose path this folder is: Python imports it first.
 
-    PYTHONPATH=tests/other_systems SIMULATED_SYSTEM=windows python -m pytest tests/runtime/test_adapt.py
+    PYTHONPATH=tests/other_systems SIMULATED_SYSTEM=windows python -m pytest tests/runtime/training
 
 `SIMULATED_SYSTEM` is one of
 

@@ -1,0 +1,39 @@
+"""One trace gives a decoder's graph to generate with and its graph to train."""
+
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+
+from edgepeft.exporters.sources import loading
+from edgepeft.exporters.sources.base import Traced
+from edgepeft.exporters.sources.loading import load_source
+from edgepeft.exporters.sources.transformers_model import Source
+
+from .. import models
+
+
+def test_a_decoder_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph to train is a copy without the cache, for any length and with no input or size of a past."""
+    trace, traced = loading.trace, 0
+
+    def counted(source: Source, **options: Any) -> Traced:
+        nonlocal traced
+        traced += 1
+        return trace(source, **options)
+
+    monkeypatch.setattr(loading, "trace", counted)
+    source = load_source(models.llama(tied=True))
+    for _ in range(2):
+        generating, training = (source.trace(training=each).model.graph for each in (False, True))
+        assert len(generating.outputs) == 5
+        assert any((value.name or "").startswith("past_key_values.") for value in generating.inputs)
+        assert len(training.outputs) == 1
+        axes = {
+            str(dim)
+            for value in (*training.inputs, *(output for node in training for output in node.outputs))
+            for dim in value.shape or ()
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+        }
+        assert axes == {"batch", "sequence"}
+    assert traced == 1
