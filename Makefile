@@ -58,6 +58,7 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_rooms.py
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
 

@@ -1,11 +1,14 @@
 """Who may import whom, looked up in the modules that a fresh process has loaded."""
 
 import ast
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -68,8 +71,7 @@ with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
 
 #: What generation and other tasks need, and what the standard library brings along where nobody looks.
 UNUSED = (
-    "edgepeft.runtime.generat",
-    "edgepeft.runtime.decoding",
+    "edgepeft.runtime.generation",
     "edgepeft.runtime.text.chat",
     "edgepeft.runtime.preprocessing",
     "edgepeft.runtime.adapters.onnx_adapter",
@@ -100,7 +102,7 @@ with edgepeft.load({str(_bundle(tmp_path))!r}, memory_budget="4GiB") as model:
     ran = loaded_after(f"""{opened}
     model.forward({{"input_ids": [[1, 2, 3]]}})
 """)
-    unneeded = (*UNUSED, "edgepeft.runtime.training.adapt", "edgepeft.runtime.training.gradients.chain")
+    unneeded = (*UNUSED, "edgepeft.runtime.training.adapt", "edgepeft.runtime.training.gradients")
     assert not [name for name in ran if name.startswith(unneeded)]
 
 
@@ -144,21 +146,8 @@ def test_imports_follow_the_house_rules(folder: str) -> None:
             if folder == "runtime":
                 assert not module.startswith("edgepeft.exporters"), f"{path} imports {module}"
             if folder == "exporters" and module.startswith("edgepeft.runtime"):
-                assert path.name in {
-                    "calibration_records.py",
-                    "verify.py",
-                    "verify_batch.py",
-                    "verify_decoder.py",
-                    "verify_generation.py",
-                    "verify_reference.py",
-                    "verify_text.py",
-                    "verify_file.py",
-                    "verify_stages.py",
-                    "verify_streamed.py",
-                    "inference_memory.py",
-                    "chain_memory.py",
-                    "probe.py",
-                }, f"{path} imports {module}"
+                room = path.relative_to(ROOT / "exporters").parts[0].removesuffix(".py")
+                assert room in {"calibration_records", "measure", "verify"}, f"{path} imports {module}"
 
 
 def _imports(path: Path) -> set[str]:
@@ -169,3 +158,50 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
             found.add(node.module)
     return found
+
+
+def _rooms() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate_rooms", ROOT / "docs" / "generate_rooms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("package", ["exporters", "runtime"])
+def test_imports_go_down_the_rooms_of_the_architecture_page(package: str) -> None:
+    """Every room is listed, none that is gone, and the drawing shows today's imports."""
+    rooms = _rooms()
+    order = rooms.listed(rooms.PAGE.read_text("utf-8"))[package]
+    found = rooms.arrows(package)
+    assert rooms.wrong(order, found) == []
+    assert set(order) == {
+        path.stem for path in (ROOT / package).iterdir() if path.stem.strip("_") == path.stem
+    }
+    assert (rooms.ASSETS / f"{package}.svg").read_text("utf-8") == rooms.drawing(order, found), (
+        "run: make docs"
+    )
+
+
+def test_an_import_that_goes_up_is_found() -> None:
+    assert _rooms().wrong(["top", "bottom"], {("top", "bottom"), ("bottom", "top"), ("top", "new")}) == [
+        ("bottom", "top"),
+        ("top", "new"),
+    ]
+
+
+@pytest.mark.parametrize("package", ["exporters", "runtime", "edgepeft"])
+def test_no_modules_import_each_other_in_a_circle(package: str) -> None:
+    """Also not for a type alone."""
+    rooms = _rooms()
+    graph = networkx.DiGraph()
+    for path in (ROOT / package).rglob("*.py"):
+        if path.name != "__init__.py":
+            own = rooms.dotted(path)
+            graph.add_edges_from((".".join(own), module) for module in rooms.imported(path, own))
+            graph.add_edges_from(
+                (".".join(own), module.rpartition(".")[0]) for module in rooms.imported(path, own)
+            )
+    circles = [sorted(part) for part in networkx.strongly_connected_components(graph) if len(part) > 1]
+    assert circles == []
