@@ -1,7 +1,7 @@
 """Draws the rooms of `docs/architecture.md` and the imports between them: `python docs/generate_rooms.py`.
 
-The page lists the rooms of a package from top to bottom, in a block behind a comment `rooms: …`. An import may only
-go down: tests/test_imports.py compares the page, and the drawings, with every import statement.
+The page lists the rooms of a package from top to bottom, in a block behind a comment `rooms: …`. An import
+may only go down: tests/test_imports.py compares the page, and the drawings, with every import statement.
 """
 
 import ast
