@@ -12,11 +12,15 @@ from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import BundleError, UsageError
-from edgepeft.runtime.records import Record, RecordSource
+from edgepeft.runtime.records import Record
 from edgepeft.runtime.records import records as as_records
 from edgepeft.runtime.tasks import task_for
 
-from .quantize.calibrate import Feeds
+from .options import ExportOptions
+from .quantize.blockwise import QuantizedWeight
+from .quantize.calibrate import Feeds, Progress, calibrate
+from .quantize.freeze import Freezer
+from .sources.base import ModelSource
 from .sources.model_info import model_info
 from .sources.onnx_file import is_onnx_file
 from .sources.samples import sample_inputs
@@ -26,22 +30,56 @@ from .sources.transformers_model import Source
 MAX_TOKENS = 512
 
 
-def usable_records(calibration: RecordSource, model: Any, bits: int | None) -> list[Record]:
-    """The records, where an export of `model` at `bits` has a use for them.
+def usable_records(options: ExportOptions, model: Any) -> list[Record]:
+    """The records, where an export of `model` has a use for them; none where none were given.
 
     Raises:
         UsageError: nothing will be quantized.
         DataError: the file cannot be read, or there is no record.
     """
+    if options.calibration is None:
+        return []
     if is_onnx_file(model):
         raise UsageError(
             "--calibration needs a transformers model: the weights of an ONNX file are rounded to the nearest"
         )
-    if bits in (16, 32):
+    if options.bits in (16, 32):
         raise UsageError(
-            f"--calibration goes with 4 or 8 bits: at {bits} bits nothing is quantized, so leave it out"
+            f"--calibration goes with 4 or 8 bits: at {options.bits} bits nothing is quantized, so leave it "
+            "out"
         )
-    return list(as_records(calibration))
+    return list(as_records(options.calibration))
+
+
+def calibrated(
+    source: ModelSource,
+    records: Sequence[Record],
+    folder: Path,
+    freezer: Freezer,
+    saved: Sequence[str],
+    progress: Progress,
+) -> dict[str, QuantizedWeight]:
+    """The source's linears, rounded for what they read of the records; see `calibrate`.
+
+    Args:
+        folder: a new one, for the tokenizer's files.
+        freezer: knows the bits and the block size.
+        saved: modules that are not quantized.
+
+    Raises:
+        DataError: a record cannot be used; the message says where it stands.
+        UsageError: records are texts and the model has no tokenizer.
+    """
+    assert isinstance(source, Source)
+    feeds = read_feeds(source, records, folder)
+    return calibrate(
+        source.model,
+        feeds,
+        bits=freezer.bits,
+        block_size=freezer.block_size,
+        kept=saved,
+        progress=progress,
+    )
 
 
 def read_feeds(source: Source, records: Sequence[Record], folder: Path) -> list[Feeds]:

@@ -8,24 +8,22 @@ memory.
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from edgepeft.bundle.reader import Bundle
-from edgepeft.bundle.wiring import Stage, StreamedInference
+from edgepeft.bundle.wiring import StreamedInference
 from edgepeft.errors import BundleError
 
 from .key_value_cache import KeyValueCache, cache_specs
-from .memory.weights import MappedWeights, bound_weights
-from .session import GraphSession
+from .memory.weights import MappedWeights
+from .stages import Stages
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
-# onnxruntime has no types: an array, or an OrtValue of another run.
-Value: TypeAlias = Any
 
 # Weights of the output layer that are decoded at a time (2 MiB of float32). The arena has no region for more
 # than a stage's largest weight: on SmolLM2-135M's shape 2**21 raise the peak by 10 MiB, and save 4 % a token.
@@ -56,10 +54,8 @@ class StreamedModel:
         streamed = streamed or bundle.manifest.streamed_inference
         if streamed is None:
             raise BundleError(f"{bundle.path}: has no streamed inference: export it again")
-        self._bundle, self._threads, self._streamed = bundle, threads, streamed
-        self._profile = profile
-        self._weights = MappedWeights(bundle)
-        self._sessions: dict[str, GraphSession] = {}
+        self._bundle, self._streamed = bundle, streamed
+        self._stages = Stages(bundle, MappedWeights(bundle), threads, profile)
         self._adapter: dict[str, Array] = {}
         cached = [index for index, stage in enumerate(streamed.stages) if stage.cache]
         self._last_cached = max(cached, default=-1)
@@ -106,32 +102,27 @@ class StreamedModel:
 
     def end_profiles(self) -> dict[str, Path]:
         """The profile of every graph that ran, by role."""
-        return {role: session.end_profile() for role, session in self._sessions.items()}
+        return self._stages.end_profiles()
 
     def close(self) -> None:
         """Free the sessions."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self._stages.close()
 
     def _hidden(
         self, batch: Mapping[str, Array], cache: KeyValueCache | None, *, only_cache: bool = False
     ) -> ort.OrtValue:
         """What the last stage makes; with `only_cache`, the last one that has a part of the cache."""
         first = next(iter(batch.values()))
-        context: dict[str, Value] = dict(batch)
-        context |= self._no_past(len(first)) if cache is None else cache.past()
-        if self._streamed.context is not None:
-            session = self._session(self._streamed.context)
-            _bind(session, {name: context[name] for name in session.inputs if name in context})
-            self._bind_weights(session, self._streamed.context_weights, {}, context)
-            context |= session.run_for(list(session.outputs))
-            self._done(session)
+        past = self._no_past(len(first)) if cache is None else cache.past()
+        context = self._stages.context(
+            self._streamed.context, self._streamed.context_weights, {**batch, **past}
+        )
         hidden: ort.OrtValue | None = None
         for index, stage in enumerate(self._streamed.stages):
             if only_cache and index > self._last_cached:
                 break
-            session = self._bound(stage, context, hidden)
+            entering = {} if hidden is None else {"hidden": hidden}
+            session = self._stages.bound(stage.forward, stage, self._adapter, context, entering)
             into: dict[str, Array] = {}
             if cache is not None and stage.cache:
                 names = {output: name.removeprefix("present.") for output, name in stage.cache.items()}
@@ -140,7 +131,7 @@ class StreamedModel:
             hidden = session.run_into(into, ["hidden.out"])["hidden.out"]
             if cache is not None and stage.cache:
                 cache.keep()
-            self._done(session)
+            self._stages.done(session)
         if cache is not None:
             cache.length += first.shape[1]
         assert hidden is not None  # there is at least one stage
@@ -150,7 +141,7 @@ class StreamedModel:
         """The output layer, some rows of it at a time, float32 `[batch, sequence, vocabulary]`."""
         layer = self._streamed.output_layer
         assert layer is not None
-        session = self._session(layer.graph)
+        session = self._stages.session(layer.graph)
         session.bind_values({"hidden": hidden})
         *lead, width = hidden.shape()
         logits = np.empty([*lead, layer.rows], np.float32)
@@ -159,58 +150,20 @@ class StreamedModel:
             last = min(first + step, layer.rows)
             session.bind(
                 {
-                    name: self._weights.rows(key, session.inputs[name], first, last)
+                    name: self._stages.weights.rows(key, session.inputs[name], first, last)
                     for name, key in layer.weights.items()
                 }
             )
             logits[..., first:last] = session.run_for(["logits"])["logits"].numpy()
-            self._weights.release()
+            self._stages.weights.release()
         session.unbind()
         return logits
-
-    def _done(self, session: GraphSession) -> None:
-        """Let go of what a run was given."""
-        session.unbind()
-        self._weights.release()
-
-    def _bound(self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None) -> GraphSession:
-        """The session of a stage's graph with everything bound."""
-        session = self._session(stage.forward)
-        self._bind_weights(session, stage.weights, stage.lookups, context)
-        session.bind({name: self._adapter[key] for name, key in stage.adapter.items()})
-        _bind(session, {name: context[key] for name, key in stage.context.items()})
-        if hidden is not None:
-            session.bind_values({"hidden": hidden})
-        return session
-
-    def _bind_weights(
-        self,
-        session: GraphSession,
-        weights: Mapping[str, str],
-        lookups: Mapping[str, str],
-        context: Mapping[str, Value],
-    ) -> None:
-        session.bind(bound_weights(self._weights, session.inputs, weights, lookups, context))
 
     def _no_past(self, rows: int) -> dict[str, Array]:
         cache = self.new_cache(rows, 0)
         return {} if cache is None else cache.past()
 
-    def _session(self, role: str) -> GraphSession:
-        if role not in self._sessions:
-            profile = self._profile and f"{self._profile}-{role}"
-            self._sessions[role] = GraphSession(
-                self._bundle, role, self._threads, shared_arena=True, profile=profile
-            )
-        return self._sessions[role]
-
 
 def output_rows(width: int) -> int:
     """Rows of an output layer of this width that are decoded at a time."""
     return max(_SLICE_VALUES // width, 1)
-
-
-def _bind(session: GraphSession, values: Mapping[str, Value]) -> None:
-    """Arrays, and outputs of other runs."""
-    session.bind_values({name: value for name, value in values.items() if isinstance(value, ort.OrtValue)})
-    session.bind({name: value for name, value in values.items() if not isinstance(value, ort.OrtValue)})

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -48,7 +49,7 @@ class Traced:
 
 
 class ModelSource(Protocol):
-    """A model to export: a transformers model (`loading.Source`) or an ONNX file (`onnx_file.OnnxFile`)."""
+    """A model to export: transformers (`transformers_model.Source`) or a file (`onnx_file.OnnxFile`)."""
 
     task: str
     name: str
@@ -100,6 +101,12 @@ class ModelSource(Protocol):
     def parameter_names(self) -> set[str]:
         """Names of all parameters that an adapter could replace."""
 
+    def parameters(self, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """The parameters whose names begin with one of `prefixes`, as PyTorch has them, by name."""
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """`(out_features, in_features)` of every linear module, by name."""
+
     def linear_names(self) -> list[str]:
         """Names of the linear modules but the output head of a language model."""
 
@@ -108,6 +115,13 @@ class ModelSource(Protocol):
 
     def has_matrix(self, module: str) -> bool:
         """Whether `module` is there and has a two-dimensional weight."""
+
+    def check_patterns(self, folder: Path) -> None:
+        """Refuse an adapter whose patterns PEFT could not match with the modules in a reasonable time.
+
+        Raises:
+            AdapterError: names the file.
+        """
 
     def resolve_targets(self, targets: Sequence[str]) -> list[str]:
         """Targets as a user names them, as (suffixes of) module names."""

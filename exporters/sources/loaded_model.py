@@ -94,3 +94,17 @@ class LoadedModel:
         """Whether `module` is there and has a two-dimensional weight."""
         weight = getattr(dict(self.model.named_modules()).get(module), "weight", None)
         return weight is not None and weight.ndim == 2
+
+    def parameters(self, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Those whose names begin so."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: value.detach() for name, value in named if name.startswith(prefixes)}
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """Of PyTorch's linears, and of those that GPT-2 has transposed."""
+        found: dict[str, tuple[int, int]] = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.nn.Linear | Conv1D):
+                rows, columns = module.weight.shape
+                found[name] = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+        return found

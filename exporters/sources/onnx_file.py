@@ -111,6 +111,17 @@ class OnnxFile:
         """Names of the float matrices, and of a head's bias."""
         return set(self.weights)
 
+    def parameters(self, prefixes: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Those of the float matrices, and of a head's bias, that begin so."""
+        return {name: value for name, value in self.weights.items() if name.startswith(prefixes)}
+
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """As the graph has them."""
+        return {name: (linear.out_features, linear.in_features) for name, linear in self.linears().items()}
+
+    def check_patterns(self, folder: Path) -> None:
+        """PEFT is not asked: slots are found by name."""
+
     def is_tied(self, weight: str) -> bool:
         """Whether a weight is multiplied by and looked up."""
         values = [value for value in self.model.graph.inputs if value.name == weight]

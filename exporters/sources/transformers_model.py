@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..passes.drop_cache import drop_cache
 from ..passes.shapes.from_inputs import take_sizes_from_inputs
 from .base import Traced
 from .loaded_model import LoadedModel
+from .peft_patterns import check_patterns
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .samples import keeps_keys_and_values, run_once, sample_inputs
 from .sentence_classifier import SentenceClassifier
@@ -65,6 +67,10 @@ class Source(LoadedModel):
     def own_training_graph(self) -> bool:
         """A language model has a cache, as a rule, which training has no use for."""
         return self.task == "text-generation"
+
+    def check_patterns(self, folder: Path) -> None:
+        """See `peft_patterns`."""
+        check_patterns(folder, self.model)
 
     def resolve_targets(self, targets: Sequence[str]) -> list[str]:
         """Targets as they are: suffixes of module names."""

@@ -44,7 +44,7 @@ EFFECT = 1e-6
 DRIFT = 0.7
 
 
-def verify_bundle(
+def verify_against_pytorch(
     folder: Path,
     source: Source,
     reference: Mapping[str, torch.Tensor],

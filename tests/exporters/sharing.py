@@ -17,7 +17,7 @@ import torch
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.exporters import pipeline
 from edgepeft.exporters.measure import bundle as memory
-from edgepeft.exporters.sources import loading, tracing
+from edgepeft.exporters.sources import tracing, transformers_model
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.transformers_model import Source
 
@@ -53,7 +53,7 @@ class Shared:
 @contextmanager
 def traces_shared(shared: Shared) -> Iterator[None]:
     """Let exports of equal models take one trace, bound to the weights of each."""
-    trace = loading.trace
+    trace = transformers_model.trace
 
     def trace_once(source: Source, *, with_past: bool = False) -> Traced:
         fresh: list[Traced] = []
@@ -69,7 +69,7 @@ def traces_shared(shared: Shared) -> Iterator[None]:
         model = ir.load(path)
         return Traced(model, _weights(model.graph, source.model))
 
-    with patch.object(loading, "trace", trace_once):
+    with patch.object(transformers_model, "trace", trace_once):
         yield
 
 

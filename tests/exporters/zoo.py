@@ -18,7 +18,7 @@ import transformers
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.memory_formula import MemoryFormula
-from edgepeft.exporters.sources import loading
+from edgepeft.exporters.sources import transformers_model
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.transformers_model import Source
 
@@ -203,7 +203,7 @@ def traced_once() -> Iterator[None]:
     """Let exports of one model share its trace, which takes most of the time, and leave memory
     unmeasured, which takes most of the rest."""
     traces: list[Traced] = []
-    trace = loading.trace
+    trace = transformers_model.trace
 
     def trace_once(source: Source, *, with_past: bool = False) -> Traced:
         if not traces:
@@ -212,7 +212,7 @@ def traced_once() -> Iterator[None]:
         return Traced(kept.model, {name: weight.clone() for name, weight in kept.weights.items()})
 
     with (
-        patch.object(loading, "trace", trace_once),
+        patch.object(transformers_model, "trace", trace_once),
         patch("edgepeft.exporters.measure.bundle.measure_peaks", lambda *_: ()),
         patch("edgepeft.exporters.measure.bundle.measure_chain_peaks", lambda *_, **__: ()),
         patch("edgepeft.exporters.measure.bundle.with_session", lambda _, __, tensors, *___: tensors),

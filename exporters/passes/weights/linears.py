@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import onnx_ir as ir
 
 from edgepeft.errors import ExportError
 
 _MARK = "edgepeft.linear"
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -105,13 +107,13 @@ def linear_products(weight: ir.Value) -> list[tuple[ir.Node, ir.Value]]:
     return list(_products(weight))
 
 
-def select(linears: dict[str, Linear], targets: Iterable[str]) -> dict[str, Linear]:
+def select(linears: Mapping[str, _Found], targets: Iterable[str]) -> dict[str, _Found]:
     """The linears whose module name is one of `targets` or ends with `.target` (PEFT's `target_modules`).
 
     Raises:
         ExportError: a target matches no linear.
     """
-    chosen: dict[str, Linear] = {}
+    chosen: dict[str, _Found] = {}
     for target in targets:
         matching = {
             name: linear for name, linear in linears.items() if name == target or name.endswith(f".{target}")

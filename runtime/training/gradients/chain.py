@@ -1,9 +1,8 @@
 """The training graph as a chain of stages that run one at a time, their weights mapped from the bundle."""
 
-import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,16 +15,14 @@ from edgepeft.errors import UsageError
 from ...memory.chain_cost import largest_stage_bytes
 from ...memory.plan import NOTHING_HELD, Held
 from ...memory.read_weights import ReadWeights
-from ...memory.weights import MappedWeights, Weights, bound_weights
+from ...memory.weights import MappedWeights, Weights
 from ...session import GraphSession
+from ...stages import Stages, Value, Values
 from ..state.buffers import TrainingState
 from .sliced_head import SlicedHead
 
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
-# onnxruntime has no types: an array, or an OrtValue of another run.
-Value: TypeAlias = Any
-Values: TypeAlias = dict[str, Any]
 Take: TypeAlias = Callable[[Collection[str]], None]
 
 
@@ -61,21 +58,18 @@ class Chain:
         partition = partition or bundle.manifest.partition
         if partition is None:
             raise UsageError(f"{bundle.path}: was exported without stages: export it again")
-        self._bundle, self._threads, self._profile = bundle, threads, profile
         self._partition = partition
         self._inputs = inputs
         self._held = held
-        self._weights: Weights
+        weights: Weights
         if held.cached:
-            self._weights = MappedWeights(bundle, stays=held.weights)
+            weights = MappedWeights(bundle, stays=held.weights)
         else:  # a stage's, and the next one's
-            self._weights = ReadWeights(bundle, 2 * largest_stage_bytes(bundle.manifest, partition))
-        self._sessions: dict[str, GraphSession] = {}
+            weights = ReadWeights(bundle, 2 * largest_stage_bytes(bundle.manifest, partition))
+        self._run = Stages(bundle, weights, threads, profile)
         self._stages = partition.stages_and_head
         sliced = partition.vocabulary_head
-        # Without a circle of references the file's maps go with the chain, not when the collector comes by.
-        own = weakref.proxy(self)
-        self._sliced = None if sliced is None else SlicedHead(sliced, own, self._weights)
+        self._sliced = None if sliced is None else SlicedHead(sliced, self._run)
 
     def evaluate(self, batch: Mapping[str, Array]) -> dict[str, npt.NDArray[np.float32]]:
         """`loss`, and the task's output where the head has it whole."""
@@ -88,7 +82,7 @@ class Chain:
             return {"loss": np.array(self._sliced.loss(hidden, batch["labels"]), np.float32)}
         session = self._bound(self._stages[-1].forward, self._stages[-1], context, hidden)
         outputs = session.run_for(list(session.outputs))
-        self._done(session)
+        self._run.done(session)
         return {name: value.numpy() for name, value in outputs.items()}
 
     def gradients(self, batch: Mapping[str, Array], state: TrainingState, take: Take | None = None) -> float:
@@ -151,27 +145,16 @@ class Chain:
                 loss = float(results["loss"].numpy())
             cotangent = results.get("hidden.cotangent")
             del hidden, values, results
-            self._done(session)
+            self._run.done(session)
         return loss
-
-    def session(self, role: str) -> GraphSession:
-        """The open session of a graph."""
-        if role not in self._sessions:
-            profile = self._profile and f"{self._profile}-{role}"
-            self._sessions[role] = GraphSession(
-                self._bundle, role, self._threads, shared_arena=True, profile=profile
-            )
-        return self._sessions[role]
 
     def end_profiles(self) -> dict[str, Path]:
         """The profile of every graph that ran, by role."""
-        return {role: session.end_profile() for role, session in self._sessions.items()}
+        return self._run.end_profiles()
 
     def close(self) -> None:
         """Free the sessions."""
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self._run.close()
 
     def _forward(
         self, stage: Stage, context: Mapping[str, Value], hidden: ort.OrtValue | None
@@ -179,12 +162,12 @@ class Chain:
         """What a stage hands on, and what its backward pass needs."""
         session = self._bound(stage.forward, stage, context, hidden)
         values = session.run_for(list(session.outputs))
-        self._done(session)
+        self._run.done(session)
         if stage.output is None:
             return values["hidden.out"], {}
         session = self._bound(stage.output, stage, context, hidden, values)
         out = session.run_for(["hidden.out"])["hidden.out"]
-        self._done(session)
+        self._run.done(session)
         return out, values
 
     def _enter(
@@ -201,30 +184,20 @@ class Chain:
             return {}
         session = self._bound(stage.forward, stage, context, hidden)
         values = session.run_for(list(session.outputs))
-        self._done(session)
+        self._run.done(session)
         return values
 
     def _prefetch(self, index: int) -> None:
         """Have the weights that a stage reads whole read, if there is such a stage."""
         if 0 <= index < len(self._stages):
             stage = self._stages[index]
-            self._weights.prefetch(key for name, key in stage.weights.items() if name not in stage.lookups)
+            self._run.weights.prefetch(
+                key for name, key in stage.weights.items() if name not in stage.lookups
+            )
 
-    def _done(self, session: GraphSession) -> None:
-        """Let go of what a run was given."""
-        session.unbind()
-        self._weights.release()
-
-    def _context(self, batch: Mapping[str, Array]) -> dict[str, Value]:
+    def _context(self, batch: Mapping[str, Array]) -> Values:
         """The batch, and what the stages share."""
-        context: dict[str, Value] = dict(batch)
-        if self._partition.context is not None:
-            session = self.session(self._partition.context)
-            session.bind({name: batch[name] for name in session.inputs if name in batch})
-            session.bind(bound_weights(self._weights, session.inputs, self._partition.context_weights))
-            context |= session.run_for(list(session.outputs))
-            self._done(session)
-        return context
+        return self._run.context(self._partition.context, self._partition.context_weights, batch)
 
     def _bound(
         self,
@@ -235,23 +208,11 @@ class Chain:
         kept: Values | None = None,
     ) -> GraphSession:
         """The session of a stage's graph with everything bound but a cotangent."""
-        session = self.session(role)
-        session.bind(bound_weights(self._weights, session.inputs, stage.weights, stage.lookups, context))
-        session.bind(
-            {name: self._inputs[key] for name, key in stage.adapter.items() if name in session.inputs}
-        )
-        shared = {name: context[key] for name, key in stage.context.items() if name in session.inputs}
         # The head takes labels, or whatever else its loss is made of, under their own names.
-        shared |= {name: context[name] for name in session.inputs if name in context}
-        if hidden is not None and "hidden" in session.inputs:
-            shared["hidden"] = hidden
-        shared |= {name: value for name, value in (kept or {}).items() if name in session.inputs}
-        for name, value in shared.items():
-            if isinstance(value, ort.OrtValue):
-                session.bind_values({name: value})
-            else:
-                session.bind({name: value})
-        return session
+        values = {**context, **(kept or {})}
+        if hidden is not None:
+            values["hidden"] = hidden
+        return self._run.bound(role, stage, self._inputs, context, values)
 
 
 def _first_uses(trained: Sequence[Mapping[str, str]]) -> list[list[str]]:

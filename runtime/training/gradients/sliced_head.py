@@ -1,7 +1,6 @@
 """What follows the stages of a chain: the loss, and the cotangent of what it is given."""
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,8 +8,8 @@ import onnxruntime as ort
 
 from edgepeft.bundle.wiring import VocabularyHead
 
-from ...memory.weights import Weights
 from ...session import GraphSession
+from ...stages import Stages
 
 Array = npt.NDArray[np.generic]
 
@@ -24,24 +23,16 @@ def slice_rows(width: int) -> int:
     return max(SLICE_VALUES // width, 1)
 
 
-class Sessions(Protocol):
-    """Where a head finds its graphs."""
-
-    def session(self, role: str) -> GraphSession:
-        """The open session of a graph."""
-
-
 class SlicedHead:
     """The output layer and the loss of a language model, a slice of the vocabulary at a time.
 
     Args:
         head: its wiring.
-        sessions: opens its graphs.
-        weights: of the weight file.
+        stages: opens its graphs, and has the weights.
     """
 
-    def __init__(self, head: VocabularyHead, sessions: Sessions, weights: Weights) -> None:
-        self._head, self._sessions, self._weights = head, sessions, weights
+    def __init__(self, head: VocabularyHead, stages: Stages) -> None:
+        self._head, self._stages = head, stages
 
     def loss(self, hidden: ort.OrtValue, labels: Array) -> float:
         """The loss.
@@ -57,7 +48,7 @@ class SlicedHead:
         nothing = {name: np.zeros(hidden.shape(), np.float32) for name in ("spread", "label_rows")}
         found = self._gathered(self._head.spread, hidden, labels, nothing)
         loss, share = self._loss(labels, found)
-        graph = self._sessions.session(self._head.cotangent)
+        graph = self._stages.session(self._head.cotangent)
         graph.bind_values({"share": share, **{name: found[name] for name in nothing}})
         cotangent = graph.run_for(["cotangent"])["cotangent"]
         graph.unbind()
@@ -68,7 +59,7 @@ class SlicedHead:
     ) -> dict[str, ort.OrtValue]:
         """Each position's log-normalizer and the logit of its label, and what `begin` begins with."""
         positions = (*hidden.shape()[:2], 1)
-        graph = self._sessions.session(role)
+        graph = self._stages.session(role)
         graph.bind({"labels": labels, **begin})
         graph.bind({"log_z": np.full(positions, _LOWEST), "picked": np.zeros(positions, np.float32)})
         graph.bind_values({"hidden": hidden})
@@ -79,13 +70,13 @@ class SlicedHead:
             outputs = graph.run_for([f"{name}.out" for name in names])
             found = {name: outputs[f"{name}.out"] for name in names}
             graph.bind_values(found)
-            self._weights.release()
+            self._stages.weights.release()
         graph.unbind()
         return found
 
     def _loss(self, labels: Array, found: Mapping[str, ort.OrtValue]) -> tuple[float, ort.OrtValue]:
         """The loss, and each position's share of it."""
-        graph = self._sessions.session(self._head.loss)
+        graph = self._stages.session(self._head.loss)
         graph.bind({"labels": labels})
         graph.bind_values({name: found[name] for name in ("log_z", "picked")})
         outputs = graph.run_for(["loss", "share"])
@@ -101,7 +92,7 @@ class SlicedHead:
         following = min(2 * last - first, self._head.rows)
         for name, key in self._head.weights.items():
             spec = session.inputs[name]
-            session.bind({name: self._weights.rows(key, spec, first, last)})
+            session.bind({name: self._stages.weights.rows(key, spec, first, last)})
             if last < following:
-                self._weights.prefetch_rows(key, spec, last, following)
+                self._stages.weights.prefetch_rows(key, spec, last, following)
         session.bind({"first": np.array(first, np.int64)})

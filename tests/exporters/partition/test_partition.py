@@ -108,7 +108,7 @@ def both_ways(folder: Path, batch: models.Batch) -> tuple[float, float, Training
     evaluated = chain.evaluate(arrays)
     assert evaluated["loss"] == pytest.approx(losses[0], rel=1e-6, abs=2e-6)
     chain.close()
-    weights = weakref.ref(chain._weights)
+    weights = weakref.ref(chain._run.weights)
     del chain
     assert (
         weights() is None

@@ -5,7 +5,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from edgepeft.exporters.sources import loading
+from edgepeft.exporters.sources import transformers_model
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.loading import load_source
 from edgepeft.exporters.sources.transformers_model import Source
@@ -15,14 +15,14 @@ from .. import models
 
 def test_a_decoder_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its graph to train is a copy without the cache, for any length and with no input or size of a past."""
-    trace, traced = loading.trace, 0
+    trace, traced = transformers_model.trace, 0
 
     def counted(source: Source, **options: Any) -> Traced:
         nonlocal traced
         traced += 1
         return trace(source, **options)
 
-    monkeypatch.setattr(loading, "trace", counted)
+    monkeypatch.setattr(transformers_model, "trace", counted)
     source = load_source(models.llama(tied=True))
     for _ in range(2):
         generating, training = (source.trace(training=each).model.graph for each in (False, True))

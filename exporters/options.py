@@ -1,0 +1,86 @@
+"""What a caller may choose about an export, checked before anything is loaded."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from edgepeft.errors import UsageError
+
+from .quantize.blockwise import BLOCK_SIZES
+
+#: Name of the adapter that `rank` makes.
+STARTING_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Options of `edgepeft.export`.
+
+    Attributes:
+        task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
+        bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
+            where None. An ONNX file that is quantized already keeps its weights as they are.
+        block_size: weights that share a scale, at 4 and 8 bits.
+        adapters: PEFT LoRA folders by the name they get in the bundle.
+        labels: classes of a new classification head.
+        rank: makes a fresh adapter named `default` of this rank.
+        targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
+            `adapters`, or every linear but the output head where there are none. Of an ONNX file also names
+            of nodes and of initializers.
+        lora_alpha: of the fresh adapter; twice the rank where None.
+        loss: a loss other than the task's own: `triplet`, for feature-extraction.
+        drift_penalty: let the loss also count how far the logits drift from the base model's.
+        calibration: records (a JSONL file by path, or mappings) that are like what the model will read, a few
+            hundred: at 4 and 8 bits the linears are quantized so that what they compute of these comes
+            nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8.
+            None: each weight is rounded to the nearest.
+        train: also write the training graphs.
+        verify: compare logits, losses, gradients and what is generated with PyTorch (of an ONNX file:
+            outputs with the file's, gradients with finite differences), and refuse a bundle that differs.
+            Tokens, chat templates and labels, which take no time, are compared in any case.
+        seed: draws a new head and a fresh adapter.
+        force: take adapters that say they were trained on another base.
+
+    Raises:
+        UsageError: an option cannot be used.
+    """
+
+    task: str | None = None
+    bits: int | None = None
+    block_size: int = 32
+    adapters: Mapping[str, str | Path] | None = None
+    labels: Sequence[str] | None = None
+    rank: int | None = None
+    targets: Sequence[str] | None = None
+    lora_alpha: int | None = None
+    loss: str | None = None
+    drift_penalty: bool = False
+    calibration: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
+    train: bool = True
+    verify: bool = True
+    seed: int = 0
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bits not in (None, 4, 8, 16, 32):
+            raise UsageError(f"bits must be 4, 8, 16 or 32, got {self.bits}")
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise UsageError(f"block_size must be one of {sizes}, got {self.block_size}")
+        if self.rank is not None and STARTING_ADAPTER in (self.adapters or {}):
+            raise UsageError(
+                f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"
+            )
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Self:
+        """Options from keyword arguments.
+
+        Raises:
+            UsageError: there is none of that name.
+        """
+        known = [item.name for item in fields(cls)]
+        if unknown := sorted(options.keys() - set(known)):
+            raise UsageError(f"export takes no option {unknown[0]!r}: it takes {', '.join(known)}")
+        return cls(**options)

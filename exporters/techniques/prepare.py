@@ -1,0 +1,88 @@
+"""The adapters of an export: read, checked against the base, and completed by a fresh one."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgepeft.adapters import Adapter, check_base, load_adapter
+from edgepeft.errors import AdapterError
+
+from ..options import STARTING_ADAPTER, ExportOptions
+from ..sources.base import ModelSource
+from .fresh import LoraOptions, write_fresh_adapter
+from .stored_modules import prepare_stored
+
+Report = Callable[[str], None]
+
+
+@dataclass
+class Adapters:
+    """Adapters by name, and the folders that PEFT reads the same from."""
+
+    loaded: dict[str, Adapter]
+    folders: dict[str, Path]
+
+    @property
+    def modules(self) -> list[str]:
+        """Modules that have a LoRA in one of them."""
+        return [module for adapter in self.loaded.values() for module in adapter.modules]
+
+
+def read_adapters(options: ExportOptions) -> Adapters:
+    """Those that were given, before the model is loaded.
+
+    Raises:
+        AdapterError: a folder holds none that can be used.
+    """
+    folders = {name: Path(folder) for name, folder in (options.adapters or {}).items()}
+    return Adapters({name: load_adapter(folder) for name, folder in folders.items()}, folders)
+
+
+def prepare_adapters(
+    adapters: Adapters, source: ModelSource, base: str, options: ExportOptions, scratch: Path, report: Report
+) -> Adapters:
+    """The same, fitted to the source, and a fresh one where a rank was asked for.
+
+    Args:
+        source: is made ready to have replaced what adapters store whole.
+        base: its fingerprint.
+        scratch: a folder for the fresh adapter.
+
+    Raises:
+        AdapterError: one does not fit the model, or was trained on another.
+        UsageError: a fresh one cannot be made.
+    """
+    _check_modules(adapters.loaded, source)
+    for folder in adapters.folders.values():
+        source.check_patterns(folder)
+    loaded, folders = prepare_stored(adapters.loaded, source, report), dict(adapters.folders)
+    if options.rank is not None:
+        folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
+        targets = None if options.targets is None else source.resolve_targets(options.targets)
+        fresh = LoraOptions(options.rank, targets, options.lora_alpha, options.seed)
+        write_fresh_adapter(source, folder, fresh)
+        loaded[STARTING_ADAPTER] = load_adapter(folder)
+        _check_modules({STARTING_ADAPTER: loaded[STARTING_ADAPTER]}, source)
+    for name, adapter in loaded.items():
+        if not options.force:
+            check_base(adapter, base)
+        loaded[name] = dataclasses.replace(adapter, base=base)
+    return Adapters(loaded, folders)
+
+
+def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None:
+    """Name the first module of an adapter that this model does not have, or has in another size."""
+    called = source.called_linears() if adapters else set()
+    for adapter in adapters.values():
+        for name in adapter.modules:
+            if not source.has_matrix(name):
+                raise AdapterError(
+                    f"{adapter.origin}: module {name} is no linear of {source.name}: "
+                    "the adapter was made for another base"
+                )
+            if name not in called:
+                raise AdapterError(
+                    f"{adapter.origin}: {source.name} never calls its module {name} but hands its weight to "
+                    "a function, so PEFT's LoRA has no effect there: train an adapter without it"
+                )
