@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # The exact versions that were run, for what is installed and for what builds it.
 PINNED := PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt)
 
-.PHONY: demo test test-device test-oldest test-newest lint docs docs-memory docs-site wheel constraints
+.PHONY: demo test test-device test-oldest test-newest lint types packages docs docs-memory docs-site wheel constraints
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
@@ -47,14 +47,22 @@ constraints:
 	mv constraints.new constraints.txt
 	rm -rf .venv-constraints
 
-# mypy finds packages that setuptools maps only where they are laid out as installed, so it reads a built wheel.
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed
-	$(BIN)/python -m build --outdir build/typed .
-	$(BIN)/pip install --quiet --no-deps --target build/typed/site build/typed/*.whl
-	cd build/typed && MYPYPATH=site $(abspath $(BIN))/mypy --config-file ../../pyproject.toml -p edgepeft
+	$(BIN)/codespell
+	$(MAKE) types
+
+# On its own (a commit hook calls it) it installs nothing.
+types: packages
+	cd build/packages && $(abspath $(BIN))/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p edgepeft
+
+# mypy and mkdocstrings find packages that setuptools maps only where they are laid out as they are installed.
+packages:
+	rm -rf build/packages
+	mkdir -p build/packages
+	cp -rp edgepeft build/packages
+	cp -rp exporters runtime build/packages/edgepeft
 
 docs: $(STAMP)
 	$(BIN)/python docs/generate_cli.py
@@ -62,13 +70,9 @@ docs: $(STAMP)
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
 
-# The pages of docs/ and the API as a site, in build/site; a warning is an error. mkdocstrings reads the packages
-# where they are imported from, which is not where they lie here. (`--quiet` would hide warnings from `--strict`.)
-docs-site: $(STAMP)
-	rm -rf build/api
-	mkdir -p build/api
-	cp -r edgepeft build/api
-	cp -r exporters runtime build/api/edgepeft
+# The pages of docs/ and the API as a site, in build/site; a warning is an error (`--quiet` would hide warnings from
+# `--strict`).
+docs-site: $(STAMP) packages
 	$(BIN)/python -m mkdocs build --strict
 
 wheel: $(STAMP)

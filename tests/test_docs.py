@@ -68,6 +68,13 @@ def headings(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
 
 
+def test_the_index_of_decisions_lists_every_page():
+    folder = ROOT / "docs" / "decisions"
+    index = (folder / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- \[.+?\]\((\w+\.md)\): ", index, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(page.name for page in folder.glob("*.md") if page.name != "README.md")
+
+
 def tree(error: type[errors.EdgePeftError] = errors.EdgePeftError) -> list[type[errors.EdgePeftError]]:
     """An error and all that derive from it, in the order of their definitions."""
     return [error, *(below for child in error.__subclasses__() for below in tree(child))]

@@ -15,7 +15,7 @@ def register_shared_arena() -> None:
 
     It asks the system for regions, each twice as large as the last: what no tensor has been in yet takes no
     memory, and within a region a free place beside another is one place. An arena that asks for every tensor
-    apart keeps a place of each size that it ever had: `docs/decisions.md` has the figures.
+    apart keeps a place of each size that it ever had: `docs/decisions/memory.md` has the figures.
     """
     _register(_MIB)
 

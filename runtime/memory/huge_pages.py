@@ -1,7 +1,8 @@
 """Huge pages for memory that is read from end to end for every token.
 
 With pages of 4 KiB, 86 MB of weights are 21,000 addresses to translate a token, more than a processor
-remembers, and its prefetching stops at the end of each. `docs/decisions.md` has what huge pages are worth.
+remembers, and its prefetching stops at the end of each. `docs/decisions/generation.md` has what huge pages
+are worth.
 Source: madvise(2), MADV_COLLAPSE (Linux 6.1); mincore(2); `Documentation/admin-guide/mm/transhuge.rst`.
 """
 

@@ -18,7 +18,7 @@ from .ridge import SCALES, Fit, Ridge
 Array = npt.NDArray[np.generic]
 FloatArray = npt.NDArray[np.float32]
 
-# Chosen on ten sets of texts of 4 to 60 records a class, 12 draws of each: docs/decisions.md.
+# Chosen on ten sets of texts of 4 to 60 records a class, 12 draws of each: docs/decisions/classifier_head.md.
 _LEAST_PENALTY = 1.0
 
 

@@ -30,9 +30,9 @@ from .. import models
 
 pytestmark = pytest.mark.versions
 
-DECISIONS = Path(__file__).parents[3] / "docs" / "decisions.md"
+DECISIONS = Path(__file__).parents[3] / "docs" / "decisions" / "dependencies.md"
 #: Module, names and what changed in which version, of all that is not documented as stable.
-#: `docs/decisions.md` says what each is for.
+#: `docs/decisions/dependencies.md` says what each is for.
 LEANS = [
     (
         "transformers.exporters.exporter_onnx",

@@ -19,8 +19,9 @@ from .. import tiny
 
 LINES = [
     line
-    for page in ("decisions.md", "memory.md", "troubleshooting.md")
-    for line in (Path(__file__).parents[3] / "docs" / page).read_text("utf-8").splitlines()
+    for pages in ("decisions/*.md", "memory.md", "troubleshooting.md")
+    for page in sorted((Path(__file__).parents[3] / "docs").glob(pages))
+    for line in page.read_text("utf-8").splitlines()
 ]
 
 
