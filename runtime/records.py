@@ -1,5 +1,6 @@
 """Records: JSON lines as the Hugging Face world writes them, or mappings from Python."""
 
+import codecs
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
@@ -19,6 +20,7 @@ STANDARD_INPUT = "-"
 
 _MAX_LINE_BYTES = 2**24
 _PIECE_BYTES = 2**16
+_PACKED = ((b"\x1f\x8b", "gzip", "gunzip"), (b"(\xb5/\xfd", "zstd", "unzstd"), (b"\xfd7zXZ", "xz", "unxz"))
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def _lines(file: BinaryIO, name: str, folder: Path) -> Iterator[Record]:
         where = f"{name}:{number}"
         if len(line) == _PIECE_BYTES and not line.endswith(b"\n"):
             line += _rest(file, where)
-        if line.strip():
+        if line.removeprefix(codecs.BOM_UTF8).strip():
             yield Record(where, _parse(line, where), folder)
 
 
@@ -142,8 +144,8 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where}: is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1}): save the "
-            "file as UTF-8, such as with iconv -f latin1 -t utf-8"
+            f"{where}: is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start + 1}): "
+            f"{_advice(line)}"
         ) from error
     try:
         fields = json.loads(text)
@@ -155,3 +157,12 @@ def _parse(line: bytes, where: str) -> Mapping[str, Any]:
             f'{where}: is a JSON {type(fields).__name__}, expected an object such as {{"text": …}}'
         )
     return fields
+
+
+def _advice(line: bytes) -> str:
+    """What to do with a line that is not UTF-8."""
+    for beginning, name, unpack in _PACKED:
+        if line.startswith(beginning):
+            return f"it is packed with {name}, unpack it first with {unpack}"
+    encoding = "utf-16" if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "latin1"
+    return f"save the file as UTF-8, such as with iconv -f {encoding} -t utf-8"

@@ -84,6 +84,8 @@ class TokenTask(Task):
             DataError: it does not, or an id is outside the vocabulary.
         """
         value = record.fields.get(field)
+        if value is None and field in record.fields:
+            raise DataError(f"{record.where}: {field} is null, expected a text or a list of token ids")
         if value is None:
             raise DataError(f"{record.where}: lacks the field {field!r}, it has {field_names(record)}")
         if isinstance(value, np.ndarray):

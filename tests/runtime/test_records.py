@@ -1,6 +1,8 @@
 """Records: what each task reads, and one error with its line for what it cannot."""
 
+import codecs
 import dataclasses
+import gzip
 import io
 import json
 import sys
@@ -56,6 +58,8 @@ def test_lines_come_one_at_a_time_with_their_numbers(tmp_path: Path) -> None:
         (b'["a"]', "is a JSON list"),
         (b"[", r"write one object a line, as jq -c '\.\[\]' makes them of an array"),
         (b"3", "is a JSON int"),
+        ('{"text": "a"}'.encode("utf-16"), "save the file as UTF-8, such as with iconv -f utf-16"),
+        (gzip.compress(b'{"text": "a"}'), "it is packed with gzip, unpack it first with gunzip"),
         (b'{"text": "\xff"}', r"is not UTF-8 \(byte 0xff at 11\): save the file as UTF-8"),
         (b"[" * 100_000, "is not JSON"),
         (b'"' + b"x" * 2**24, "longer than"),
@@ -70,7 +74,7 @@ def test_a_broken_line_is_named(tmp_path: Path, line: bytes, message: str) -> No
     assert f"{path}:2" in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n \n"])
+@pytest.mark.parametrize("content", [b"", b"\n\n \n", codecs.BOM_UTF8, codecs.BOM_UTF8 + b"\r\n"])
 def test_no_records_at_all(tmp_path: Path, content: bytes) -> None:
     """An empty file, a file of empty lines, an empty list."""
     path = tmp_path / "data.jsonl"
@@ -195,7 +199,7 @@ def test_text_and_ids_are_the_same_record(classify: Task) -> None:
         ({"text": "w1"}, 'needs a "label"'),
         ({"label": "red"}, "has the fields 'label'"),
         ({"text": 3, "label": "red"}, "text is 3, expected a text"),
-        ({"text": None, "label": "red"}, "lacks the field 'text'"),
+        ({"text": None, "label": "red"}, "text is null, expected a text"),
         ({"text": "", "label": "red"}, "text is empty"),
         ({"text": "\ud800", "label": "red"}, "not valid Unicode"),
         ({"input_ids": [1, 24], "label": "red"}, "holds token 24"),
