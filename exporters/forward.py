@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
+from edgepeft.slots import Slot
 
 from .decoder.build import Decoder, build_decoder
 from .graph import tidy
@@ -26,14 +27,13 @@ from .techniques.whole import keep_saved_modules
 
 @dataclass
 class Forward:
-    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SavedModule.default`;
+    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SlotTensor.default`;
     `decoder` is the graph that generates, where there is one, and `linear_head` the layer that makes a
     classifier's outputs, if it is one."""
 
     model: ir.Model
     model_inputs: tuple[str, ...]
-    slots: tuple[LoraSlot, ...]
-    saved_modules: tuple[SavedModule, ...]
+    slots: tuple[Slot, ...]
     saved_values: dict[str, torch.Tensor]
     decoder: Decoder | None = None
     linear_head: LinearHead | None = None
@@ -87,9 +87,10 @@ def build_forward(
     tidy(traced.model)
     values = {
         name: traced.weights[name].T.contiguous() if name in traced.turned else traced.weights[name]
-        for name in (module.default for module in saved)
+        for name in (tensor.default for slot in saved for tensor in slot.tensors)
+        if name is not None
     }
-    forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
+    forward = Forward(traced.model, model_inputs, (*slots, *saved), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")
     if plain is not None:

@@ -159,8 +159,8 @@ def export(
         report("tracing and quantizing the inference graph")
         inference = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for name, adapter in loaded.items():
-            loaded[name] = without_unused(adapter, inference.saved_modules, report)
-            fit(loaded[name], inference.slots, inference.saved_modules)
+            loaded[name] = without_unused(adapter, inference.slots, report)
+            fit(loaded[name], inference.slots)
         forward = inference
         if train and source.own_training_graph:
             report("quantizing the training graph")

@@ -4,15 +4,15 @@ from collections.abc import Collection, Iterable
 
 import onnx_ir as ir
 
-from edgepeft.bundle.manifest import SavedModule
+from edgepeft.slots import PREFIX, Slot
+from edgepeft.techniques import whole
 
 from ..graph import transposed_input
-from .lora import PEFT_PREFIX
 
 
 def keep_saved_modules(
     graph: ir.Graph, weights: dict[str, ir.Value], modules: Iterable[str], turned: Collection[str] = ()
-) -> list[SavedModule]:
+) -> list[Slot]:
     """Rename the weight inputs of `modules` to PEFT's state-dict keys and take them out of `weights`; what
     nothing reads stays there. Those in `turned` become inputs as PyTorch and PEFT have them.
     """
@@ -26,14 +26,6 @@ def keep_saved_modules(
             graph.inputs.append(value)
         assert value.shape is not None
         owner, parameter = name.rsplit(".", 1)
-        value.name = f"{PEFT_PREFIX}{name}"
-        saved.append(
-            SavedModule(
-                module=owner,
-                parameter=parameter,
-                input=value.name,
-                shape=tuple(value.shape.numpy()),
-                default=name,
-            )
-        )
+        value.name = f"{PREFIX}{name}"
+        saved.append(whole.new_slot(owner, parameter, value.shape.numpy(), name))
     return saved

@@ -331,8 +331,8 @@ def test_layers_packed_in_one_product_have_slots_of_their_own() -> None:
     feeds: Feeds = {"x": random(5, 16)}
     expected = feeds["x"] @ weight
     for seed, slot in enumerate(slots):
-        a, b = random(16, 3, seed=10 + seed), random(3, slot.out_features, seed=20 + seed)
-        feeds |= {slot.a_input: a, slot.b_input: b, slot.scaling_input: np.full(3, 0.5, np.float32)}
+        a, b = random(16, 3, seed=10 + seed), random(3, parts[slot.module].out_features, seed=20 + seed)
+        feeds |= dict(zip(slot.inputs, (a, b, np.full(3, 0.5, np.float32)), strict=True))
         part = parts[slot.module]
         expected[:, part.first : part.first + part.out_features] += 0.5 * feeds["x"] @ a @ b
     np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=0, atol=1e-4)

@@ -152,10 +152,9 @@ def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
     feeds: dict[str, np.ndarray] = {}
     deltas = {}
     for slot in slots:
-        a = rng.standard_normal((slot.in_features, rank)).astype(np.float32)
-        b = rng.standard_normal((rank, slot.out_features)).astype(np.float32)
+        a, b = (rng.standard_normal(tensor.sized(rank)).astype(np.float32) for tensor in slot.tensors[:2])
         scaling = rng.standard_normal(rank).astype(np.float32)
-        feeds |= {slot.a_input: a, slot.b_input: b, slot.scaling_input: scaling}
+        feeds |= dict(zip(slot.inputs, (a, b, scaling), strict=True))
         deltas[slot.module] = torch.from_numpy(((a * scaling) @ b).T.copy())
     np.testing.assert_allclose(
         toy.run(**feeds), toy.expected(freezer.reference, **deltas), rtol=1e-3, atol=5e-3
@@ -166,7 +165,7 @@ def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     toy = Toy()
     weights = dict(toy.inputs)
     saved = keep_saved_modules(toy.model.graph, weights, ["down"])
-    assert [(item.input, item.shape) for item in saved] == [
+    assert [(slot.tensors[0].input, slot.tensors[0].shape) for slot in saved] == [
         ("base_model.model.down.weight", (WIDTH, HIDDEN)),
         ("base_model.model.down.bias", (WIDTH,)),
     ]
@@ -175,7 +174,7 @@ def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     freezer.freeze(toy.model.graph, {name: (value, toy.weights[name]) for name, value in weights.items()})
     tidy(toy.model)
     replaced = {**toy.weights, "down.weight": torch.ones(WIDTH, HIDDEN), "down.bias": torch.zeros(WIDTH)}
-    feeds = {item.input: replaced[item.default].numpy() for item in saved}
+    feeds = {slot.inputs[0]: replaced[slot.tensors[0].neutral].numpy() for slot in saved}
     np.testing.assert_allclose(toy.run(**feeds), toy.expected(replaced), rtol=1e-4, atol=1e-3)
 
 
