@@ -9,31 +9,41 @@ axes of x, `[batch, 1, …, rank]`: every row of the batch then has an adapter o
 Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from edgepeft.errors import ExportError
-from edgepeft.slots import SIZE, Slot
+from edgepeft.slots import LORA, SIZE, Slot
 from edgepeft.techniques import lora
 
 from ..graph import add_behind, append, graph_input, initializer
-from ..passes.weights.linears import Linear
+from ..passes.weights.linears import Linear, select
+from .base import BaseGraph, GraphTechnique
 
 
-def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[Slot]:
-    """Give each of `linears` a slot; the caller sorts the graph afterwards.
+class Lora(GraphTechnique[Linear]):
+    """Its sites are linear modules."""
 
-    Raises:
-        ExportError: the shape of a linear's output is unknown.
-    """
-    slots = []
-    for index, linear in enumerate(linears):
-        slot = lora.new_slot(linear.module, linear.in_features, linear.out_features, _activation_axes(linear))
-        _insert(graph, linear, slot, f"rank_{index}")
-        slots.append(slot)
-    return slots
+    name = LORA
+
+    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
+        """The linears that these are the names of, or the ends of names."""
+        return list(select(base.linears, modules).values())
+
+    def insert(self, base: BaseGraph, sites: Sequence[Linear]) -> list[Slot]:
+        slots = []
+        for index, linear in enumerate(sites):
+            slot = lora.new_slot(
+                linear.module, linear.in_features, linear.out_features, _activation_axes(linear)
+            )
+            _insert(base.graph, linear, slot, f"rank_{index}")
+            slots.append(slot)
+        return slots
+
+
+TECHNIQUE = Lora()
 
 
 def _activation_axes(linear: Linear) -> int:

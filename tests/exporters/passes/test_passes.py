@@ -14,8 +14,8 @@ from edgepeft.exporters.passes.attention.standard import simplify_attention
 from edgepeft.exporters.passes.weights.linears import find_embeddings, find_linears, select
 from edgepeft.exporters.quantize.blockwise import quantize
 from edgepeft.exporters.quantize.freeze import Freezer
-from edgepeft.exporters.techniques.lora import insert_lora_slots
-from edgepeft.exporters.techniques.whole import keep_saved_modules
+from edgepeft.exporters.techniques import graph_technique, insert_slots
+from edgepeft.exporters.techniques.base import BaseGraph
 
 VOCABULARY, WIDTH, HIDDEN = 48, 64, 32
 
@@ -146,7 +146,9 @@ def test_a_row_that_no_block_divides_is_kept_in_half_precision() -> None:
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
     toy = Toy()
-    slots = insert_lora_slots(toy.model.graph, [toy.linears()[name] for name in ("up", "down")])
+    base = BaseGraph(toy.model.graph, {}, toy.linears())
+    technique = graph_technique("lora")
+    slots = insert_slots(base, {"lora": technique.sites(base, ["up", "down"])})["lora"]
     freezer = toy.freeze(bits)
     rng = np.random.default_rng(rank)
     feeds: dict[str, np.ndarray] = {}
@@ -164,7 +166,8 @@ def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
 def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     toy = Toy()
     weights = dict(toy.inputs)
-    saved = keep_saved_modules(toy.model.graph, weights, ["down"])
+    base = BaseGraph(toy.model.graph, weights)
+    saved = insert_slots(base, {"whole": graph_technique("whole").sites(base, ["down"])})["whole"]
     assert [(slot.tensors[0].input, slot.tensors[0].shape) for slot in saved] == [
         ("base_model.model.down.weight", (WIDTH, HIDDEN)),
         ("base_model.model.down.bias", (WIDTH,)),
