@@ -21,8 +21,6 @@ class Held(Protocol):
     """What a technique sees of an adapter; see `edgepeft.adapters.Adapter`."""
 
     @property
-    def config(self) -> dict[str, Any]: ...
-    @property
     def tensors(self) -> dict[str, FloatArray]: ...
     @property
     def origin(self) -> str: ...
@@ -187,7 +185,7 @@ def difference(slot: Slot, expected: Slot) -> str | None:
         for field, value in vars(item).items():
             if getattr(got, field) != value and (field != "input" or item.key is not None):
                 return f"has {field} {getattr(got, field)!r} for {item.name}, expected {value!r}"
-    for field in ("site", "settings"):
+    for field in ("site", "settings", "activation_axes"):
         if getattr(slot, field) != getattr(expected, field):
             return f"has {field} {getattr(slot, field)!r}, expected {getattr(expected, field)!r}"
     return None

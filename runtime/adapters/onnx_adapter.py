@@ -4,8 +4,8 @@ The parameters of such a file are the adapter inputs of a bundle's inference gra
 graph's layout: those of every slot, with its neutral values where the adapter has nothing (a LoRA of rank 0,
 the base's own saved module). So a program that has onnxruntime alone runs the graph with
 `RunOptions.add_active_adapter` and feeds nothing but the model's inputs. Python's `InferenceSession.run` asks
-for all inputs nevertheless: there, feed what
-`AdapterFormat.read_adapter(path).get_parameters()` returns with `run_with_ort_values`.
+for all inputs nevertheless: there, feed what `AdapterFormat.read_adapter(path).get_parameters()` returns with
+`run_with_ort_values`.
 
 The format has no place for PEFT's configuration, which is made anew when a file is read: values and scalings
 come back bit for bit, and what the graph computes with them is the same.

@@ -158,6 +158,7 @@ A_TENSOR, HEAD_TENSOR = (*SLOT, "tensors", 0), ("slots", 1, "tensors", 0)
         (put(*HEAD_TENSOR, "neutral", value="dense"), "its default is"),
         (put(*HEAD_TENSOR, "neutral", value="ones"), "with the default 'ones', expected sizes and a weight"),
         (put(*HEAD_TENSOR, "shape", value=[3, "size"]), "its default is"),
+        (put("slots", 1, "activation_axes", value=2), "activation_axes 2, expected 0"),
         (put(*HEAD_TENSOR, "input", value=tiny.A), "belongs to two slots"),
         (
             put(*HEAD_TENSOR, "input", value="attention_mask"),
