@@ -1,7 +1,7 @@
 """What a technique does to a graph: where it may be applied, and the operators that apply it."""
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -27,7 +27,7 @@ class BaseGraph:
 
     graph: ir.Graph
     weights: dict[str, ir.Value]
-    linears: Mapping[str, Linear] = field(default_factory=dict)
+    linears: dict[str, Linear] = field(default_factory=dict)
     turned: Collection[str] = ()
 
 

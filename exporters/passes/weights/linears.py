@@ -105,7 +105,7 @@ def linear_products(weight: ir.Value) -> list[tuple[ir.Node, ir.Value]]:
     return list(_products(weight))
 
 
-def select(linears: Mapping[str, Linear], targets: Iterable[str]) -> dict[str, Linear]:
+def select(linears: dict[str, Linear], targets: Iterable[str]) -> dict[str, Linear]:
     """The linears whose module name is one of `targets` or ends with `.target` (PEFT's `target_modules`).
 
     Raises:
