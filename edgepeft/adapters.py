@@ -1,14 +1,11 @@
-"""PEFT LoRA adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`, read and written
-as is.
+"""PEFT adapters: a folder with `adapter_config.json` and `adapter_model.safetensors`, read and written as is.
 
-Keys are PEFT's state-dict keys: `base_model.model.<module>.lora_A.weight` `[r, in_features]`,
-`….lora_B.weight` `[out_features, r]`, and whole parameters of `modules_to_save` such as
-`base_model.model.classifier.weight`.
+Keys are PEFT's state-dict keys: those of the adapter's technique (`edgepeft.techniques`) and whole parameters
+of `modules_to_save` such as `base_model.model.classifier.weight`.
 """
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -16,11 +13,13 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from .bundle.manifest import LinearHead, LoraSlot, SavedModule
 from .errors import AdapterError
 from .files import atomic_folder, atomic_write
 from .foreign_adapters import foreign_format
-from .patterns import ModulePatterns
+from .slots import PREFIX as PREFIX
+from .slots import WHOLE, Slot
+from .techniques import of_config
+from .techniques.base import PeftTechnique
 from .tensor_files import read_metadata, read_tensors, write_tensors
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
@@ -28,7 +27,6 @@ StoredDtype: TypeAlias = Literal["float16", "float32"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 BASE_KEY = "edgepeft_base"
 """Where the tensors' file has the base, in its metadata: PEFT ignores what it does not know there, and warns
 of what it does not know in the configuration."""
@@ -49,39 +47,15 @@ TASK_TYPES = {
 """PEFT's task types, which decide what an adapter saves beside its LoRA (a classification head). PEFT has
 none for images and recordings."""
 
-_A, _B = ".lora_A.weight", ".lora_B.weight"
 # What PEFT's wrapper of a saved module holds besides, where all of an embedding is stored: the base's own,
 # and the adapter's once more.
 _WRAPPED = (".original_module.", ".modules_to_save.")
 _MAX_CONFIG_BYTES = 2**20
-# Options that make the layer something else than y += scaling * B(A(x)), by the value that switches them off.
-_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "bias": ("none", None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    # Every other initialization (PiSSA, OLoRA, CorDA, LoftQ, …) also changes the base's weights.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
-}
-_REFUSED_KEYS = {
-    "lora_embedding_A": "a LoRA on an embedding",
-    "lora_embedding_B": "a LoRA on an embedding",
-    "lora_magnitude_vector": "DoRA",
-    "lora_B.bias": "lora_bias",
-}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA adapter.
+    """One adapter.
 
     Attributes:
         config: `adapter_config.json` as PEFT wrote it, unknown keys included.
@@ -89,6 +63,7 @@ class Adapter:
         origin: where it came from, for messages.
         base: fingerprint of the base it was trained on (`Manifest.base`); None where that is not recorded.
         labels: of a classifier with more of them than the base; None: the base's own.
+        technique: what the configuration says that it is of.
     """
 
     config: dict[str, Any]
@@ -96,24 +71,25 @@ class Adapter:
     origin: str = "adapter"
     base: str | None = None
     labels: tuple[str, ...] | None = None
+    technique: PeftTechnique = field(init=False, repr=False, compare=False)
     _scalings: dict[str, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_config(self.config, self.origin)
+        technique = of_config(self.config, self.origin)
+        object.__setattr__(self, "technique", technique)
         _check_tensors(self)
-        ranks, alphas = (self._patterns(name) for name in ("rank_pattern", "alpha_pattern"))
-        scalings = {module: self._scaling_of(module, ranks, alphas) for module in self.modules}
+        scalings = technique.check(self.config, self.tensors, self.origin)
         object.__setattr__(self, "_scalings", scalings)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Names of the linear modules with a LoRA, without PEFT's `base_model.model.` prefix."""
-        return tuple(key[len(PREFIX) : -len(_A)] for key in self.tensors if key.endswith(_A))
+        """Names of the modules that it is applied to, without PEFT's `base_model.model.` prefix."""
+        return self.technique.modules(self.tensors)
 
     @property
     def saved_keys(self) -> tuple[str, ...]:
         """Keys of the parameters that the adapter replaces whole (`modules_to_save`)."""
-        return tuple(key for key in self.tensors if not key.endswith((_A, _B)) and BASE_LAYER not in key)
+        return tuple(key for key in self.tensors if not self.technique.owns(key) and BASE_LAYER not in key)
 
     @property
     def base_layer_keys(self) -> tuple[str, ...]:
@@ -126,16 +102,15 @@ class Adapter:
         return sum(tensor.size for tensor in self.tensors.values())
 
     def rank(self, module: str) -> int:
-        """Rank of the LoRA on `module` (0 where it has none)."""
-        tensor = self.tensors.get(f"{PREFIX}{module}{_A}")
-        return 0 if tensor is None else int(tensor.shape[0])
+        """Rank of the adapter on `module` (0 where it has none)."""
+        return self.technique.rank(self.tensors, module)
 
     def scaling(self, module: str) -> float:
-        """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
+        """The factor that the configuration gives `module`, such as LoRA's `lora_alpha / r`."""
         return self._scalings[module]
 
     def has_effect(self, defaults: Mapping[str, npt.NDArray[np.float32]] | None = None) -> bool:
-        """Whether the adapter can change the model's output: a B that is not all zeros, or a saved module.
+        """Whether the adapter can change the model's output: by its technique's tensors, or a saved module.
 
         Args:
             defaults: the base's own saved modules by key; one that equals its default does not count.
@@ -144,105 +119,21 @@ class Adapter:
             default = (defaults or {}).get(key)
             if default is None or not np.array_equal(default, self.tensors[key]):
                 return True
-        return any(
-            bool(self.tensors[f"{PREFIX}{module}{_B}"].any()) and self.scaling(module) != 0.0
-            for module in self.modules
-        )
+        return self.technique.has_effect(self)
 
     def with_tensors(self, tensors: dict[str, npt.NDArray[np.float32]], origin: str) -> "Adapter":
         """The same configuration over other tensors."""
         return replace(self, tensors=tensors, origin=origin)
 
-    def _patterns(self, name: str) -> ModulePatterns:
-        try:
-            patterns = ModulePatterns(self.config.get(name))
-            patterns.check_cost(self.modules)
-        except ValueError as error:
-            raise AdapterError(f"{self.origin}: {CONFIG_FILE}: {name} {error}") from error
-        return patterns
-
-    def _scaling_of(self, module: str, ranks: ModulePatterns, alphas: ModulePatterns) -> float:
-        rank = ranks.value(module, self.config["r"])
-        if rank != self.rank(module):
-            raise AdapterError(
-                f"{self.origin}: module {module}: {CONFIG_FILE} gives rank {rank}, its lora_A has "
-                f"{self.rank(module)} rows"
-            )
-        alpha = alphas.value(module, self.config.get("lora_alpha", 8))
-        return float(alpha) / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-
-
-def _check_number(origin: str, key: str, value: object, *, integer: bool) -> None:
-    kinds = int if integer else (int, float)
-    if (
-        not isinstance(value, kinds)
-        or isinstance(value, bool)
-        or not abs(value) <= 2**31
-        or (integer and value < 1)
-    ):
-        expected = "a whole number of at least 1" if integer else "a number"
-        raise AdapterError(f"{origin}: {CONFIG_FILE}: {key} is {value!r}, expected {expected}")
-
-
-def _check_pattern(origin: str, name: str, patterns: object) -> None:
-    if patterns is None:
-        return
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{origin}: {CONFIG_FILE}: {name} is {patterns!r}, expected an object")
-    for key, value in patterns.items():
-        _check_number(origin, f"{name}[{key!r}]", value, integer=name == "rank_pattern")
-
-
-def _check_config(config: object, origin: str) -> None:
-    if not isinstance(config, dict):
-        raise AdapterError(f"{origin}: {CONFIG_FILE} holds a {type(config).__name__}, expected an object")
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{origin}: peft_type is {config.get('peft_type')!r}, edgepeft runs LORA adapters")
-    for key, allowed in _REFUSED_UNLESS.items():
-        value = config.get(key)
-        if not any(value == item and type(value) is type(item) for item in allowed):
-            raise AdapterError(
-                f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
-            )
-    _check_number(origin, "r", config.get("r"), integer=True)
-    _check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
-    _check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
-    _check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
-
 
 def _check_tensors(adapter: Adapter) -> None:
     for key, tensor in adapter.tensors.items():
-        for part, meaning in _REFUSED_KEYS.items():
-            if part in key:
-                raise AdapterError(
-                    f"{adapter.origin}: tensor {key} belongs to {meaning}, which is not supported"
-                )
         if not key.startswith(PREFIX):
             raise AdapterError(
                 f"{adapter.origin}: tensor {key} does not begin with {PREFIX!r} as PEFT's keys do"
             )
         if not np.isfinite(tensor).all():
             raise AdapterError(f"{adapter.origin}: tensor {key} holds NaN or infinity")
-        if not key.endswith((_A, _B)):
-            continue
-        stem, mine = key[: -len(_A)], key[-len(_A) :]
-        other = adapter.tensors.get(stem + (_B if mine == _A else _A))
-        module = stem[len(PREFIX) :]
-        if other is None:
-            raise AdapterError(
-                f"{adapter.origin}: module {module} has {mine[1:7]} but no "
-                f"{'lora_B' if mine == _A else 'lora_A'}"
-            )
-        if tensor.ndim != 2 or other.ndim != 2:
-            raise AdapterError(
-                f"{adapter.origin}: tensor {key} has {tensor.ndim} axes, edgepeft runs LoRA on linear "
-                "modules (2 axes)"
-            )
-        if mine == _A and tensor.shape[0] != other.shape[1]:
-            raise AdapterError(
-                f"{adapter.origin}: module {module}: lora_A has rank {tensor.shape[0]}, lora_B rank "
-                f"{other.shape[1]}"
-            )
 
 
 def load_adapter(folder: Path | str) -> Adapter:
@@ -277,7 +168,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{config_path}: is not JSON ({error})") from error
-    _check_config(config, str(folder))
+    of_config(config, str(folder))
     if not (folder / TENSOR_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(
             f"{folder}: holds a pickle (adapter_model.bin), which is never opened: save it again with "
@@ -359,73 +250,62 @@ def save_adapter(adapter: Adapter, folder: Path | str) -> None:
 
 
 def fit(
-    adapter: Adapter,
-    slots: Sequence[LoraSlot],
-    saved_modules: Sequence[SavedModule],
-    head: LinearHead | None = None,
-    labels: Sequence[str] = (),
+    adapter: Adapter, slots: Sequence[Slot], head: Collection[str] = (), labels: Sequence[str] = ()
 ) -> None:
     """Check that every tensor of the adapter has its place in the base model.
 
     Args:
         adapter: the adapter.
         slots: of the base.
-        saved_modules: of the base.
-        head: of the base, where an adapter may bring more labels.
+        head: keys of the base's head, where an adapter may bring more labels.
         labels: the base's own, which the adapter's begin with.
 
     Raises:
         AdapterError: names the first module that does not fit, and what the base has there.
     """
-    by_module = {slot.module: slot for slot in slots}
+    technique = adapter.technique
+    by_module = {slot.module: slot for slot in slots if slot.technique == technique.name}
     for module in adapter.modules:
         slot = by_module.get(module)
         if slot is None:
             known = ", ".join(list(by_module)[:3]) or "none"
             raise AdapterError(
-                f"{adapter.origin}: module {module} takes no LoRA in this bundle ({len(by_module)} modules "
-                f"do: {known}{', …' if len(by_module) > 3 else ''}): the adapter was made for another base, "
-                "or the bundle was exported without that module as a target"
+                f"{adapter.origin}: module {module} takes no {technique.title} in this bundle "
+                f"({len(by_module)} modules do: {known}{', …' if len(by_module) > 3 else ''}): the adapter "
+                "was made for another base, or the bundle was exported without that module as a target"
             )
-        in_features = adapter.tensors[f"{PREFIX}{module}{_A}"].shape[1]
-        out_features = adapter.tensors[f"{PREFIX}{module}{_B}"].shape[0]
-        if (in_features, out_features) != (slot.in_features, slot.out_features):
-            raise AdapterError(
-                f"{adapter.origin}: module {module} is {in_features} -> {out_features} features in the "
-                f"adapter, {slot.in_features} -> {slot.out_features} in this bundle: the adapter was made "
-                "for another base"
-            )
+        technique.fit(slot, adapter)
     if adapter.labels is not None and adapter.labels[: len(labels)] != tuple(labels):
         raise AdapterError(
             f"{adapter.origin}: knows the labels {', '.join(adapter.labels)}, this bundle {', '.join(labels)}"
             ": the adapter was made for another base"
         )
-    by_key = {saved.input: saved for saved in saved_modules}
     for key in adapter.base_layer_keys:
         module = key[len(PREFIX) : key.index(BASE_LAYER)]
         slot, stored = by_module.get(module), adapter.tensors[key].shape
-        if slot is None or (len(stored) == 2 and stored != (slot.out_features, slot.in_features)):
+        if slot is None or (len(stored) == 2 and stored != technique.weight_shape(slot)):
             raise AdapterError(
                 f"{adapter.origin}: module {module} was {list(stored)} where the adapter was trained: the "
                 "adapter was made for another base, or for one with its vocabulary resized"
             )
+    whole = {slot.inputs[0]: slot for slot in slots if slot.technique == WHOLE}
     for key in adapter.saved_keys:
-        saved, module = by_key.get(key), key[len(PREFIX) :].rpartition(".")[0]
-        if saved is None:
+        slot, module = whole.get(key), key[len(PREFIX) :].rpartition(".")[0]
+        if slot is None:
             asked = module.endswith(tuple(adapter.config.get("modules_to_save") or ()))
             raise AdapterError(
                 f"{adapter.origin}: module {key[len(PREFIX) :]} is saved in the adapter, but this bundle "
                 "does not let an adapter replace it: export the base together with this adapter"
                 + ("" if asked else ", or save it with save_embedding_layers=False if that was not trained")
             )
-        shape, expected = adapter.tensors[key].shape, saved.shape
-        if adapter.labels is not None and head is not None and key in head.inputs:
-            expected = (len(adapter.labels), *saved.shape[1:])
+        (tensor,) = slot.tensors
+        shape, expected = adapter.tensors[key].shape, tensor.shape
+        if adapter.labels is not None and key in head:
+            expected = (len(adapter.labels), *expected[1:])
         if shape != expected:
             raise AdapterError(
-                f"{adapter.origin}: module {saved.module}: {saved.parameter} is {list(shape)} in the "
-                f"adapter, {list(expected)} in this bundle: the adapter was made for another base or "
-                "other labels"
+                f"{adapter.origin}: module {slot.module}: {tensor.name} is {list(shape)} in the adapter, "
+                f"{list(expected)} in this bundle: the adapter was made for another base or other labels"
             )
 
 

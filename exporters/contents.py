@@ -23,6 +23,8 @@ from edgepeft.bundle.manifest import (
 from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.bundle.writer import hash_folder
+from edgepeft.slots import LORA
+from edgepeft.techniques.lora import SCALING
 
 from .forward import Forward
 from .losses import Loss, loss_for, with_drift
@@ -144,8 +146,7 @@ def write_contents(
         inference_memory=UNKNOWN_MEMORY,
         weights_file=WEIGHTS_FILE,
         weights=weights.tensors,
-        lora_slots=inference.slots,
-        saved_modules=inference.saved_modules,
+        slots=inference.slots,
         adapters=tuple(adapters),
         strategies=_strategies(missing) if training else (),
         policy=Policy(trainable=trainable),
@@ -174,7 +175,7 @@ def _write_small(
 
 def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dict[str, set[str]]:
     """By role of an inference graph, its inputs that are scalings, which may have an axis for the batch."""
-    keys = {slot.scaling_input for slot in inference.slots}
+    keys = {slot.input(SCALING) for slot in inference.slots if slot.technique == LORA}
     found = {"inference": keys}
     for stage in () if streamed is None else streamed.stages:
         scalings = {name for name, key in stage.adapter.items() if key in keys}

@@ -1,4 +1,4 @@
-"""Build a forward graph: traced model → optimized → LoRA slots and saved modules → frozen weights."""
+"""Build a forward graph: traced model → optimized → slots for adapters → frozen weights."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,34 +6,34 @@ from dataclasses import dataclass
 import onnx_ir as ir
 import torch
 
-from edgepeft.bundle.manifest import LinearHead, LoraSlot, SavedModule
+from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
+from edgepeft.slots import LORA, WHOLE, Slot
 
 from .decoder.build import Decoder, build_decoder
 from .graph import tidy
 from .passes.optimize import optimize_forward
 from .passes.pool_before_head import pool_before_head
 from .passes.weights.linear_head import add_features, find_linear_head, free_labels
-from .passes.weights.linears import find_linears, find_marked_linears, select, unpack
+from .passes.weights.linears import find_linears, find_marked_linears, unpack
 from .quantize.freeze import Freezer
 from .sources.base import ModelSource
 from .sources.model_info import default_targets
 from .sources.pooling import append_pooling
 from .sources.tasks import CLASSIFICATION
-from .techniques.lora import insert_lora_slots
-from .techniques.whole import keep_saved_modules
+from .techniques import graph_technique, insert_slots
+from .techniques.base import BaseGraph
 
 
 @dataclass
 class Forward:
-    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SavedModule.default`;
+    """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SlotTensor.default`;
     `decoder` is the graph that generates, where there is one, and `linear_head` the layer that makes a
     classifier's outputs, if it is one."""
 
     model: ir.Model
     model_inputs: tuple[str, ...]
-    slots: tuple[LoraSlot, ...]
-    saved_modules: tuple[SavedModule, ...]
+    slots: tuple[Slot, ...]
     saved_values: dict[str, torch.Tensor]
     decoder: Decoder | None = None
     linear_head: LinearHead | None = None
@@ -72,13 +72,14 @@ def build_forward(
     offered = {
         name: item for name, item in linears.items() if name in targets or not f"{name}.".startswith(whole)
     }
-    saved = keep_saved_modules(graph, weights, modules_to_save, traced.turned)
-    chosen = select(offered, targets)
-    if not chosen:
+    base = BaseGraph(graph, weights, offered, traced.turned)
+    wanted = {WHOLE: modules_to_save, LORA: targets}
+    sites = {name: graph_technique(name).sites(base, modules) for name, modules in wanted.items()}
+    if not sites[LORA]:
         raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
-    generates = source.task == "text-generation" and not training and not saved
+    generates = source.task == "text-generation" and not training and not sites[WHOLE]
     plain = traced.model.clone() if generates else None
-    slots = insert_lora_slots(graph, chosen.values())
+    slots = insert_slots(base, sites)
     if source.pooling is not None:
         append_pooling(graph, source.pooling)
     if source.task in CLASSIFICATION:
@@ -87,14 +88,20 @@ def build_forward(
     tidy(traced.model)
     values = {
         name: traced.weights[name].T.contiguous() if name in traced.turned else traced.weights[name]
-        for name in (module.default for module in saved)
+        for name in (tensor.default for slot in slots[WHOLE] for tensor in slot.tensors)
+        if name is not None
     }
-    forward = Forward(traced.model, model_inputs, tuple(slots), tuple(saved), values)
+    forward = Forward(traced.model, model_inputs, (*slots[LORA], *slots[WHOLE]), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")
     if plain is not None:
         forward.decoder = build_decoder(
-            plain, traced.weights, traced.packed, chosen, freezer, source.max_length
+            plain,
+            traced.weights,
+            traced.packed,
+            [slot.module for slot in slots[LORA]],
+            freezer,
+            source.max_length,
         )
     return forward
 

@@ -85,8 +85,8 @@ def export(
         modules = _slot_modules(adapters, source, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for name, adapter in adapters.loaded.items():
-            adapters.loaded[name] = without_unused(adapter, inference.saved_modules, report)
-            fit(adapters.loaded[name], inference.slots, inference.saved_modules)
+            adapters.loaded[name] = without_unused(adapter, inference.slots, report)
+            fit(adapters.loaded[name], inference.slots)
         if chosen.train and source.own_training_graph:
             report("quantizing the training graph")
             training = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)

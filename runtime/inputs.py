@@ -19,17 +19,9 @@ def has_drift_penalty(manifest: Manifest) -> bool:
     return graph is not None and any(spec.name == BASE_LOGITS for spec in graph.inputs)
 
 
-def adapter_input_names(manifest: Manifest) -> set[str]:
-    """Names of the graph inputs that an adapter fills."""
-    names = {saved.input for saved in manifest.saved_modules}
-    for slot in manifest.lora_slots:
-        names.update((slot.a_input, slot.b_input, slot.scaling_input))
-    return names
-
-
 def model_inputs(manifest: Manifest, specs: Iterable[TensorSpec]) -> dict[str, TensorSpec]:
     """The inputs that come from the caller: the transformers model's keyword arguments, and `labels`."""
-    filled = adapter_input_names(manifest)
+    filled = manifest.adapter_inputs
     return {
         spec.name: spec
         for spec in specs

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.slots import LORA
+from edgepeft.techniques import lora, of_slot
 
 from .adapters.graph_inputs import AdapterSpec, group_bytes, inputs_taken, is_decoder
 from .adapters.loaded import AdapterRegistry, AdapterSpecs, names_in, simplified, stamped
@@ -244,12 +246,13 @@ class Sessions:
 
     def _size(self, inputs: dict[str, FloatArray]) -> _Size:
         manifest = self._bundle.manifest
-        rank = max((inputs[slot.scaling_input].shape[-1] for slot in manifest.lora_slots), default=0)
+        rank = max((of_slot(slot).size(slot, inputs) for slot in manifest.slots), default=0)
         own = {name: array for name, array in inputs.items() if not self.registry.holds(array)}
         nbytes = sum(array.nbytes for array in own.values())
         if manifest.decoder is None:
             return _Size(rank, nbytes, nbytes)
-        shared_bytes = sum(own[slot.a_input].nbytes for slot in manifest.lora_slots if slot.a_input in own)
+        factors = [slot.input(lora.A) for slot in manifest.slots_of(LORA)]
+        shared_bytes = sum(own[name].nbytes for name in factors if name in own)
         return _Size(rank, nbytes, nbytes - shared_bytes + group_bytes(manifest, inputs))
 
     def _in_open_twin(self, plan: RunPlan) -> RunPlan:

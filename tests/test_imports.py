@@ -184,6 +184,11 @@ def test_imports_go_down_the_rooms_of_the_architecture_page(package: str) -> Non
     )
 
 
+def test_folders_that_both_sides_share_do_not_import_each_other_in_a_circle() -> None:
+    graph = networkx.DiGraph(_rooms().arrows("edgepeft"))
+    assert list(networkx.simple_cycles(graph)) == []
+
+
 def test_an_import_that_goes_up_is_found() -> None:
     assert _rooms().wrong(["top", "bottom"], {("top", "bottom"), ("bottom", "top"), ("top", "new")}) == [
         ("bottom", "top"),

@@ -30,14 +30,14 @@ def check_has_effect(bundle: Bundle, adapter: Adapter) -> None:
         AdapterError: it has no effect.
     """
     defaults = {
-        saved.input: bundle.read_weight(saved.default)
-        for saved in bundle.manifest.saved_modules
-        if saved.input in adapter.tensors
+        name: bundle.read_weight(tensor.default)
+        for name, tensor in bundle.manifest.adapter_inputs.items()
+        if tensor.default is not None and name in adapter.tensors
     }
     if not adapter.has_effect(defaults):
         raise AdapterError(
-            f"{adapter.origin}: has no effect: every lora_B is zero and no saved module differs from the "
-            "base's: train it first"
+            f"{adapter.origin}: has no effect: {adapter.technique.inert} and no saved module differs from "
+            "the base's: train it first"
         )
 
 

@@ -1,6 +1,8 @@
 """What a manifest must say of the decoder graph before it is opened."""
 
 from ..errors import BundleError
+from ..slots import LORA
+from ..techniques.lora import features
 from .manifest import Manifest
 from .wiring import SEQLENS, TOTAL, DecoderGraph
 
@@ -13,7 +15,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     Raises:
         BundleError: names the graph or group, and what is wrong with it.
     """
-    slots = {slot.module: slot for slot in manifest.lora_slots}
+    slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
     cache = {
         spec.name: spec
         for spec in manifest.graphs["inference"].inputs
@@ -28,12 +30,13 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
             slot = slots.get(placed.module)
             _require(slot is not None, f"{where}: {placed.module!r} is no slot")
             assert slot is not None
+            in_features, out_features = features(slot)
             _require(
-                slot.in_features == group.in_features
+                in_features == group.in_features
                 and placed.first >= 0
-                and placed.first + slot.out_features <= group.out_features,
+                and placed.first + out_features <= group.out_features,
                 f"{where} is {group.in_features} -> {group.out_features}, its slot {placed.module!r} "
-                f"{slot.in_features} -> {slot.out_features} from column {placed.first} on",
+                f"{in_features} -> {out_features} from column {placed.first} on",
             )
     int8 = decoder.int8_graph, decoder.int8_plain_graph, decoder.int8_memory
     _require(

@@ -7,10 +7,11 @@ is plain JSON, so that a driver in another language reads the same file.
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..slots import Slot, SlotTensor
 from .memory_formula import MemoryFormula
 from .wiring import DecoderGraph, Partition, StreamedInference
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,44 +32,6 @@ class GraphSpec:
     outputs: tuple[TensorSpec, ...]
 
 
-@dataclass(frozen=True)
-class LoraSlot:
-    """A linear module that takes a LoRA.
-
-    The graph computes `y += ((x @ A) * scaling) @ B` with three inputs: `A` float32 `[in_features, rank]`
-    (PEFT's `lora_A.weight` transposed), `B` float32 `[rank, out_features]` (PEFT's `lora_B.weight`
-    transposed) and `scaling` float32 `[rank]`. Rank 0 switches the slot off exactly; adapters mix by
-    concatenation along the rank axis. `a_input` and `b_input` are PEFT's state-dict keys.
-
-    In the inference graph `scaling` may also be `[batch, 1, …, rank]` with `activation_axes` axes, as many as
-    `x` has: then every row of the batch has scalings of its own. `activation_axes` is 0 where the first axis
-    of `x` is not the batch.
-    """
-
-    module: str
-    in_features: int
-    out_features: int
-    a_input: str
-    b_input: str
-    scaling_input: str
-    activation_axes: int = 0
-
-
-@dataclass(frozen=True)
-class SavedModule:
-    """A parameter that an adapter replaces whole (PEFT's `modules_to_save`), such as a classification head.
-
-    `input` is the graph input and PEFT's state-dict key; `default` names the tensor of `weights.bin` to feed
-    where the adapter does not carry it.
-    """
-
-    module: str
-    parameter: str
-    input: str
-    shape: tuple[int, ...]
-    default: str
-
-
 #: Output of a graph that holds what a linear head reads, and the axis that has an entry for each label.
 FEATURES, LABELS = "features", "labels"
 
@@ -77,9 +40,9 @@ FEATURES, LABELS = "features", "labels"
 class LinearHead:
     """The linear layer that makes a classifier's outputs: `logits = features @ weight.T + bias`.
 
-    `weight` and `bias` are inputs of saved modules, `[outputs, width]` and `[outputs]` (null: it has none).
-    The inference graph and the head of the chain put out `features` float32 `[batch, width]`, or `[batch,
-    sequence, width]` where every token has a label.
+    `weight` and `bias` are inputs of slots of the technique `whole`, `[outputs, width]` and `[outputs]`
+    (null: it has none). The inference graph and the head of the chain put out `features` float32 `[batch,
+    width]`, or `[batch, sequence, width]` where every token has a label.
     """
 
     weight: str
@@ -127,9 +90,9 @@ class Strategy:
 class Policy:
     """What an update on the device may do.
 
-    `trainable` lists the inputs that may train (a subset of the slots' `a_input`, `b_input` and the saved
-    modules' `input`); `max_steps` bounds the steps of one update and `max_relative_change` the L2 norm of an
-    update divided by the norm of what it started from; null leaves either open.
+    `trainable` lists the inputs that may train (a subset of those of the slots' tensors that `trains` is true
+    of); `max_steps` bounds the steps of one update and `max_relative_change` the L2 norm of an update divided
+    by the norm of what it started from; null leaves either open.
     """
 
     trainable: tuple[str, ...]
@@ -295,8 +258,7 @@ class Manifest:
     inference_memory: MemoryFormula
     weights_file: str
     weights: dict[str, WeightTensor]
-    lora_slots: tuple[LoraSlot, ...]
-    saved_modules: tuple[SavedModule, ...]
+    slots: tuple[Slot, ...]
     adapters: tuple[str, ...]
     strategies: tuple[Strategy, ...]  # cheapest in time first; empty: exported with --no-train
     policy: Policy
@@ -310,6 +272,15 @@ class Manifest:
     linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes
     missing: dict[str, str] = field(default_factory=dict)  # ways to run that the model does not have, and why
     base: str | None = None  # SHA-256 (hex) that tells the base from others of its shape; null: not known
+
+    @property
+    def adapter_inputs(self) -> dict[str, SlotTensor]:
+        """The graph inputs that an adapter fills, by name, in the order of the slots."""
+        return {tensor.input: tensor for slot in self.slots for tensor in slot.tensors}
+
+    def slots_of(self, technique: str) -> tuple[Slot, ...]:
+        """The slots of one technique."""
+        return tuple(slot for slot in self.slots if slot.technique == technique)
 
     @property
     def takes_labels(self) -> bool:

@@ -1,6 +1,6 @@
 """What a manifest must satisfy before its chain of stages is run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..errors import BundleError
 from .manifest import GraphSpec, Manifest, TensorSpec
@@ -22,16 +22,13 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
         context = _graph(manifest, partition.context, "the partition's context")
         shared |= {spec.name for spec in context.outputs}
         _check_weights(manifest, partition.context_weights, context, "the partition's context")
-    adapters = {
-        key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)
-    }
-    adapters |= {saved.input for saved in manifest.saved_modules}
+    adapters = manifest.adapter_inputs
     stages = {f"stage {index}": stage for index, stage in enumerate(partition.stages)}
     if partition.head is not None:
         stages["the head"] = partition.head
     for where, stage in stages.items():
         for key in stage.adapter.values():
-            _require(key in adapters, f"{where}: {key!r} is no input of a slot or saved module")
+            _require(key in adapters, f"{where}: {key!r} is no input of a slot")
         for name in stage.context.values():
             _require(name in shared, f"{where}: {name!r} is neither a model input nor shared")
         _check_lookups(manifest, stage, where)
@@ -52,11 +49,8 @@ def check_streamed_inference(manifest: Manifest, streamed: StreamedInference) ->
     what = "streamed inference"
     _require(len(streamed.stages) >= 1, f"{what} has no stage")
     inference = manifest.graphs["inference"]
-    adapters = {
-        *(key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
-        *(saved.input for saved in manifest.saved_modules),
-    }
-    shared = {spec.name for spec in inference.inputs} - adapters
+    adapters = manifest.adapter_inputs
+    shared = {spec.name for spec in inference.inputs} - adapters.keys()
     if streamed.context is not None:
         context = _graph(manifest, streamed.context, f"{what}, context")
         known = {*streamed.context_weights, *shared}
@@ -96,7 +90,7 @@ def check_streamed_inference(manifest: Manifest, streamed: StreamedInference) ->
         _check_rows(manifest, layer.weights, layer.rows, layer.graph, f"{what}, output layer")
 
 
-def _check_bound(bound: Mapping[str, str], known: set[str], where: str, expected: str) -> None:
+def _check_bound(bound: Mapping[str, str], known: Collection[str], where: str, expected: str) -> None:
     for key in bound.values():
         _require(key in known, f"{where}: {key!r} is not {expected}")
 

@@ -115,7 +115,7 @@ class Bundle:
     def _fit(self, adapter: Adapter) -> None:
         manifest = self.manifest
         head = manifest.linear_head if manifest.takes_labels else None
-        fit(adapter, manifest.lora_slots, manifest.saved_modules, head, manifest.model.labels)
+        fit(adapter, manifest.slots, () if head is None else head.inputs, manifest.model.labels)
 
     def check_fit(self, adapter: Adapter) -> None:
         """Refuse an adapter that does not belong to the base.

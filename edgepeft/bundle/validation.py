@@ -6,6 +6,8 @@ from collections.abc import Collection
 from pathlib import PurePosixPath
 
 from ..errors import BundleError
+from ..slots import EMPTY, SIZE, WHOLE, SlotTensor
+from ..techniques import NAMES, of_slot
 from .decoder_validation import check_decoder
 from .manifest import (
     FEATURES,
@@ -276,33 +278,24 @@ def _check_adapters(manifest: Manifest) -> None:
     _require("inference" in manifest.graphs, "there is no inference graph")
     inputs = {spec.name for spec in manifest.graphs["inference"].inputs}
     seen: set[str] = set()
-    for slot in manifest.lora_slots:
+    for slot in manifest.slots:
         where = f"slot {slot.module!r}"
         _require(
-            slot.in_features >= 1 and slot.out_features >= 1,
-            f"{where} is {slot.in_features} -> {slot.out_features}",
+            slot.technique in NAMES,
+            f"{where} is of the technique {slot.technique!r}, this edgepeft knows {', '.join(NAMES)}: pip "
+            "install --upgrade edgepeft",
         )
         _require(
             slot.activation_axes == 0 or 2 <= slot.activation_axes <= _MAX_AXES,
             f"{where}: activation_axes is {slot.activation_axes}",
         )
-        for name in (slot.a_input, slot.b_input, slot.scaling_input):
-            _require(name in inputs, f"{where}: the inference graph has no input {name!r}")
-            _require(name not in seen, f"{where}: input {name!r} belongs to two slots")
-            seen.add(name)
-    for saved in manifest.saved_modules:
-        where = f"saved module {saved.module!r}"
-        _require(saved.input in inputs, f"{where}: the inference graph has no input {saved.input!r}")
-        _require(saved.input not in seen, f"{where}: input {saved.input!r} is taken")
-        seen.add(saved.input)
-        weight = manifest.weights.get(saved.default)
-        _require(weight is not None, f"{where}: its default {saved.default!r} is not among the weights")
-        assert weight is not None
-        _require(
-            weight.shape == saved.shape and weight.dtype in ("float32", "float16"),
-            f"{where}: its default is {list(weight.shape)} of {weight.dtype}, expected {list(saved.shape)} "
-            "of float32 or float16",
-        )
+        for tensor in slot.tensors:
+            _require(tensor.input in inputs, f"{where}: the inference graph has no input {tensor.input!r}")
+            _require(tensor.input not in seen, f"{where}: input {tensor.input!r} belongs to two slots")
+            seen.add(tensor.input)
+            _check_slot_tensor(manifest, tensor, f"{where}, {tensor.name!r}")
+        problem = of_slot(slot).problem(slot)
+        _require(problem is None, f"{where}, {slot.technique}: {problem}")
     _require(
         _differ(manifest.adapters), "an adapter is listed twice, at least but for the case of its letters"
     )
@@ -316,12 +309,35 @@ def _check_adapters(manifest: Manifest) -> None:
             _require(path in manifest.files, f"adapter {name!r}: {path!r} is not in files")
 
 
+def _check_slot_tensor(manifest: Manifest, tensor: SlotTensor, where: str) -> None:
+    """Sizes that can be allocated, and a neutral value of the tensor's shape."""
+    sizes = [dim for dim in tensor.shape if isinstance(dim, int)]
+    _require(
+        len(tensor.shape) <= _MAX_AXES
+        and all(dim == SIZE if isinstance(dim, str) else dim >= 0 for dim in tensor.shape),
+        f"{where} has shape {list(tensor.shape)}",
+    )
+    _require(not tensor.transposed or len(tensor.shape) == 2, f"{where} is transposed and has no 2 axes")
+    if tensor.default is None:
+        fits = (SIZE in tensor.shape) == (tensor.neutral == EMPTY)
+        _require(fits, f"{where} is {list(tensor.shape)} and {tensor.neutral!r} where no adapter is")
+        return
+    weight = manifest.weights.get(tensor.default)
+    _require(weight is not None, f"{where}: its default {tensor.default!r} is not among the weights")
+    assert weight is not None
+    _require(
+        list(weight.shape) == sizes == list(tensor.shape) and weight.dtype in ("float32", "float16"),
+        f"{where}: its default is {list(weight.shape)} of {weight.dtype}, expected {list(tensor.shape)} of "
+        "float32 or float16",
+    )
+
+
 def _check_linear_head(manifest: Manifest, head: LinearHead) -> None:
-    """Both inputs belong to saved modules and have the sizes of the labels and of the features."""
+    """Both inputs are of parameters that are replaced whole, of the sizes of the labels and features."""
     outputs = {spec.name: spec for spec in manifest.graphs["inference"].outputs}
     _require(FEATURES in outputs, f"linear_head: the inference graph has no output {FEATURES!r}")
     width, count = outputs[FEATURES].shape[-1:], (len(manifest.model.labels),)
-    shapes = {saved.input: saved.shape for saved in manifest.saved_modules}
+    shapes = {tensor.input: tensor.shape for slot in manifest.slots_of(WHOLE) for tensor in slot.tensors}
     for name, expected in ((head.weight, (*count, *width)), (head.bias, count)):
         _require(
             name is None or shapes.get(name) == expected,
@@ -330,10 +346,9 @@ def _check_linear_head(manifest: Manifest, head: LinearHead) -> None:
 
 
 def _check_training(manifest: Manifest) -> None:
-    trainable = {name for slot in manifest.lora_slots for name in (slot.a_input, slot.b_input)}
-    trainable |= {saved.input for saved in manifest.saved_modules}
+    trainable = {name for name, tensor in manifest.adapter_inputs.items() if tensor.trains}
     for name in manifest.policy.trainable:
-        _require(name in trainable, f"policy.trainable: {name!r} is no input of a slot or saved module")
+        _require(name in trainable, f"policy.trainable: {name!r} is no input of a slot that trains")
     max_steps, change = manifest.policy.max_steps, manifest.policy.max_relative_change
     _require(max_steps is None or max_steps >= 1, f"policy.max_steps is {max_steps}, expected at least 1")
     _require(change is None or change > 0, f"policy.max_relative_change is {change}, expected above 0")

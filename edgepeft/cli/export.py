@@ -11,6 +11,7 @@ from ..bundle.writer import MANIFEST_FILE
 from ..errors import UsageError
 from ..files import check_replaceable
 from ..sizes import format_size
+from ..slots import LORA
 from .console import Console
 from .options import force_option, json_option, missing_ways
 
@@ -139,7 +140,7 @@ def export(
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
-        "lora_slots": len(manifest.lora_slots),
+        "lora_slots": sum(slot.technique == LORA for slot in manifest.slots),
         "strategies": [strategy.name for strategy in manifest.strategies],
         "missing": manifest.missing,
         "verification": manifest.verification,

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from ..sizes import format_size
+from ..slots import LORA, WHOLE
 from .console import Console
 from .options import bundle_argument, json_option, missing_ways, table
 
@@ -47,8 +48,10 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
         "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
-        "lora_slots": len(manifest.lora_slots),
-        "saved_modules": [f"{saved.module}.{saved.parameter}" for saved in manifest.saved_modules],
+        "lora_slots": len(manifest.slots_of(LORA)),
+        "saved_modules": [
+            f"{slot.module}.{tensor.name}" for slot in manifest.slots_of(WHOLE) for tensor in slot.tensors
+        ],
         "adapters": {
             name: {
                 "rank": max((adapter.rank(module) for module in adapter.modules), default=0),

@@ -14,10 +14,11 @@ SAMPLE_LABELS = 8
 def sample_adapter(manifest: Manifest, rank: int) -> dict[str, np.ndarray]:
     """Ones for every adapter input, each slot of this rank."""
     specs = {spec.name: spec for spec in manifest.graphs["inference"].inputs}
-    names = [key for slot in manifest.lora_slots for key in (slot.a_input, slot.b_input, slot.scaling_input)]
-    names += [saved.input for saved in manifest.saved_modules]
     sizes = {LABELS: len(manifest.model.labels)}
-    return {name: np.ones(_resolve(specs[name].shape, sizes, rank), np.float32) for name in names}
+    return {
+        name: np.ones(_resolve(specs[name].shape, sizes, rank), np.float32)
+        for name in manifest.adapter_inputs
+    }
 
 
 def sample_batch(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:

@@ -68,10 +68,7 @@ def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool)
         for name, value in graph.initializers.items()
         if value.const_value is not None and is_weight(name, value.const_value)
     }
-    adapter_names = {
-        *(key for slot in forward.slots for key in (slot.a_input, slot.b_input, slot.scaling_input)),
-        *(module.input for module in forward.saved_modules),
-    }
+    adapter_names = {name for slot in forward.slots for name in slot.inputs}
     last = next(value for value in graph.outputs if output in (None, value.name))
     parameters = {name for name in weight_names if _is_parameter(graph.initializers[name])}
     small = {

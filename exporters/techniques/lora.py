@@ -9,41 +9,41 @@ axes of x, `[batch, 1, …, rank]`: every row of the batch then has an adapter o
 Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
-from edgepeft.bundle.manifest import LoraSlot
 from edgepeft.errors import ExportError
+from edgepeft.slots import LORA, SIZE, Slot
+from edgepeft.techniques import lora
 
 from ..graph import add_behind, append, graph_input, initializer
-from ..passes.weights.linears import Linear
+from ..passes.weights.linears import Linear, select
+from .base import BaseGraph, GraphTechnique
 
-PEFT_PREFIX = "base_model.model."
+
+class Lora(GraphTechnique[Linear]):
+    """Its sites are linear modules."""
+
+    name = LORA
+
+    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
+        """The linears that these are the names of, or the ends of names."""
+        return list(select(base.linears, modules).values())
+
+    def insert(self, base: BaseGraph, sites: Sequence[Linear]) -> list[Slot]:
+        slots = []
+        for index, linear in enumerate(sites):
+            slot = lora.new_slot(
+                linear.module, linear.in_features, linear.out_features, _activation_axes(linear)
+            )
+            _insert(base.graph, linear, slot, f"rank_{index}")
+            slots.append(slot)
+        return slots
 
 
-def insert_lora_slots(graph: ir.Graph, linears: Iterable[Linear]) -> list[LoraSlot]:
-    """Give each of `linears` a slot; the caller sorts the graph afterwards.
-
-    Raises:
-        ExportError: the shape of a linear's output is unknown.
-    """
-    slots = []
-    for index, linear in enumerate(linears):
-        key = f"{PEFT_PREFIX}{linear.module}"
-        slot = LoraSlot(
-            module=linear.module,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            a_input=f"{key}.lora_A.weight",
-            b_input=f"{key}.lora_B.weight",
-            scaling_input=f"{key}.scaling",
-            activation_axes=_activation_axes(linear),
-        )
-        _insert(graph, linear, slot, f"rank_{index}")
-        slots.append(slot)
-    return slots
+TECHNIQUE = Lora()
 
 
 def _activation_axes(linear: Linear) -> int:
@@ -52,10 +52,11 @@ def _activation_axes(linear: Linear) -> int:
     return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
-def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
-    lora_a = graph_input(graph, slot.a_input, [slot.in_features, rank])
-    lora_b = graph_input(graph, slot.b_input, [rank, slot.out_features])
-    scaling = graph_input(graph, slot.scaling_input, [rank])
+def _insert(graph: ir.Graph, linear: Linear, slot: Slot, rank: str) -> None:
+    lora_a, lora_b, scaling = (
+        graph_input(graph, tensor.input, [rank if dim == SIZE else dim for dim in tensor.shape])
+        for tensor in slot.tensors
+    )
     for node, x in linear.uses:
         output = node.outputs[0]
         if output.shape is None:
@@ -65,7 +66,7 @@ def _insert(graph: ir.Graph, linear: Linear, slot: LoraSlot, rank: str) -> None:
         lead = list(output.shape)[:-1]
         low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
         scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-        delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, slot.out_features])
+        delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, linear.out_features])
         delta = _in_place(graph, delta, linear.first, output)
         add_behind(graph, output, delta)
 

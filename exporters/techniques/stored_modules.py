@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 
 from edgepeft.adapters import BASE_LAYER, PREFIX, Adapter
-from edgepeft.bundle.manifest import SavedModule
 from edgepeft.errors import AdapterError
+from edgepeft.slots import Slot
 
 from ..sources.base import ModelSource
 from ..sources.model_info import matches_saved
@@ -62,9 +62,9 @@ def prepare_stored(
     }
 
 
-def without_unused(adapter: Adapter, saved: tuple[SavedModule, ...], report: Report) -> Adapter:
+def without_unused(adapter: Adapter, slots: tuple[Slot, ...], report: Report) -> Adapter:
     """An adapter without the whole parameters that the graph does not read: PyTorch does not, either."""
-    inputs = {module.input for module in saved}
+    inputs = {name for slot in slots for name in slot.inputs}
     unused = [key for key in adapter.saved_keys if key not in inputs]
     if unused:
         names = ", ".join(_parameter(key) for key in unused)

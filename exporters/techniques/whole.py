@@ -1,39 +1,38 @@
-"""Modules that an adapter replaces whole (PEFT's `modules_to_save`): their weights stay graph inputs."""
+"""Parameters that an adapter replaces whole (PEFT's `modules_to_save`): they stay graph inputs."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Sequence
 
-import onnx_ir as ir
-
-from edgepeft.bundle.manifest import SavedModule
+from edgepeft.slots import PREFIX, WHOLE, Slot
+from edgepeft.techniques import whole
 
 from ..graph import transposed_input
-from .lora import PEFT_PREFIX
+from .base import BaseGraph, GraphTechnique
 
 
-def keep_saved_modules(
-    graph: ir.Graph, weights: dict[str, ir.Value], modules: Iterable[str], turned: Collection[str] = ()
-) -> list[SavedModule]:
-    """Rename the weight inputs of `modules` to PEFT's state-dict keys and take them out of `weights`; what
-    nothing reads stays there. Those in `turned` become inputs as PyTorch and PEFT have them.
-    """
-    prefixes = tuple(f"{module}." for module in modules)
-    saved = []
-    for name in [name for name, value in weights.items() if name.startswith(prefixes) and value.uses()]:
-        value = weights.pop(name)
-        if name in turned:
-            graph.inputs.remove(value)
-            value = transposed_input(graph, value)
-            graph.inputs.append(value)
-        assert value.shape is not None
-        owner, parameter = name.rsplit(".", 1)
-        value.name = f"{PEFT_PREFIX}{name}"
-        saved.append(
-            SavedModule(
-                module=owner,
-                parameter=parameter,
-                input=value.name,
-                shape=tuple(value.shape.numpy()),
-                default=name,
-            )
-        )
-    return saved
+class Whole(GraphTechnique[str]):
+    """Its sites are names of weights."""
+
+    name = WHOLE
+
+    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[str]:
+        """The parameters of the modules that the graph reads."""
+        prefixes = tuple(f"{module}." for module in modules)
+        return [name for name, value in base.weights.items() if name.startswith(prefixes) and value.uses()]
+
+    def insert(self, base: BaseGraph, sites: Sequence[str]) -> list[Slot]:
+        """Rename the inputs to PEFT's keys; one that the trace has transposed becomes as PyTorch has it."""
+        slots = []
+        for name in sites:
+            value = base.weights.pop(name)
+            if name in base.turned:
+                base.graph.inputs.remove(value)
+                value = transposed_input(base.graph, value)
+                base.graph.inputs.append(value)
+            assert value.shape is not None
+            module, parameter = name.rsplit(".", 1)
+            value.name = f"{PREFIX}{name}"
+            slots.append(whole.new_slot(module, parameter, value.shape.numpy(), name))
+        return slots
+
+
+TECHNIQUE = Whole()

@@ -38,8 +38,7 @@ def build_joint(forward: Forward, loss: Loss) -> Joint:
     ends = [loss.build(graph, output)] if sliced is None else [sliced.loss, sliced.cotangent]
     graph.outputs[:] = ends
     tidy(model)
-    names = [name for slot in forward.slots for name in (slot.a_input, slot.b_input)]
-    names += [module.input for module in forward.saved_modules]
+    names = [tensor.input for slot in forward.slots for tensor in slot.tensors if tensor.trains]
     inputs = {value.name: value for value in graph.inputs}
     trainable = [name for name in names if inputs[name].uses()]
     if sliced is None:

@@ -4,11 +4,13 @@ import numpy as np
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import VerificationError
-from edgepeft.runtime.adapters.graph_inputs import FloatArray, inputs_taken
+from edgepeft.runtime.adapters.graph_inputs import inputs_taken
 from edgepeft.runtime.generation.decoders.base import Decoder
 from edgepeft.runtime.generation.decoders.growing import GrowingDecoder
 from edgepeft.runtime.generation.decoders.in_place import InPlaceDecoder
 from edgepeft.runtime.session import GraphSession
+from edgepeft.techniques import of_slot
+from edgepeft.techniques.base import FloatArray
 
 from .batch import relative_difference
 
@@ -98,7 +100,7 @@ def verify_decoder(
     texts, lengths, expected = [texts[row] for row in right], [lengths[row] for row in right], expected[right]
     decoder_graph = bundle.manifest.decoder
     assert decoder_graph is not None
-    adapted = any(adapter_inputs[slot.scaling_input].size for slot in bundle.manifest.lora_slots)
+    adapted = any(of_slot(slot).size(slot, adapter_inputs) for slot in bundle.manifest.slots)
     role = decoder_graph.graph if adapted else decoder_graph.plain_graph
     session = GraphSession(bundle, role)
     session.bind(inputs_taken(bundle.manifest, role, adapter_inputs))

@@ -22,6 +22,8 @@ from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, ExportError, VerificationError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.session import GraphSession
+from edgepeft.slots import LORA
+from edgepeft.techniques import lora
 
 from ..quantize.exact_products import use_exact_products
 from ..sources.base import Pooling
@@ -312,10 +314,11 @@ def _random_adapter(bundle: Bundle) -> Adapter:
     """A LoRA of rank `RANK` on every slot."""
     rng = np.random.default_rng(2)
     tensors: dict[str, np.ndarray] = {}
-    for slot in bundle.manifest.lora_slots:
-        a = rng.uniform(-1, 1, (RANK, slot.in_features)) / np.sqrt(slot.in_features)
-        tensors[slot.a_input] = a.astype(np.float32)
-        b = 0.05 * rng.standard_normal((slot.out_features, RANK))
-        tensors[slot.b_input] = b.astype(np.float32)
+    for slot in bundle.manifest.slots_of(LORA):
+        in_features, out_features = lora.features(slot)
+        a = rng.uniform(-1, 1, (RANK, in_features)) / np.sqrt(in_features)
+        tensors[slot.input(lora.A)] = a.astype(np.float32)
+        b = 0.05 * rng.standard_normal((out_features, RANK))
+        tensors[slot.input(lora.B)] = b.astype(np.float32)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
     return Adapter(config, tensors, "random")

@@ -62,8 +62,9 @@ def verify_against_pytorch(
     """
     bundle = open_bundle(folder)
     own = {
-        saved.default: torch.from_numpy(np.array(bundle.read_weight(saved.default)))
-        for saved in bundle.manifest.saved_modules
+        tensor.default: torch.from_numpy(np.array(bundle.read_weight(tensor.default)))
+        for tensor in bundle.manifest.adapter_inputs.values()
+        if tensor.default is not None
     }
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     turned = conv1d_weights(source.model)
@@ -240,14 +241,12 @@ class _Check:
                 f"{loss.item():.6f}: nothing was written"
             )
         worst_cosine, worst_norm = 1.0, 0.0
-        lora_inputs = {
-            key for slot in self.bundle.manifest.lora_slots for key in (slot.a_input, slot.b_input)
-        }
+        inputs = self.bundle.manifest.adapter_inputs
         for key, expected in torch_gradients(model).items():
             if key not in trainable:
                 continue
             got = outputs[f"grad.{key}"]
-            got = got.T if key in lora_inputs else got
+            got = got.T if inputs[key].transposed else got
             cosine, norm = _compare(got, expected)
             worst_cosine, worst_norm = min(worst_cosine, cosine), max(worst_norm, norm)
             if not (cosine >= GRADIENT_COSINE and norm <= GRADIENT_NORM_TOLERANCE):
@@ -262,9 +261,8 @@ class _Check:
             "largest_norm_difference": worst_norm,
         }
         if self.bundle.manifest.partition is not None:
-            inputs = self._adapter_feeds(adapter)
             self.figures["gradients"][name]["stage_difference"] = verify_stages(
-                self.bundle, self._model_feeds("train"), inputs, outputs
+                self.bundle, self._model_feeds("train"), self._adapter_feeds(adapter), outputs
             )
 
     def _torch_output(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,12 +3,13 @@
 from typing import Any
 
 from edgepeft.adapters import TASK_TYPES
-from edgepeft.bundle.manifest import LoraSlot, Manifest
+from edgepeft.bundle.manifest import Manifest
+from edgepeft.slots import LORA, WHOLE, Slot
 
 
 def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
     """PEFT's configuration of a LoRA of this rank on every slot, with the base's own saved modules."""
-    saved = sorted({module.module for module in manifest.saved_modules})
+    saved = sorted({slot.module for slot in manifest.slots_of(WHOLE)})
     return {
         "base_model_name_or_path": manifest.model.name,
         "bias": "none",
@@ -19,14 +20,14 @@ def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
         "modules_to_save": saved or None,
         "peft_type": "LORA",
         "r": rank,
-        "target_modules": [slot.module for slot in fresh_slots(manifest)],
+        "target_modules": [slot.module for slot in fresh_slots(manifest) if slot.technique == LORA],
         "task_type": TASK_TYPES.get(manifest.task),
         "use_dora": False,
         "use_rslora": False,
     }
 
 
-def fresh_slots(manifest: Manifest) -> list[LoraSlot]:
-    """The slots that a fresh adapter has a LoRA in."""
-    saved = {module.module for module in manifest.saved_modules}
-    return [slot for slot in manifest.lora_slots if slot.module not in saved]
+def fresh_slots(manifest: Manifest) -> list[Slot]:
+    """The slots that a fresh adapter has something in: PEFT puts no LoRA on a saved module."""
+    saved = {slot.module for slot in manifest.slots_of(WHOLE)}
+    return [slot for slot in manifest.slots if slot.technique == WHOLE or slot.module not in saved]

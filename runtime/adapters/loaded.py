@@ -8,10 +8,10 @@ from edgepeft.adapters import CONFIG_FILE, TENSOR_FILE, read_labels
 from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.validation import is_adapter_name
 from edgepeft.errors import AdapterError, UsageError
+from edgepeft.techniques.base import FloatArray
 
 from .graph_inputs import (
     AdapterSpec,
-    FloatArray,
     PreparedAdapter,
     check_effect_of,
     find_adapter,

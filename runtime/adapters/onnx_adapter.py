@@ -1,11 +1,11 @@
 """Adapters in onnxruntime's own file format (`.onnx_adapter`), which its `LoraAdapter` reads.
 
 The parameters of such a file are the adapter inputs of a bundle's inference graph, all of them and in the
-graph's layout: `A` `[in_features, rank]`, `B` `[rank, out_features]` and scaling `[rank]` of every slot (rank
-0 where the adapter has nothing) and every saved module (the base's own where the adapter has none). So a
-program that has onnxruntime alone runs the graph with `RunOptions.add_active_adapter` and feeds nothing but
-the model's inputs. Python's `InferenceSession.run` asks for all inputs nevertheless: there, feed what
-`AdapterFormat.read_adapter(path).get_parameters()` returns with `run_with_ort_values`.
+graph's layout: those of every slot, with its neutral values where the adapter has nothing (a LoRA of rank 0,
+the base's own saved module). So a program that has onnxruntime alone runs the graph with
+`RunOptions.add_active_adapter` and feeds nothing but the model's inputs. Python's `InferenceSession.run` asks
+for all inputs nevertheless: there, feed what `AdapterFormat.read_adapter(path).get_parameters()` returns with
+`run_with_ort_values`.
 
 The format has no place for PEFT's configuration, which is made anew when a file is read: values and scalings
 come back bit for bit, and what the graph computes with them is the same.
@@ -21,10 +21,14 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_path
+from edgepeft.slots import LORA
+from edgepeft.techniques import of_slot
+from edgepeft.techniques.base import FloatArray
+from edgepeft.techniques.lora import SCALING
 
 from ..session import ORT_ERRORS, one_line
 from .fresh import fresh_config
-from .graph_inputs import FloatArray, graph_inputs, to_peft_layout
+from .graph_inputs import graph_inputs, to_peft_layout
 
 SUFFIX = ".onnx_adapter"
 
@@ -68,20 +72,22 @@ def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
     kept: dict[str, FloatArray] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for slot in manifest.lora_slots:
-        scaling = inputs[slot.scaling_input]
-        if scaling.size:
-            kept |= {name: inputs[name] for name in (slot.a_input, slot.b_input)}
+    saved: set[str] = set()
+    for slot in manifest.slots:
+        values = {name: inputs[name] for name in slot.inputs}
+        neutral = of_slot(slot).neutral(slot, bundle.read_weight)
+        if all(np.array_equal(values[name], array) for name, array in neutral.items()):
+            continue
+        kept |= values
+        if slot.technique == LORA:
+            scaling = values[slot.input(SCALING)]
             ranks[slot.module] = scaling.size
             alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
-    for saved in manifest.saved_modules:
-        if not np.array_equal(inputs[saved.input], bundle.read_weight(saved.default)):
-            kept[saved.input] = inputs[saved.input]
+        else:
+            saved.add(slot.module)
     config = fresh_config(manifest, max(ranks.values(), default=1))
     config["target_modules"] = list(ranks)
-    config["modules_to_save"] = (
-        sorted({saved.module for saved in manifest.saved_modules if saved.input in kept}) or None
-    )
+    config["modules_to_save"] = sorted(saved) or None
     config["rank_pattern"] = {module: rank for module, rank in ranks.items() if rank != config["r"]}
     config["lora_alpha"] = next(iter(alphas.values()), 1.0)
     config["alpha_pattern"] = {
@@ -92,12 +98,11 @@ def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
 
 def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> None:
     """Check the parameters against the graph's adapter inputs."""
-    expected = {item.input: item.shape for item in manifest.saved_modules}
-    for slot in manifest.lora_slots:
-        rank = inputs[slot.scaling_input].size if slot.scaling_input in inputs else 0
-        expected[slot.a_input] = (slot.in_features, rank)
-        expected[slot.b_input] = (rank, slot.out_features)
-        expected[slot.scaling_input] = (rank,)
+    expected: dict[str, tuple[int, ...]] = {}
+    for slot in manifest.slots:
+        scaling = inputs.get(slot.input(SCALING)) if slot.technique == LORA else None
+        rank = 0 if scaling is None else scaling.size
+        expected |= {tensor.input: tensor.sized(rank) for tensor in slot.tensors}
     for name in sorted(expected.keys() | inputs.keys()):
         if name not in inputs:
             raise AdapterError(f"{path}: lacks the parameter {name!r}: the file was made for another bundle")
@@ -112,8 +117,8 @@ def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> Non
                 f"{path}: parameter {name!r} is {list(got.shape)} of {got.dtype}, expected "
                 f"{list(expected[name])} of float32: the file was made for another bundle"
             )
-    for slot in manifest.lora_slots:
-        scaling = inputs[slot.scaling_input]
+    for slot in manifest.slots_of(LORA):
+        scaling = inputs[slot.input(SCALING)]
         if scaling.size and not (scaling == scaling[0]).all():
             raise AdapterError(
                 f"{path}: module {slot.module}: its scaling differs along the rank, so it is a mixture, "

@@ -11,6 +11,7 @@ from typing import Any
 from edgepeft.bundle.manifest import GenerationSettings, Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UpdateRejectedError
+from edgepeft.slots import LORA
 
 from ..model import Model
 from .synthetic import prompt_ids, synthetic_records
@@ -62,7 +63,7 @@ def names(manifest: Manifest) -> list[str]:
     """The phases that a bundle has, in the order of use."""
     generates = manifest.task.endswith("-generation")
     phases = ["load", *(("prefill", "decode") if generates else ("predict",))]
-    if manifest.lora_slots:
+    if manifest.slots_of(LORA):
         phases += ["train"] if manifest.strategies else []
         phases += ["swap"]
     return phases

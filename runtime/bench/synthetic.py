@@ -8,6 +8,8 @@ import numpy as np
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
+from edgepeft.slots import LORA
+from edgepeft.techniques.lora import B
 
 from ..tasks import audio_classification, image_classification
 from ..training.options import TrainingOptions
@@ -42,10 +44,9 @@ def synthetic_adapter(bundle: Bundle, seed: int) -> Adapter:
     start = starting_adapter(bundle, TrainingOptions(rank=rank, seed=seed))
     generator = np.random.default_rng(seed)
     tensors = dict(start.tensors)
-    for slot in bundle.manifest.lora_slots:
-        if slot.b_input in tensors:
-            shape = tensors[slot.b_input].shape
-            tensors[slot.b_input] = generator.normal(0, _B_SCALE, shape).astype(np.float32)
+    for slot in bundle.manifest.slots_of(LORA):
+        if (key := slot.input(B)) in tensors:
+            tensors[key] = generator.normal(0, _B_SCALE, tensors[key].shape).astype(np.float32)
     return dataclasses.replace(start, tensors=tensors)
 
 

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError, UsageError
 
-from ..inputs import adapter_input_names
 from ..records import Record
 from ..text.tokenizer import TOKENIZER_FILE, Text
 from .examples import Array, Example, NothingToLearnError, Outputs
@@ -39,8 +38,8 @@ class Task(ABC):
         self.manifest = bundle.manifest
         self._text: Text | None = None
         self._chat: ChatTemplate | None = None
-        filled = adapter_input_names(self.manifest)
-        self._inputs = {spec.name for spec in self.manifest.graphs["inference"].inputs} - filled
+        names = {spec.name for spec in self.manifest.graphs["inference"].inputs}
+        self._inputs = names - self.manifest.adapter_inputs.keys()
 
     @property
     def text(self) -> Text:

@@ -11,6 +11,9 @@ from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
+from edgepeft.slots import LORA, WHOLE
+from edgepeft.techniques import lora, of_slot
+from edgepeft.techniques.base import FloatArray, PeftTechnique
 
 from ..adapters.fresh import fresh_config, fresh_slots
 from ..adapters.graph_inputs import find_adapter
@@ -48,37 +51,37 @@ def with_labels(bundle: Bundle, adapter: Adapter, added: Sequence[str]) -> Adapt
     head = manifest.linear_head
     assert head is not None
     tensors = dict(adapter.tensors)
-    for saved in manifest.saved_modules:
-        if saved.input in head.inputs:
-            present = tensors.get(saved.input)
-            present = bundle.read_weight(saved.default) if present is None else present
+    for slot in manifest.slots_of(WHOLE):
+        (key,) = slot.inputs
+        if key in head.inputs:
+            present = tensors.get(key)
+            present = of_slot(slot).neutral(slot, bundle.read_weight)[key] if present is None else present
             rows = np.zeros((len(added), *present.shape[1:]), np.float32)
-            tensors[saved.input] = np.concatenate([present, rows])
+            tensors[key] = np.concatenate([present, rows])
     return dataclasses.replace(adapter, tensors=tensors, labels=(*labels, *added))
 
 
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
-    """A LoRA on every slot as PEFT initializes it (A uniform as `kaiming_uniform_(a=sqrt(5))`, B zero, alpha
-    = 2 r), and the base's own saved modules; PEFT puts no LoRA on one of these.
+    """A LoRA on every slot as PEFT initializes it, alpha = 2 r, and the base's own saved modules.
 
     Raises:
         UsageError: the bundle has no slots.
         BudgetError: the memory budget has no room for it.
     """
     manifest = bundle.manifest
-    if not manifest.lora_slots:
+    if not manifest.slots_of(LORA):
         raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
     slots = fresh_slots(manifest)
-    values = sum(rank * (slot.in_features + slot.out_features) for slot in slots)
+    values = sum(math.prod(tensor.sized(rank)) for slot in slots for tensor in slot.tensors if tensor.key)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
-    tensors = {}
+    tensors: dict[str, FloatArray] = {}
     for slot in slots:
-        bound = 1 / math.sqrt(slot.in_features)
-        tensors[slot.a_input] = generator.uniform(-bound, bound, (rank, slot.in_features)).astype(np.float32)
-        tensors[slot.b_input] = np.zeros((slot.out_features, rank), np.float32)
-    for saved in manifest.saved_modules:
-        tensors[saved.input] = bundle.read_weight(saved.default)
+        technique = of_slot(slot)
+        if isinstance(technique, PeftTechnique):
+            tensors.update(technique.fresh(slot, rank, generator))
+        else:
+            tensors.update(technique.write(slot, technique.neutral(slot, bundle.read_weight)))
     return Adapter(
         config=fresh_config(manifest, rank),
         tensors=tensors,
@@ -93,13 +96,13 @@ def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions
     Raises:
         UsageError: none is left, or the bundle has not so many blocks.
     """
-    factors_b = {slot.b_input for slot in manifest.lora_slots}
-    factors = factors_b | {slot.a_input for slot in manifest.lora_slots}
-    saved = {module.input for module in manifest.saved_modules}
+    factors = {slot.input(name) for slot in manifest.slots_of(LORA) for name in (lora.A, lora.B)}
+    factors_b = {slot.input(lora.B) for slot in manifest.slots_of(LORA)}
+    saved = {name for slot in manifest.slots_of(WHOLE) for name in slot.inputs}
     head = manifest.linear_head
     closed_form = saved & ({head.weight, head.bias} if head is not None else set())
     chosen = {
-        "all": factors | saved,
+        "all": set(manifest.adapter_inputs),
         "lora": factors,
         "lora_B": factors_b,
         "modules_to_save": saved,

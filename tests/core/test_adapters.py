@@ -14,8 +14,9 @@ import torch
 import transformers
 
 from edgepeft.adapters import Adapter, fit, load_adapter, rounded, save_adapter
-from edgepeft.bundle.manifest import LoraSlot, SavedModule
 from edgepeft.errors import AdapterError, UsageError
+from edgepeft.slots import Slot
+from edgepeft.techniques import lora, whole
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -241,47 +242,40 @@ def test_tensors_that_do_not_belong_together(
         adapter.with_tensors(tensors, "changed")
 
 
-def slots_of(adapter: Adapter) -> tuple[list[LoraSlot], list[SavedModule]]:
+def slots_of(adapter: Adapter, wider: int = 0, labels: int | None = None) -> tuple[list[Slot], list[Slot]]:
     slots = []
     for module in adapter.modules:
-        a, b = (f"base_model.model.{module}.lora_{half}.weight" for half in "AB")
-        slots.append(
-            LoraSlot(module, adapter.tensors[a].shape[1], adapter.tensors[b].shape[0], a, b, f"{module}.s")
-        )
-    saved = [
-        SavedModule("classifier", key.rsplit(".", 1)[1], key, adapter.tensors[key].shape, key)
-        for key in adapter.saved_keys
-    ]
+        a, b = (adapter.tensors[f"base_model.model.{module}.lora_{half}.weight"] for half in "AB")
+        slots.append(lora.new_slot(module, a.shape[1] + wider, b.shape[0], 3))
+    saved = []
+    for key in adapter.saved_keys:
+        own, *shape = adapter.tensors[key].shape
+        saved.append(whole.new_slot("classifier", key.rsplit(".", 1)[1], (labels or own, *shape), key))
     return slots, saved
 
 
 def test_an_adapter_fits_its_own_base(adapter: Adapter) -> None:
     """And one that lacks modules does as well."""
     slots, saved = slots_of(adapter)
-    fit(adapter, slots, saved)
+    fit(adapter, slots + saved)
     few = {key: value for key, value in adapter.tensors.items() if "query" in key}
-    fit(adapter.with_tensors(few, "few"), slots, saved)
+    fit(adapter.with_tensors(few, "few"), slots + saved)
 
 
 def test_the_first_module_that_does_not_fit_is_named(adapter: Adapter) -> None:
     """Another width, an unknown module, a head for other labels, a module that may not be saved."""
     slots, saved = slots_of(adapter)
     first, second = adapter.modules[0], adapter.modules[1]
-    wider = [
-        LoraSlot(s.module, s.in_features + 1, s.out_features, s.a_input, s.b_input, s.scaling_input)
-        for s in slots
-    ]
     with pytest.raises(AdapterError, match=rf"module {first} is 8 -> 8 .*, 9 -> 8 in this bundle"):
-        fit(adapter, wider, saved)
+        fit(adapter, slots_of(adapter, wider=1)[0] + saved)
     with pytest.raises(AdapterError, match=f"module {second} takes no LoRA in this bundle"):
-        fit(adapter, [slots[0], *slots[2:]], saved)
-    other = [SavedModule(s.module, s.parameter, s.input, (5, *s.shape[1:]), s.default) for s in saved]
+        fit(adapter, [slots[0], *slots[2:], *saved])
     with pytest.raises(
         AdapterError, match=r"module classifier: bias is \[3\] in the adapter, \[5\] in this bundle"
     ):
-        fit(adapter, slots, other)
+        fit(adapter, slots + slots_of(adapter, labels=5)[1])
     with pytest.raises(AdapterError, match=r"module classifier\.bias is saved in the adapter"):
-        fit(adapter, slots, [])
+        fit(adapter, slots)
 
 
 def test_effect(adapter: Adapter) -> None:

@@ -74,7 +74,9 @@ IMAGES = {
     "height": 8,
     "width": 8,
 }
-SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "inference")
+SLOT, WEIGHT, GRAPH = ("slots", 0), ("weights", "dense"), ("graphs", "inference")
+
+A_TENSOR, HEAD_TENSOR = (*SLOT, "tensors", 0), ("slots", 1, "tensors", 0)
 
 
 @pytest.mark.parametrize(
@@ -130,13 +132,38 @@ SLOT, WEIGHT, GRAPH = ("lora_slots", 0), ("weights", "dense"), ("graphs", "infer
         (put(*WEIGHT, "nbytes", value=8), "needs 256 B, its entry says 8 B"),
         (put(*WEIGHT, "shape", value=[2**26, 2**26, 2**26]), "needs"),
         (put(*WEIGHT, "dtype", value="O"), "dtype 'O'"),
-        (put(*SLOT, "in_features", value=0), "0 -> 8"),
+        (put(*SLOT, "technique", value="magic"), "technique 'magic', this edgepeft knows lora, whole"),
+        (put(*SLOT, "technique", value="whole"), "has 3 tensors, expected 1"),
+        (put(*SLOT, "site", value="parameter"), "site 'parameter', expected 'linear'"),
+        (put(*SLOT, "settings", value={"x": 1}), r"settings \{'x': 1\}, expected \{\}"),
+        (put(*SLOT, "settings", value={"x": []}), "expected bool or int or float or str"),
+        (put(*SLOT, "tensors", value=[]), "which are no LoRA's"),
+        (put(*A_TENSOR, "shape", 0, value=0), "0 -> 8"),
+        (put(*A_TENSOR, "shape", 0, value=-1), r"shape \[-1, 'size'\]"),
+        (put(*A_TENSOR, "shape", 1, value="rank"), r"shape \[8, 'rank'\]"),
+        (put(*A_TENSOR, "shape", 1, value=4), r"\[8, 4\] and 'empty' where no adapter is"),
+        (put(*A_TENSOR, "shape", value=["size", 8]), "no LoRA's"),
+        (put(*A_TENSOR, "name", value="C"), "no LoRA's"),
+        (put(*A_TENSOR, "key", value=None), "has key None for A, expected 'base_model.model.encoder.dense"),
+        (put(*A_TENSOR, "transposed", value=False), "has transposed False for A, expected True"),
+        (put(*A_TENSOR, "trains", value=False), "policy.trainable|has trains False for A"),
+        (put(*A_TENSOR, "neutral", value="zeros"), "'zeros' where no adapter is"),
+        (put(*A_TENSOR, "neutral", value="dense"), "its default is"),
+        (put(*SLOT, "tensors", 2, "transposed", value=True), "is transposed and has no 2 axes"),
+        (put(*SLOT, "tensors", 2, "trains", value=True), "has trains True for scaling"),
         (put(*SLOT, "activation_axes", value=1), "activation_axes is 1"),
-        (put(*SLOT, "a_input", value="nothing"), "no input 'nothing'"),
-        (put(*SLOT, "a_input", value=tiny.B), "belongs to two slots"),
-        (put("saved_modules", 0, "default", value="nothing"), "not among the weights"),
-        (put("saved_modules", 0, "default", value="dense"), "its default is"),
-        (put("saved_modules", 0, "input", value=tiny.A), "is taken"),
+        (put(*A_TENSOR, "input", value="nothing"), "no input 'nothing'"),
+        (put(*A_TENSOR, "input", value=tiny.B), "belongs to two slots"),
+        (put(*HEAD_TENSOR, "neutral", value="nothing"), "not among the weights"),
+        (put(*HEAD_TENSOR, "neutral", value="dense"), "its default is"),
+        (put(*HEAD_TENSOR, "neutral", value="ones"), "with the default 'ones', expected sizes and a weight"),
+        (put(*HEAD_TENSOR, "shape", value=[3, "size"]), "its default is"),
+        (put("slots", 1, "activation_axes", value=2), "activation_axes 2, expected 0"),
+        (put(*HEAD_TENSOR, "input", value=tiny.A), "belongs to two slots"),
+        (
+            put(*HEAD_TENSOR, "input", value="attention_mask"),
+            "has input 'attention_mask' for weight, expected",
+        ),
         (put("adapters", value=["mine", "mine"]), "listed twice"),
         (put("adapters", value=["other"]), "'adapters/other/adapter_config.json' is not in files"),
         (put("adapters", value=["../mine"]), "adapter name '../mine' is not usable"),

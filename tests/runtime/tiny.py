@@ -17,18 +17,18 @@ from edgepeft.adapters import PREFIX, Adapter, write_adapter
 from edgepeft.bundle.manifest import (
     FORMAT_VERSION,
     GraphSpec,
-    LoraSlot,
     Manifest,
     ModelInfo,
     Policy,
     Quantization,
-    SavedModule,
     Strategy,
     TensorSpec,
     WeightTensor,
 )
 from edgepeft.bundle.memory_formula import MemoryFormula, MemoryTerm
 from edgepeft.bundle.writer import hash_folder, write_manifest
+from edgepeft.slots import Slot
+from edgepeft.techniques import lora, whole
 
 VOCAB, WIDTH, MAX_LENGTH = 24, 8, 16
 LABELS = ("red", "green", "blue")
@@ -378,13 +378,13 @@ def write_bundle(
             (folder / name).write_text(json.dumps(content))
     saved = (
         (
-            SavedModule("classifier", "weight", HEAD, (len(LABELS), WIDTH), "classifier.weight"),
-            SavedModule("classifier", "bias", BIAS, (len(LABELS),), "classifier.bias"),
+            whole.new_slot("classifier", "weight", (len(LABELS), WIDTH), "classifier.weight"),
+            whole.new_slot("classifier", "bias", (len(LABELS),), "classifier.bias"),
         )
         if task == "text-classification"
         else ()
     )
-    trainable = (A, B, *(module.input for module in saved)) if "train" in graphs else ()
+    trainable = (A, B, *(name for slot in saved for name in slot.inputs)) if "train" in graphs else ()
     memory = MemoryFormula(2**20, ((MemoryTerm(64.0, 1, 1), MemoryTerm(64.0, 1, 0, 1)),))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
@@ -407,10 +407,7 @@ def write_bundle(
         inference_memory=memory,
         weights_file="weights.bin",
         weights=stored,
-        lora_slots=(
-            LoraSlot(MODULE, WIDTH, WIDTH, A, B, SCALING, activation_axes=3 if "generation" in task else 2),
-        ),
-        saved_modules=saved,
+        slots=(_slot(3 if "generation" in task else 2), *saved),
         adapters=tuple(adapters),
         strategies=(Strategy("resident", "train", exact=True, memory=memory),) if "train" in graphs else (),
         policy=policy or Policy(trainable=trainable),
@@ -420,6 +417,12 @@ def write_bundle(
     )
     write_manifest(manifest, folder)
     return folder
+
+
+def _slot(activation_axes: int) -> Slot:
+    slot = lora.new_slot(MODULE, WIDTH, WIDTH, activation_axes)
+    *factors, scaling = slot.tensors
+    return replace(slot, tensors=(*factors, replace(scaling, input=SCALING)))
 
 
 def word_tokenizer() -> dict[str, object]:

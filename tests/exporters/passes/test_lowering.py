@@ -17,7 +17,8 @@ from edgepeft.exporters.passes.shapes.infer import infer_shapes
 from edgepeft.exporters.passes.shapes.position_ids import derive_position_ids
 from edgepeft.exporters.passes.weights.linears import find_marked_linears, mark_linear, unpack
 from edgepeft.exporters.quantize.exact_products import use_exact_products
-from edgepeft.exporters.techniques.lora import insert_lora_slots
+from edgepeft.exporters.techniques import insert_slots
+from edgepeft.exporters.techniques.base import BaseGraph
 
 BATCH, ROWS, HEADS, KV_HEADS, SIZE = 3, 7, 4, 2, 32
 LENGTHS = np.array([7, 4, 5])
@@ -326,13 +327,13 @@ def test_layers_packed_in_one_product_have_slots_of_their_own() -> None:
         "attn.k": (4, 2),
         "attn.v": (6, 2),
     }
-    slots = insert_lora_slots(graph, [parts["attn.q"], parts["attn.v"]])
+    slots = insert_slots(BaseGraph(graph, {}), {"lora": [parts["attn.q"], parts["attn.v"]]})["lora"]
     tidy(model)
     feeds: Feeds = {"x": random(5, 16)}
     expected = feeds["x"] @ weight
     for seed, slot in enumerate(slots):
-        a, b = random(16, 3, seed=10 + seed), random(3, slot.out_features, seed=20 + seed)
-        feeds |= {slot.a_input: a, slot.b_input: b, slot.scaling_input: np.full(3, 0.5, np.float32)}
+        a, b = random(16, 3, seed=10 + seed), random(3, parts[slot.module].out_features, seed=20 + seed)
+        feeds |= dict(zip(slot.inputs, (a, b, np.full(3, 0.5, np.float32)), strict=True))
         part = parts[slot.module]
         expected[:, part.first : part.first + part.out_features] += 0.5 * feeds["x"] @ a @ b
     np.testing.assert_allclose(run(model, feeds)[0], expected, rtol=0, atol=1e-4)

@@ -14,8 +14,8 @@ from edgepeft.exporters.passes.attention.standard import simplify_attention
 from edgepeft.exporters.passes.weights.linears import find_embeddings, find_linears, select
 from edgepeft.exporters.quantize.blockwise import quantize
 from edgepeft.exporters.quantize.freeze import Freezer
-from edgepeft.exporters.techniques.lora import insert_lora_slots
-from edgepeft.exporters.techniques.whole import keep_saved_modules
+from edgepeft.exporters.techniques import graph_technique, insert_slots
+from edgepeft.exporters.techniques.base import BaseGraph
 
 VOCABULARY, WIDTH, HIDDEN = 48, 64, 32
 
@@ -146,16 +146,17 @@ def test_a_row_that_no_block_divides_is_kept_in_half_precision() -> None:
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
     toy = Toy()
-    slots = insert_lora_slots(toy.model.graph, [toy.linears()[name] for name in ("up", "down")])
+    base = BaseGraph(toy.model.graph, {}, toy.linears())
+    technique = graph_technique("lora")
+    slots = insert_slots(base, {"lora": technique.sites(base, ["up", "down"])})["lora"]
     freezer = toy.freeze(bits)
     rng = np.random.default_rng(rank)
     feeds: dict[str, np.ndarray] = {}
     deltas = {}
     for slot in slots:
-        a = rng.standard_normal((slot.in_features, rank)).astype(np.float32)
-        b = rng.standard_normal((rank, slot.out_features)).astype(np.float32)
+        a, b = (rng.standard_normal(tensor.sized(rank)).astype(np.float32) for tensor in slot.tensors[:2])
         scaling = rng.standard_normal(rank).astype(np.float32)
-        feeds |= {slot.a_input: a, slot.b_input: b, slot.scaling_input: scaling}
+        feeds |= dict(zip(slot.inputs, (a, b, scaling), strict=True))
         deltas[slot.module] = torch.from_numpy(((a * scaling) @ b).T.copy())
     np.testing.assert_allclose(
         toy.run(**feeds), toy.expected(freezer.reference, **deltas), rtol=1e-3, atol=5e-3
@@ -165,8 +166,9 @@ def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
 def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     toy = Toy()
     weights = dict(toy.inputs)
-    saved = keep_saved_modules(toy.model.graph, weights, ["down"])
-    assert [(item.input, item.shape) for item in saved] == [
+    base = BaseGraph(toy.model.graph, weights)
+    saved = insert_slots(base, {"whole": graph_technique("whole").sites(base, ["down"])})["whole"]
+    assert [(slot.tensors[0].input, slot.tensors[0].shape) for slot in saved] == [
         ("base_model.model.down.weight", (WIDTH, HIDDEN)),
         ("base_model.model.down.bias", (WIDTH,)),
     ]
@@ -175,7 +177,7 @@ def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     freezer.freeze(toy.model.graph, {name: (value, toy.weights[name]) for name, value in weights.items()})
     tidy(toy.model)
     replaced = {**toy.weights, "down.weight": torch.ones(WIDTH, HIDDEN), "down.bias": torch.zeros(WIDTH)}
-    feeds = {item.input: replaced[item.default].numpy() for item in saved}
+    feeds = {slot.inputs[0]: replaced[slot.tensors[0].neutral].numpy() for slot in saved}
     np.testing.assert_allclose(toy.run(**feeds), toy.expected(replaced), rtol=1e-4, atol=1e-3)
 
 

@@ -143,7 +143,7 @@ def test_other_forms(files: Callable[[str], Path], tmp_path: Path, name: str, bi
     """Against the file's outputs and central differences: PyTorch has no such weights to compare with."""
     manifest = edgepeft.export(files(name), tmp_path / "b", bits=bits, rank=4)
     assert manifest.quantization.bits == (bits or 4)
-    assert len(manifest.lora_slots) >= 13
+    assert len(manifest.slots_of("lora")) >= 13
     figures = manifest.verification
     assert figures["outputs"]["no adapter"] <= 1e-4
     assert figures["gradients"]["default"]["resolved_directions"] == 28

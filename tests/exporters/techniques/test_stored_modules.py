@@ -193,11 +193,11 @@ def test_verification_and_training_with_a_tied_output_layer(bits: int, tmp_path:
         "lora": save(tied, tmp_path / "lora", target_modules=["v_proj", "lm_head"], embeddings="auto"),
     }
     first = edgepeft.export(tied(), tmp_path / "one", bits=bits, adapters=adapters)
-    assert not first.saved_modules
+    assert not first.slots_of("whole")
     assert first.verification["gradients"]["lora"]["smallest_cosine"] > 0.9999
     saved = {"head": save(tied, tmp_path / "head", target_modules=["q_proj"], modules_to_save=["lm_head"])}
     second = edgepeft.export(tied(), tmp_path / "two", bits=bits, adapters=saved | adapters)
-    assert [module.module for module in second.saved_modules] == ["lm_head"]
+    assert [module.module for module in second.slots_of("whole")] == ["lm_head"]
     assert second.verification["gradients"]["head"]["smallest_cosine"] > 0.9999
 
 
@@ -232,7 +232,7 @@ def test_a_vocabulary_that_was_resized(
     check(build, folder, tmp_path / "bundle", base=trained, **UNVERIFIED)
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest.model.vocab_size == rows
-    assert bool(manifest.saved_modules) == ("modules_to_save" in config), "what is the base's is frozen"
+    assert bool(manifest.slots_of("whole")) == ("modules_to_save" in config), "what is the base's is frozen"
     assert (tmp_path / "bundle" / "tokenizer.json").read_text() == "{}", "the adapter's names the new tokens"
 
 
@@ -246,7 +246,7 @@ def test_an_embedding_that_was_trained_and_is_stored_unasked(tmp_path: Path) -> 
 
     folder = save(trained, tmp_path / "a", target_modules=["q_proj"], embeddings=True)
     check(tied, folder, tmp_path / "bundle")
-    assert [m.module for m in open_bundle(tmp_path / "bundle").manifest.saved_modules] == ["lm_head"]
+    assert [m.module for m in open_bundle(tmp_path / "bundle").manifest.slots_of("whole")] == ["lm_head"]
 
 
 def test_a_copy_in_sixteen_bits_is_the_bases(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_copy_in_sixteen_bits_is_the_bases(tmp_path: Path) -> None:
     )
     assert any("base_layer" in key for key in keys(folder))
     manifest = edgepeft.export(tied(), tmp_path / "bundle", bits=32, adapters={"a": folder}, **UNVERIFIED)
-    assert not manifest.saved_modules
+    assert not manifest.slots_of("whole")
 
 
 def refuse(match: str, build: Build, tmp_path: Path, **adapters: Path) -> None:

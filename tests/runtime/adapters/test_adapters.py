@@ -120,7 +120,7 @@ def test_a_bundle_that_cannot_tell_rows_apart_says_so(tmp_path: Path, three: dic
     """Windows of images are rows to a linear."""
     bundle = tiny.write_bundle(tmp_path / "tiny.edge", "feature-extraction")
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["lora_slots"][0]["activation_axes"] = 0
+    manifest["slots"][0]["activation_axes"] = 0
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with edgepeft.load(bundle) as model, pytest.raises(AdapterError, match="mix the rows of a batch"):
         model.forward({"input_ids": IDS[:2]}, adapter=[three["a"], None])

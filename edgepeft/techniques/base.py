@@ -1,0 +1,197 @@
+"""What a technique is: the meaning of a slot's tensors in an adapter's file and in the graphs."""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import AdapterError
+from ..slots import EMPTY, ONES, SIZE, ZEROS, Slot, SlotTensor
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+Tensors: TypeAlias = Mapping[str, FloatArray]
+"""By PEFT's state-dict key in PEFT's layout, or by the graphs' input in theirs."""
+ReadWeight: TypeAlias = Callable[[str], FloatArray]
+"""Reads a tensor of `weights.bin`."""
+
+
+class Held(Protocol):
+    """What a technique sees of an adapter; see `edgepeft.adapters.Adapter`."""
+
+    @property
+    def tensors(self) -> dict[str, FloatArray]: ...
+    @property
+    def origin(self) -> str: ...
+    def scaling(self, module: str) -> float:
+        """The factor that the configuration gives the module."""
+
+
+class Technique(abc.ABC):
+    """What the exporter and the device know of a technique beside its graphs.
+
+    Where a method says nothing else, values are float32 by input name, as the graphs take them.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """In messages, such as `takes no LoRA`."""
+    apart: ClassVar[str] = "is filled once for all rows, so the rows of a batch cannot differ in it"
+    """Why the rows of a batch cannot have adapters of their own, after `module NAME`."""
+
+    @abc.abstractmethod
+    def problem(self, slot: Slot) -> str | None:
+        """What of a manifest's slot is not as this technique makes it; None if all is."""
+
+    @abc.abstractmethod
+    def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
+        """What the adapter has in the slot, each array contiguous; nothing where it has nothing there."""
+
+    def write(self, slot: Slot, values: Tensors) -> dict[str, FloatArray]:
+        """Those values that PEFT's file has, copied, by PEFT's key and in PEFT's layout."""
+        return {
+            tensor.key: np.ascontiguousarray(value.T) if tensor.transposed else value.copy()
+            for tensor in slot.tensors
+            if tensor.key is not None and (value := values.get(tensor.input)) is not None
+        }
+
+    def size(self, slot: Slot, values: Tensors) -> int:
+        """The size that the values have in the slot; 0 where a slot has none to choose."""
+        for tensor in slot.tensors:
+            if SIZE in tensor.shape:
+                return int(values[tensor.input].shape[tensor.shape.index(SIZE)])
+        return 0
+
+    def neutral(self, slot: Slot, read_weight: ReadWeight) -> dict[str, FloatArray]:
+        """What the slot is fed where no adapter has anything in it."""
+        return {tensor.input: _neutral(tensor, read_weight) for tensor in slot.tensors}
+
+    def mixed(
+        self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """What the slot is fed for the adapters that have something in it, each times its weight.
+
+        Raises:
+            AdapterError: there are several, or one not as it is, and the technique does not define that.
+        """
+        if not weighted:
+            return self.neutral(slot, read_weight)
+        if len(weighted) > 1 or weighted[0][1] != 1:
+            raise AdapterError(
+                f"module {slot.module}: {self.title} of several adapters, or with a weight, cannot be mixed: "
+                "use one that has it, with weight 1"
+            )
+        return {name: weighted[0][0][name] for name in slot.inputs}
+
+    def rows(
+        self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """What the slot is fed for a batch whose rows have adapters of their own.
+
+        Args:
+            slot: the slot.
+            adapters: those that have something in it.
+            weights: `[rows, adapters]`; 0 where an adapter is not the row's.
+            read_weight: reads what is fed for none.
+
+        Raises:
+            AdapterError: rows differ, and the graphs cannot tell them apart here.
+        """
+        distinct = list(dict.fromkeys(map(tuple, weights.tolist())))
+        values = [
+            self.mixed(
+                slot,
+                [(adapter, weight) for adapter, weight in zip(adapters, row, strict=True) if weight],
+                read_weight,
+            )
+            for row in distinct
+        ]
+        if any(not np.array_equal(values[0][name], other[name]) for other in values for name in values[0]):
+            raise AdapterError(
+                f"module {slot.module} {self.apart}: run the adapters that differ there one at a time"
+            )
+        return values[0]
+
+
+class PeftTechnique(Technique):
+    """A technique that PEFT has a type of adapters for: `peft_type` in their configuration."""
+
+    peft_type: ClassVar[str]
+    inert: ClassVar[str]
+    """When an adapter's tensors change nothing, in a message."""
+
+    @abc.abstractmethod
+    def check_config(self, config: Mapping[str, Any], origin: str) -> None:
+        """Check an adapter's configuration.
+
+        Raises:
+            AdapterError: it is none of this technique's, or asks for what the graphs do not compute.
+        """
+
+    @abc.abstractmethod
+    def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        """Check an adapter's tensors, by PEFT's keys, with one another and with its configuration.
+
+        Returns:
+            The factor that the configuration gives each module; none where a technique has no factors.
+
+        Raises:
+            AdapterError: names the tensor or module.
+        """
+
+    @abc.abstractmethod
+    def fresh(self, slot: Slot, size: int, rng: np.random.Generator) -> dict[str, FloatArray]:
+        """Tensors by PEFT's key, in PEFT's layout, that a new adapter of this size begins with."""
+
+    @abc.abstractmethod
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        """The modules that an adapter with these tensors is on."""
+
+    @abc.abstractmethod
+    def owns(self, key: str) -> bool:
+        """Whether a key is one of the technique's, and not of a parameter that is stored whole."""
+
+    @abc.abstractmethod
+    def rank(self, tensors: Tensors, module: str) -> int:
+        """The size of an adapter's slot on the module; 0 where it has none."""
+
+    @abc.abstractmethod
+    def weight_shape(self, slot: Slot) -> tuple[int, ...]:
+        """The shape, in PyTorch, of the base's weight that the slot is beside."""
+
+    @abc.abstractmethod
+    def fit(self, slot: Slot, adapter: Held) -> None:
+        """Check that what the adapter has on the slot's module is of the slot's sizes.
+
+        Raises:
+            AdapterError: names both.
+        """
+
+    @abc.abstractmethod
+    def has_effect(self, adapter: Held) -> bool:
+        """Whether the adapter's tensors change what the model computes."""
+
+
+def difference(slot: Slot, expected: Slot) -> str | None:
+    """Where a manifest's slot differs from what its technique makes of the same module; None: nowhere.
+
+    An input has PEFT's key for its name, if it has a key; any other may have any name.
+    """
+    names, wanted = [item.name for item in slot.tensors], [item.name for item in expected.tensors]
+    if names != wanted:
+        return f"has the tensors {names}, expected {wanted}"
+    for got, item in zip(slot.tensors, expected.tensors, strict=True):
+        for field, value in vars(item).items():
+            if getattr(got, field) != value and (field != "input" or item.key is not None):
+                return f"has {field} {getattr(got, field)!r} for {item.name}, expected {value!r}"
+    for field in ("site", "settings", "activation_axes"):
+        if getattr(slot, field) != getattr(expected, field):
+            return f"has {field} {getattr(slot, field)!r}, expected {getattr(expected, field)!r}"
+    return None
+
+
+def _neutral(tensor: SlotTensor, read_weight: ReadWeight) -> FloatArray:
+    if tensor.neutral in (ZEROS, ONES):
+        return np.full(tensor.sized(0), tensor.neutral == ONES, np.float32)
+    return np.zeros(tensor.sized(0), np.float32) if tensor.neutral == EMPTY else read_weight(tensor.neutral)

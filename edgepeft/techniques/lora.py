@@ -1,0 +1,268 @@
+"""LoRA: a low-rank product beside a linear module, `y += ((x A) * scaling) B`.
+
+In the graphs `A` is `[in_features, rank]`, `B` `[rank, out_features]` and the scaling `[rank]`: PEFT's
+`lora_A.weight` and `lora_B.weight` transposed, and `lora_alpha / r` once for each rank. Rank 0 switches a
+slot off exactly, and adapters mix exactly: their factors stand side by side along the rank, and each one's
+weight goes into its scaling. In the inference graph the scaling may also be `[batch, 1, …, rank]`, with as
+many axes as `x` has: a row's scaling is zero where the rank belongs to an adapter that is not its own.
+
+Source: arXiv 2106.09685; rsLoRA's scaling: arXiv 2312.03732.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import AdapterError
+from ..patterns import ModulePatterns
+from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
+from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
+
+A, B, SCALING = "A", "B", "scaling"
+"""What a slot's tensors are called."""
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+# Options that make the layer something else than y += scaling * B(A(x)), by the value that switches them off.
+_REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
+    "bias": ("none", None),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    # Every other initialization (PiSSA, OLoRA, CorDA, LoftQ, …) also changes the base's weights.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
+}
+_REFUSED_KEYS = {
+    "lora_embedding_A": "a LoRA on an embedding",
+    "lora_embedding_B": "a LoRA on an embedding",
+    "lora_magnitude_vector": "DoRA",
+    "lora_B.bias": "lora_bias",
+}
+
+
+def new_slot(module: str, in_features: int, out_features: int, activation_axes: int) -> Slot:
+    """A slot on a linear module `[in_features] -> [out_features]`; see `Slot` for its axes."""
+    key = f"{PREFIX}{module}"
+    a, b, scaling = (in_features, SIZE), (SIZE, out_features), (SIZE,)
+    return Slot(
+        technique=LORA,
+        site=LINEAR,
+        module=module,
+        tensors=(
+            SlotTensor(A, key + _A, key + _A, a, transposed=True, trains=True, neutral=EMPTY),
+            SlotTensor(B, key + _B, key + _B, b, transposed=True, trains=True, neutral=EMPTY),
+            SlotTensor(
+                SCALING, f"{key}.scaling", None, scaling, transposed=False, trains=False, neutral=EMPTY
+            ),
+        ),
+        activation_axes=activation_axes,
+    )
+
+
+def features(slot: Slot) -> tuple[int, int]:
+    """What the slot's module reads and makes: in_features and out_features."""
+    return int(slot.tensor(A).shape[0]), int(slot.tensor(B).shape[1])
+
+
+class Lora(PeftTechnique):
+    """See the module."""
+
+    name, title, peft_type = LORA, "LoRA", "LORA"
+    inert = "every lora_B is zero"
+
+    def problem(self, slot: Slot) -> str | None:
+        by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
+        sizes = (*by_name.get(A, ())[:1], *by_name.get(B, ())[1:2])
+        whole = [size for size in sizes if isinstance(size, int)]
+        if len(whole) == 2 and min(whole) < 1:
+            return f"is {whole[0]} -> {whole[1]}"
+        if len(whole) != 2:
+            return f"has tensors of shapes {[list(shape) for shape in by_name.values()]}, which are no LoRA's"
+        return difference(slot, new_slot(slot.module, whole[0], whole[1], slot.activation_axes))
+
+    def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
+        rank = self.rank(adapter.tensors, slot.module)
+        if rank == 0:
+            return {}
+        turned = {
+            tensor.input: np.ascontiguousarray(adapter.tensors[tensor.key].T)
+            for tensor in slot.tensors
+            if tensor.key is not None
+        }
+        return turned | {slot.input(SCALING): np.full(rank, adapter.scaling(slot.module), np.float32)}
+
+    def fresh(self, slot: Slot, size: int, rng: np.random.Generator) -> dict[str, FloatArray]:
+        """As PEFT: A uniform as `kaiming_uniform_(a=sqrt(5))` draws it, B zero."""
+        in_features, out_features = features(slot)
+        bound = 1 / math.sqrt(in_features)
+        a = rng.uniform(-bound, bound, (size, in_features)).astype(np.float32)
+        return {slot.input(A): a, slot.input(B): np.zeros((out_features, size), np.float32)}
+
+    def mixed(
+        self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        if not weighted:
+            return self.neutral(slot, read_weight)
+        scalings = [_times(values[slot.input(SCALING)], weight) for values, weight in weighted]
+        return _side_by_side(slot, [values for values, _ in weighted]) | {
+            slot.input(SCALING): _joined(scalings, 0)
+        }
+
+    def rows(
+        self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        if not adapters:
+            return self.neutral(slot, read_weight)
+        if not slot.activation_axes:
+            raise AdapterError(
+                f"module {slot.module}: its activations mix the rows of a batch, so rows cannot have "
+                "adapters of their own: run them one adapter at a time"
+            )
+        scalings = [
+            weights[:, index, None] * values[slot.input(SCALING)] for index, values in enumerate(adapters)
+        ]
+        between = (1,) * (slot.activation_axes - 2)
+        scaling = _joined(scalings, 1).reshape(len(weights), *between, -1)
+        return _side_by_side(slot, adapters) | {slot.input(SCALING): scaling}
+
+    def check_config(self, config: Mapping[str, Any], origin: str) -> None:
+        for key, allowed in _REFUSED_UNLESS.items():
+            value = config.get(key)
+            if not any(value == item and type(value) is type(item) for item in allowed):
+                raise AdapterError(
+                    f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
+                )
+        _check_number(origin, "r", config.get("r"), integer=True)
+        _check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
+        _check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
+        _check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+
+    def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        for key, tensor in tensors.items():
+            for part, meaning in _REFUSED_KEYS.items():
+                if part in key:
+                    raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
+            if not self.owns(key):
+                continue
+            stem, mine = key[: -len(_A)], key[-len(_A) :]
+            other = tensors.get(stem + (_B if mine == _A else _A))
+            module = stem[len(PREFIX) :]
+            if other is None:
+                raise AdapterError(
+                    f"{origin}: module {module} has {mine[1:7]} but no {'lora_B' if mine == _A else 'lora_A'}"
+                )
+            if tensor.ndim != 2 or other.ndim != 2:
+                raise AdapterError(
+                    f"{origin}: tensor {key} has {tensor.ndim} axes, edgepeft runs LoRA on linear modules (2 "
+                    "axes)"
+                )
+            if mine == _A and tensor.shape[0] != other.shape[1]:
+                raise AdapterError(
+                    f"{origin}: module {module}: lora_A has rank {tensor.shape[0]}, lora_B rank "
+                    f"{other.shape[1]}"
+                )
+        return self._scalings(config, tensors, origin)
+
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        return tuple(key[len(PREFIX) : -len(_A)] for key in tensors if key.endswith(_A))
+
+    def owns(self, key: str) -> bool:
+        return key.endswith((_A, _B))
+
+    def rank(self, tensors: Tensors, module: str) -> int:
+        tensor = tensors.get(f"{PREFIX}{module}{_A}")
+        return 0 if tensor is None else int(tensor.shape[0])
+
+    def weight_shape(self, slot: Slot) -> tuple[int, ...]:
+        return features(slot)[::-1]
+
+    def fit(self, slot: Slot, adapter: Held) -> None:
+        a, b = (adapter.tensors[slot.input(name)] for name in (A, B))
+        if (a.shape[1], b.shape[0]) != features(slot):
+            in_features, out_features = features(slot)
+            raise AdapterError(
+                f"{adapter.origin}: module {slot.module} is {a.shape[1]} -> {b.shape[0]} features in the "
+                f"adapter, {in_features} -> {out_features} in this bundle: the adapter was made for another "
+                "base"
+            )
+
+    def has_effect(self, adapter: Held) -> bool:
+        """A B that is not all zeros, and whose scaling is not zero."""
+        return any(
+            bool(adapter.tensors[f"{PREFIX}{module}{_B}"].any()) and adapter.scaling(module) != 0.0
+            for module in self.modules(adapter.tensors)
+        )
+
+    def _scalings(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
+        modules = self.modules(tensors)
+        ranks, alphas = (
+            _patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
+        )
+        found = {}
+        for module in modules:
+            rank, rows = ranks.value(module, config["r"]), self.rank(tensors, module)
+            if rank != rows:
+                raise AdapterError(
+                    f"{origin}: module {module}: adapter_config.json gives rank {rank}, its lora_A has "
+                    f"{rows} rows"
+                )
+            alpha = alphas.value(module, config.get("lora_alpha", 8))
+            found[module] = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        return found
+
+
+TECHNIQUE = Lora()
+
+
+def _side_by_side(slot: Slot, adapters: Sequence[Tensors]) -> dict[str, FloatArray]:
+    """`A` and `B` of some adapters along the rank; those of a single one are its own arrays."""
+    a, b = slot.input(A), slot.input(B)
+    return {a: _joined([item[a] for item in adapters], 1), b: _joined([item[b] for item in adapters], 0)}
+
+
+def _joined(parts: Sequence[FloatArray], axis: int) -> FloatArray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=axis)
+
+
+def _times(scaling: FloatArray, weight: float) -> FloatArray:
+    return scaling if weight == 1 else scaling * np.float32(weight)
+
+
+def _patterns(config: Mapping[str, Any], name: str, modules: Sequence[str], origin: str) -> ModulePatterns:
+    try:
+        patterns = ModulePatterns(config.get(name))
+        patterns.check_cost(modules)
+    except ValueError as error:
+        raise AdapterError(f"{origin}: adapter_config.json: {name} {error}") from error
+    return patterns
+
+
+def _check_number(origin: str, key: str, value: object, *, integer: bool) -> None:
+    kinds = int if integer else (int, float)
+    if (
+        not isinstance(value, kinds)
+        or isinstance(value, bool)
+        or not abs(value) <= 2**31
+        or (integer and value < 1)
+    ):
+        expected = "a whole number of at least 1" if integer else "a number"
+        raise AdapterError(f"{origin}: adapter_config.json: {key} is {value!r}, expected {expected}")
+
+
+def _check_pattern(origin: str, name: str, patterns: object) -> None:
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{origin}: adapter_config.json: {name} is {patterns!r}, expected an object")
+    for key, value in patterns.items():
+        _check_number(origin, f"{name}[{key!r}]", value, integer=name == "rank_pattern")

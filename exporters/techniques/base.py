@@ -1,0 +1,53 @@
+"""What a technique does to a graph: where it may be applied, and the operators that apply it."""
+
+import abc
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import onnx_ir as ir
+
+from edgepeft.slots import Slot
+
+from ..passes.weights.linears import Linear
+
+Site = TypeVar("Site")
+
+
+@dataclass(frozen=True)
+class BaseGraph:
+    """The base's optimized graph, before its weights are frozen.
+
+    Attributes:
+        graph: the graph, its weights inputs.
+        weights: those inputs by name; one that adapters replace is taken out.
+        linears: the linear modules by name.
+        turned: weights that the trace has transposed.
+    """
+
+    graph: ir.Graph
+    weights: dict[str, ir.Value]
+    linears: dict[str, Linear] = field(default_factory=dict)
+    turned: Collection[str] = ()
+
+
+class GraphTechnique(abc.ABC, Generic[Site]):
+    """The graph half of a technique; the other is in `edgepeft.techniques`."""
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Site]:
+        """The places in the graph for slots on these modules.
+
+        Raises:
+            ExportError: a module is none that the technique can be applied to.
+        """
+
+    @abc.abstractmethod
+    def insert(self, base: BaseGraph, sites: Sequence[Site]) -> list[Slot]:
+        """Put a slot in at each of some `sites` of the graph, once; the caller sorts the graph afterwards.
+
+        Raises:
+            ExportError: the graph says too little of a place.
+        """
