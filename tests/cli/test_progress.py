@@ -178,7 +178,7 @@ def test_an_update_at_a_terminal_and_in_a_pipe(classifier: Path, tmp_path: Path)
         assert process.stdout is not None
         assert json.loads(process.stdout.read())["steps"] == 30
     os.close(ours)
-    assert said.startswith(b"\radapting [----------]: 1 of 30 steps")
+    assert b"\radapting [----------]: 1 of 30 steps" in said  # after what took longer than two seconds
     assert b"\radapting [##########]: 30 of 30 steps" in said
     assert said.count(b"\n") == 1
 

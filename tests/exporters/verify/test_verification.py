@@ -19,7 +19,7 @@ from edgepeft.exporters import pipeline
 from edgepeft.exporters.decoder import cache_in_place
 from edgepeft.exporters.sources import loading, model_info, onnx_graph, tokenizer
 from edgepeft.exporters.sources.generation_settings import generation_config
-from edgepeft.exporters.techniques import stored_modules
+from edgepeft.exporters.techniques import prepare, stored_modules
 from edgepeft.runtime.text import chat
 
 from .. import models
@@ -223,7 +223,7 @@ def _adapter(
 ADAPTERS: dict[str, tuple[dict[str, Any], Patch]] = {
     "an output layer that was tied": (
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        set_to(pipeline, "prepare_stored", lambda adapters, *_: dict(adapters)),
+        set_to(prepare, "prepare_stored", lambda adapters, *_: dict(adapters)),
     ),
     "a saved embedding": (
         {"tied": False, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
