@@ -18,6 +18,7 @@ from . import (
     rectifiers,
     reduce,
     shape,
+    softmax,
     trigonometry,
 )
 
@@ -39,5 +40,6 @@ __all__ = [
     "rectifiers",
     "reduce",
     "shape",
+    "softmax",
     "trigonometry",
 ]
