@@ -115,7 +115,8 @@ def test_a_heavier_penalty_keeps_the_model_closer(tmp_path: Path) -> None:
     edgepeft.export(models.bert_classifier(), tmp_path / "b", bits=32, rank=4, drift_penalty=True)
     rng = np.random.default_rng(0)
     records = [
-        {"input_ids": rng.integers(3, 300, 6).tolist(), "label": int(rng.integers(3))} for _ in range(24)
+        {"input_ids": [10 + label] * 3 + rng.integers(20, 300, 3).tolist(), "label": label}
+        for label in [0, 1, 2] * 8
     ]
     moved = []
     with edgepeft.load(tmp_path / "b", memory_budget="2GiB") as device:
@@ -123,9 +124,6 @@ def test_a_heavier_penalty_keeps_the_model_closer(tmp_path: Path) -> None:
         base = device.forward(batch)["logits"]
         for weight in (0.0, 10.0):
             folder = tmp_path / f"at-{weight}"
-            try:
-                device.adapt(records, folder, steps=20, learning_rate=3e-3, drift_weight=weight)
-            except edgepeft.errors.UpdateRejectedError:
-                pytest.fail("random labels are learned well enough to be kept")
+            device.adapt(records, folder, steps=20, learning_rate=3e-3, drift_weight=weight)
             moved.append(float(np.abs(device.forward(batch, adapter=folder)["logits"] - base).mean()))
     assert moved[1] < 0.5 * moved[0]
