@@ -90,8 +90,8 @@ def plan(
     with contextlib.suppress(MissingExtraError, BundleError):
         if task.has_text:
             task.text.encode("text")
-        if opened.manifest.task == "text-generation":
-            assert task.chat
+            if opened.manifest.task == "text-generation":
+                assert task.chat
     later_bytes = examples.LEFT_BYTES
     if opened.manifest.image_preprocessing is not None:
         load_decoders()
