@@ -12,9 +12,6 @@ import networkx
 
 ROOT = Path(__file__).parents[1]
 PAGE, ASSETS = ROOT / "docs" / "architecture.md", ROOT / "docs" / "assets"
-PACKAGES = ("exporters", "runtime", "edgepeft")
-#: Of `edgepeft/`, what is imported lazily or has a page of its own.
-APART = {"exporters", "runtime", "__init__"}
 _BLOCK = re.compile(r"<!-- rooms: (\w+) -->\n+```\n(.*?)```", re.S)
 _LINE, _BOX, _LEFT = 30, 22, 190
 _COLORS = ("#4269d0", "#3ca951", "#ff725c", "#6cc5b0", "#9c6b4e", "#a463f2", "#97bbf5")
@@ -95,15 +92,12 @@ def imported(path: Path, own: list[str]) -> set[str]:
 
 
 def _room(package: str, module: str) -> str | None:
-    prefix = "edgepeft." if package == "edgepeft" else f"edgepeft.{package}."
+    """The folder or loose module of the package that a module is in; None for what is in none."""
+    prefix = f"edgepeft.{package}."
     name = module.removeprefix(prefix).split(".")[0]
-    if not module.startswith(prefix) or not ((ROOT / package / name).is_dir() or _module(package, name)):
-        return None
-    return None if name in APART else name
-
-
-def _module(package: str, name: str) -> bool:
-    return (ROOT / package / f"{name}.py").is_file()
+    here = ROOT / package
+    inside = module.startswith(prefix) and ((here / name).is_dir() or (here / f"{name}.py").is_file())
+    return name if inside and name != "__init__" else None
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from .quantize.freeze import Freezer
 from .sources.base import ModelSource
 from .sources.model_info import saved_module_names
 from .sources.open import opened_source
-from .techniques.prepare import Adapters, prepare_adapters, read_adapters
+from .techniques.prepare import prepare_adapters, read_adapters
 from .techniques.stored_modules import without_unused
 from .verify.bundle import verify_bundle
 from .verify.text import verify_text
@@ -73,6 +73,8 @@ def export(
         source = stack.enter_context(
             opened_source(model, task=chosen.task, labels=chosen.labels, seed=chosen.seed)
         )
+        if chosen.targets is not None:
+            chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
         base = base_fingerprint(source)
         adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)
@@ -82,7 +84,8 @@ def export(
             report("calibrating")
             freezer.quantized = calibrated(source, records, scratch / "calibration", freezer, saved, progress)
         report("tracing and quantizing the inference graph")
-        modules = _slot_modules(adapters, source, chosen)
+        # Modules that get a slot; None means every linear.
+        modules = list(dict.fromkeys([*adapters.modules, *(chosen.targets or [])])) or None
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for name, adapter in adapters.loaded.items():
             adapters.loaded[name] = without_unused(adapter, inference.slots, report)
@@ -120,9 +123,3 @@ def _freezer(source: ModelSource, options: ExportOptions) -> Freezer:
             "that was quantized"
         )
     return Freezer(32, options.block_size)
-
-
-def _slot_modules(adapters: Adapters, source: ModelSource, options: ExportOptions) -> list[str] | None:
-    """Modules that get a slot; None means every linear."""
-    targets = [] if options.targets is None else source.resolve_targets(options.targets)
-    return list(dict.fromkeys([*adapters.modules, *targets])) or None

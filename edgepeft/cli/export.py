@@ -140,7 +140,7 @@ def export(
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
-        "lora_slots": sum(slot.technique == LORA for slot in manifest.slots),
+        "lora_slots": len(manifest.slots_of(LORA)),
         "strategies": [strategy.name for strategy in manifest.strategies],
         "missing": manifest.missing,
         "verification": manifest.verification,

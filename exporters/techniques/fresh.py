@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,38 +12,24 @@ import torch
 from edgepeft.adapters import CONFIG_FILE, PREFIX, TASK_TYPES, Adapter, write_adapter
 from edgepeft.errors import ExportError, UsageError
 
+from ..options import ExportOptions
 from ..passes.weights.linears import select
 from ..sources.base import ModelSource
 from ..sources.model_info import default_targets, saved_module_names
 
 
-@dataclass(frozen=True)
-class LoraOptions:
-    """What a fresh LoRA looks like.
-
-    Attributes:
-        targets: suffixes of module names; None: every linear but the output head.
-        lora_alpha: twice the rank where None.
-        seed: draws A.
-    """
-
-    rank: int
-    targets: Sequence[str] | None
-    lora_alpha: int | None
-    seed: int
-
-
-def write_fresh_adapter(source: ModelSource, folder: Path, options: LoraOptions) -> None:
+def write_fresh_adapter(source: ModelSource, folder: Path, options: ExportOptions) -> None:
     """Write a LoRA with a random A and a zero B, and the model's own head of a classifier, to `folder`.
 
     The configuration and the keys are PEFT's; A is drawn from its distribution, uniform within 1 /
-    sqrt(in_features). No module is wrapped: what the model's sizes are is all that it takes.
+    sqrt(in_features). No module is wrapped: the model's sizes are all that it takes.
 
     Raises:
         UsageError: the rank is not positive, or a target matches no linear.
     """
-    if options.rank < 1:
-        raise UsageError(f"--rank must be at least 1, got {options.rank}")
+    rank = options.rank
+    if rank is None or rank < 1:
+        raise UsageError(f"--rank must be at least 1, got {rank}")
     targets = list(options.targets) if options.targets is not None else default_targets(source)
     heads = saved_module_names(source, ())
     saved = [name for name in heads if not name.startswith(tuple(f"{head}." for head in heads))]
@@ -55,23 +39,23 @@ def write_fresh_adapter(source: ModelSource, folder: Path, options: LoraOptions)
         base_model_name_or_path=source.name,
         task_type=TASK_TYPES.get(source.task),
         modules_to_save=saved or None,
-        r=options.rank,
-        lora_alpha=options.lora_alpha if options.lora_alpha is not None else 2 * options.rank,
+        r=rank,
+        lora_alpha=options.lora_alpha if options.lora_alpha is not None else 2 * rank,
         target_modules=targets,
         lora_dropout=0.0,
         inference_mode=True,
     )
-    generator = torch.Generator().manual_seed(options.seed)
-    tensors: dict[str, np.ndarray] = {}
     try:
         chosen = select(source.linear_sizes(), targets)
     except ExportError as error:
         raise UsageError(f"--targets {','.join(targets)}: {error}") from error
+    generator = torch.Generator().manual_seed(options.seed)
+    tensors: dict[str, np.ndarray] = {}
     for module, (out_features, in_features) in chosen.items():
         key, bound = f"{PREFIX}{module}", 1 / math.sqrt(in_features)
-        a = (2 * torch.rand(options.rank, in_features, generator=generator) - 1) * bound
+        a = (2 * torch.rand(rank, in_features, generator=generator) - 1) * bound
         tensors[f"{key}.lora_A.weight"] = a.numpy()
-        tensors[f"{key}.lora_B.weight"] = np.zeros((out_features, options.rank), np.float32)
+        tensors[f"{key}.lora_B.weight"] = np.zeros((out_features, rank), np.float32)
     tensors |= {f"{PREFIX}{name}": value.float().numpy() for name, value in parameters.items()}
     config.save_pretrained(str(folder))
     write_adapter(Adapter(_settings(folder), tensors, str(folder)), folder)

@@ -10,7 +10,7 @@ from edgepeft.errors import AdapterError
 
 from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
-from .fresh import LoraOptions, write_fresh_adapter
+from .fresh import write_fresh_adapter
 from .stored_modules import prepare_stored
 
 Report = Callable[[str], None]
@@ -47,6 +47,7 @@ def prepare_adapters(
     Args:
         source: is made ready to have replaced what adapters store whole.
         base: its fingerprint.
+        options: their targets by the names that the source has for them.
         scratch: a folder for the fresh adapter.
 
     Raises:
@@ -59,9 +60,7 @@ def prepare_adapters(
     loaded, folders = prepare_stored(adapters.loaded, source, report), dict(adapters.folders)
     if options.rank is not None:
         folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
-        targets = None if options.targets is None else source.resolve_targets(options.targets)
-        fresh = LoraOptions(options.rank, targets, options.lora_alpha, options.seed)
-        write_fresh_adapter(source, folder, fresh)
+        write_fresh_adapter(source, folder, options)
         loaded[STARTING_ADAPTER] = load_adapter(folder)
         _check_modules({STARTING_ADAPTER: loaded[STARTING_ADAPTER]}, source)
     for name, adapter in loaded.items():

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ..options import STARTING_ADAPTER
 from ..sources.base import ModelSource
 from ..sources.onnx_file import OnnxFile
 from ..sources.transformers_model import Source
@@ -36,7 +35,7 @@ def verify_bundle(
     """
     if isinstance(source, OnnxFile):
         report("verifying against the file and finite differences")
-        return verify_against_file(folder, source, reference, adapters.loaded, STARTING_ADAPTER)
+        return verify_against_file(folder, source, reference, adapters.loaded)
     assert isinstance(source, Source)
     report("verifying against PyTorch")
-    return verify_against_pytorch(folder, source, reference, adapters.folders, STARTING_ADAPTER)
+    return verify_against_pytorch(folder, source, reference, adapters.folders)

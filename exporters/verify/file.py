@@ -25,6 +25,7 @@ from edgepeft.runtime.session import GraphSession
 from edgepeft.slots import LORA
 from edgepeft.techniques import lora
 
+from ..options import STARTING_ADAPTER
 from ..quantize.exact_products import use_exact_products
 from ..sources.base import Pooling
 from ..sources.onnx_file import OnnxFile
@@ -49,7 +50,6 @@ def verify_against_file(
     source: OnnxFile,
     reference: Mapping[str, torch.Tensor],
     adapters: Mapping[str, Adapter],
-    starting_adapter: str,
 ) -> dict[str, Any]:
     """Compare the bundle in `folder` with the file of `source`.
 
@@ -74,7 +74,7 @@ def verify_against_file(
         check.training_outputs()
     compared = dict(adapters) or {"random": _random_adapter(bundle)}
     for name, adapter in compared.items():
-        filled = _fill_lora_b(adapter) if name == starting_adapter else adapter
+        filled = _fill_lora_b(adapter) if name == STARTING_ADAPTER else adapter
         check.effect(name, filled)
         if bundle.manifest.strategies:
             check.gradients(name, filled)

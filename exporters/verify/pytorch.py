@@ -22,6 +22,7 @@ from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT, IGNORED_LABEL, ha
 from edgepeft.runtime.key_value_cache import cache_specs
 from edgepeft.runtime.session import GraphSession
 
+from ..options import STARTING_ADAPTER
 from ..sources.last_token import lacks_pad
 from ..sources.tracing import conv1d_weights
 from ..sources.transformers_model import Source
@@ -49,7 +50,6 @@ def verify_against_pytorch(
     source: Source,
     reference: Mapping[str, torch.Tensor],
     adapters: Mapping[str, Path],
-    starting_adapter: str,
 ) -> dict[str, Any]:
     """Compare the bundle in `folder` with `source`, whose weights are replaced by `reference`.
 
@@ -83,7 +83,7 @@ def verify_against_pytorch(
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
         _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
-        if name == starting_adapter:
+        if name == STARTING_ADAPTER:
             adapter = _fill_lora_b(adapter, model)
         check.outputs(f"adapter {name!r}", adapter, model)
         check.effect(name)
