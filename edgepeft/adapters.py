@@ -283,7 +283,7 @@ def fit(
     for key in adapter.base_layer_keys:
         module = key[len(PREFIX) : key.index(BASE_LAYER)]
         slot, stored = by_module.get(module), adapter.tensors[key].shape
-        if slot is None or (len(stored) == 2 and stored != technique.weight_shape(slot)):
+        if slot is None or (len(stored) == 2 and technique.weight_shape(slot) not in (None, stored)):
             raise AdapterError(
                 f"{adapter.origin}: module {module} was {list(stored)} where the adapter was trained: the "
                 "adapter was made for another base, or for one with its vocabulary resized"
