@@ -94,8 +94,8 @@ def verify_against_pytorch(
         _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
         if name == STARTING_ADAPTER:
             adapter = stirred(adapter)
-            own = {key: value for key, value in adapter.tensors.items() if adapter.technique.owns(key)}
-            peft.set_peft_model_state_dict(model, {key: torch.from_numpy(own[key]) for key in own})
+            drawn = {key: value for key, value in adapter.tensors.items() if adapter.technique.owns(key)}
+            peft.set_peft_model_state_dict(model, {key: torch.from_numpy(drawn[key]) for key in drawn})
         check.outputs(f"adapter {name!r}", adapter, model)
         check.effect(name)
         if bundle.manifest.strategies:
