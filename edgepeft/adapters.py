@@ -37,6 +37,9 @@ LABELS_KEY = "edgepeft_labels"
 BASE_LAYER = ".base_layer."
 """In the key of what lies below a LoRA: PEFT stores it of an output layer, frozen as it is."""
 
+NO_TARGETS = "dummy-target-modules"
+"""What PEFT calls the target modules of an adapter that only replaces saved ones: it refuses none at all."""
+
 TASK_TYPES = {
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from edgepeft.adapters import TASK_TYPES
+from edgepeft.adapters import NO_TARGETS, TASK_TYPES
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.slots import LORA, WHOLE, Slot
 from edgepeft.techniques import peft_slots, technique
@@ -29,7 +29,7 @@ def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Sl
         "inference_mode": True,
         "modules_to_save": sorted(set(modules[WHOLE])) or None,
         "peft_type": technique.peft_type,
-        "target_modules": modules[technique.name],
+        "target_modules": modules[technique.name] or NO_TARGETS,
         "task_type": TASK_TYPES.get(manifest.task),
     }
 

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
+import torch
 
 import edgepeft
+from edgepeft.adapters import save_adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import BudgetError, UpdateRejectedError, UsageError
@@ -166,3 +169,23 @@ def test_what_has_no_slots_is_not_trained(exported: Make, tmp_path: Path) -> Non
             device.adapt(RECORDS, tmp_path / "new", rank=2)
         with pytest.raises(UsageError, match="no adapter to start from"):
             device.adapt(RECORDS, tmp_path / "new")
+
+
+def test_a_head_alone_is_what_peft_loads(exported: Make, tmp_path: Path) -> None:
+    """PEFT refuses an adapter without target modules; a fresh LoRA has some."""
+    bundle = open_bundle(exported("bert", "head alone"))
+    fresh = fresh_adapter(bundle, 2, 0)
+    save_adapter(fresh.with_tensors({key: value + 1 for key, value in fresh.tensors.items()}, ""), tmp_path)
+    model, ids = zoo.build("bert"), torch.tensor([[5, 9, 7]])
+    models.use_reference(model, models.read_reference(bundle.path, bundle.manifest))
+    with torch.no_grad():
+        before = model(ids).logits
+        after = peft.PeftModel.from_pretrained(model, tmp_path)(ids).logits
+    assert (after - before).abs().max() > 0.1
+    with edgepeft.load(bundle.path) as device:
+        (got,) = device.forward(
+            {"input_ids": ids.numpy(), "attention_mask": np.ones((1, 3), np.int64)}, tmp_path
+        ).values()
+    np.testing.assert_allclose(got, after, rtol=0, atol=1e-3)
+    with pytest.raises(UsageError, match="--targets names nothing that takes one"):
+        edgepeft.export(zoo.build("bert"), tmp_path / "b", targets=[], rank=2)
