@@ -78,7 +78,10 @@ def build_forward(
     base = BaseGraph(graph, weights, offered, traced.turned)
     sites = find_sites(base, {WHOLE: modules_to_save, **wanted})
     if modules is None and not any(sites.values()):
-        raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
+        raise ExportError(
+            f"{source.name} has no linear module that a LoRA could be added to: --targets '' exports it "
+            "without"
+        )
     slotted = [name for name, found in sites.items() if found]
     generates = source.task == "text-generation" and not training
     plain = traced.model.clone() if generates and set(slotted) <= {LORA} else None

@@ -52,7 +52,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--alpha", type=int, help="lora_alpha of the fresh adapter. [default: twice the rank]")
 @click.option("--targets", callback=_names, metavar="A,B,…",
               help="Linear modules that take a LoRA, besides those of the adapters; of an ONNX "
-                   "file also names of nodes or initializers. "
+                   "file also names of nodes or initializers. Empty: no others. "
                    "[default: the adapters', or every linear but the output head]")  # fmt: skip
 @click.option("--labels", callback=_names, metavar="A,B,…", help="Classes of a new classification head.")
 @click.option("--loss", help="triplet (feature-extraction: anchors, positives and negatives). "
