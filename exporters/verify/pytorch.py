@@ -38,7 +38,7 @@ from .batch import (
 )
 from .decoder import GROWN, verify_decoder, verify_growth
 from .generation import verify_generation
-from .reference import long_output, torch_drift, torch_gradients, torch_output
+from .reference import long_output, parameters_by_key, torch_drift, torch_gradients, torch_output
 from .stages import verify_stages
 from .streamed import verify_streamed
 from .text import TEXTS
@@ -94,8 +94,8 @@ def verify_against_pytorch(
         _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
         if name == STARTING_ADAPTER:
             adapter = stirred(adapter)
-            drawn = {key: value for key, value in adapter.tensors.items() if adapter.technique.owns(key)}
-            peft.set_peft_model_state_dict(model, {key: torch.from_numpy(drawn[key]) for key in drawn})
+            drawn = {key: torch.from_numpy(value) for key, value in adapter.tensors.items()}
+            _overwrite(parameters_by_key(model), drawn)
         check.outputs(f"adapter {name!r}", adapter, model)
         check.effect(name)
         if bundle.manifest.strategies:
