@@ -37,6 +37,9 @@ LABELS_KEY = "edgepeft_labels"
 BASE_LAYER = ".base_layer."
 """In the key of what lies below a LoRA: PEFT stores it of an output layer, frozen as it is."""
 
+NO_TARGETS = "dummy-target-modules"
+"""What PEFT calls the target modules of an adapter that only replaces saved ones: it refuses none at all."""
+
 TASK_TYPES = {
     "text-classification": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
@@ -283,7 +286,7 @@ def fit(
     for key in adapter.base_layer_keys:
         module = key[len(PREFIX) : key.index(BASE_LAYER)]
         slot, stored = by_module.get(module), adapter.tensors[key].shape
-        if slot is None or (len(stored) == 2 and stored != technique.weight_shape(slot)):
+        if slot is None or (len(stored) == 2 and technique.weight_shape(slot) not in (None, stored)):
             raise AdapterError(
                 f"{adapter.origin}: module {module} was {list(stored)} where the adapter was trained: the "
                 "adapter was made for another base, or for one with its vocabulary resized"

@@ -19,6 +19,9 @@ LINEAR, PARAMETER = "linear", "parameter"
 SIZE = "size"
 """In a shape: the axis that an adapter chooses the size of, such as LoRA's rank."""
 
+SIZE_AXIS = "rank_"
+"""In a graph: how the name of such an axis begins, of which every slot has its own."""
+
 EMPTY, ZEROS, ONES = "empty", "zeros", "ones"
 """Neutral values that are no tensor of `weights.bin`."""
 
@@ -61,7 +64,7 @@ class Slot:
     """A place that an adapter fills.
 
     Attributes:
-        technique: a name of `edgepeft.techniques.NAMES`, which says what the tensors are.
+        technique: a name of `edgepeft.techniques.MODULES`, which says what the tensors are.
         site: what the technique is applied to: `linear` or `parameter`.
         module: the module's name in the model.
         tensors: the slot's inputs.

@@ -10,6 +10,7 @@ import edgepeft
 from edgepeft.adapters import Adapter, write_adapter
 from edgepeft.bundle.manifest import (
     CHECKPOINTED,
+    DECODER,
     FORMAT_VERSION,
     FORWARD_ONLY,
     RESIDENT,
@@ -23,8 +24,7 @@ from edgepeft.bundle.manifest import (
 from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.bundle.writer import hash_folder
-from edgepeft.slots import LORA
-from edgepeft.techniques.lora import SCALING
+from edgepeft.techniques import of_slot
 
 from .forward import Forward
 from .losses import Loss, loss_for, with_drift
@@ -76,9 +76,14 @@ def write_contents(
     if training is not None and training is not inference:
         rename_others(training.model.graph, inference.model.graph)
     models = {"inference": inference.model}
+    missing: dict[str, str] = {}
     if inference.decoder is not None:
         models |= inference.decoder.graphs
-    missing: dict[str, str] = {}
+    elif inference.undecoded is not None:
+        missing[DECODER] = inference.undecoded
+    if training is not None and not any(tensor.trains for slot in training.slots for tensor in slot.tensors):
+        ways = (RESIDENT, CHECKPOINTED, STREAMED, FORWARD_ONLY)
+        training, missing = None, missing | dict.fromkeys(ways, "there is no slot for an adapter")
     streamed: StreamedGraphs | None = None
     if source.task == "text2text-generation":
         missing[STREAMED_INFERENCE] = "every layer of the decoder reads what the encoder made"
@@ -174,8 +179,8 @@ def _write_small(
 
 
 def _row_scalings(inference: Forward, streamed: StreamedInference | None) -> dict[str, set[str]]:
-    """By role of an inference graph, its inputs that are scalings, which may have an axis for the batch."""
-    keys = {slot.input(SCALING) for slot in inference.slots if slot.technique == LORA}
+    """By role of an inference graph, its inputs that may have an axis for the batch, such as scalings."""
+    keys = {slot.input(name) for slot in inference.slots for name in of_slot(slot).by_row}
     found = {"inference": keys}
     for stage in () if streamed is None else streamed.stages:
         scalings = {name for name, key in stage.adapter.items() if key in keys}

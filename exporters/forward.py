@@ -1,6 +1,6 @@
 """Build a forward graph: traced model → optimized → slots for adapters → frozen weights."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -9,6 +9,7 @@ import torch
 from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
 from edgepeft.slots import LORA, WHOLE, Slot
+from edgepeft.techniques import technique
 
 from .decoder.build import Decoder, build_decoder
 from .graph import tidy
@@ -21,21 +22,22 @@ from .sources.base import ModelSource
 from .sources.model_info import default_targets
 from .sources.pooling import append_pooling
 from .sources.tasks import CLASSIFICATION
-from .techniques import graph_technique, insert_slots
+from .techniques import find_sites, insert_slots
 from .techniques.base import BaseGraph
 
 
 @dataclass
 class Forward:
     """A forward graph and its adapter inputs; `saved_values` are the base's own, by `SlotTensor.default`;
-    `decoder` is the graph that generates, where there is one, and `linear_head` the layer that makes a
-    classifier's outputs, if it is one."""
+    `decoder` is the graph that generates, where there is one, `undecoded` why slots leave none, and
+    `linear_head` the layer that makes a classifier's outputs, if it is one."""
 
     model: ir.Model
     model_inputs: tuple[str, ...]
     slots: tuple[Slot, ...]
     saved_values: dict[str, torch.Tensor]
     decoder: Decoder | None = None
+    undecoded: str | None = None
     linear_head: LinearHead | None = None
 
 
@@ -43,7 +45,7 @@ def build_forward(
     source: ModelSource,
     freezer: Freezer,
     *,
-    modules: Iterable[str] | None,
+    modules: Mapping[str, Sequence[str]] | None,
     modules_to_save: Sequence[str] = (),
     training: bool = False,
 ) -> Forward:
@@ -51,8 +53,8 @@ def build_forward(
 
     Args:
         freezer: stores the frozen weights, for this and the other graphs of the bundle.
-        modules: names (or suffixes) of the linear modules that get a LoRA slot; None: all but the output
-            head.
+        modules: names (or suffixes) of the modules that get a slot, by technique; None: a LoRA on all linears
+            but the output head.
         modules_to_save: modules whose parameters stay inputs.
         training: the graph that is to be differentiated, without a key/value cache.
 
@@ -66,19 +68,23 @@ def build_forward(
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
     linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
-    targets = default_targets(source) if modules is None else list(modules)
+    wanted = {LORA: default_targets(source)} if modules is None else modules
+    named = {name for of_technique in wanted.values() for name in of_technique}
     # One adapter may have a LoRA on what another replaces whole; then it is named, not meant by its ending.
     whole = tuple(f"{module}." for module in modules_to_save)
     offered = {
-        name: item for name, item in linears.items() if name in targets or not f"{name}.".startswith(whole)
+        name: item for name, item in linears.items() if name in named or not f"{name}.".startswith(whole)
     }
     base = BaseGraph(graph, weights, offered, traced.turned)
-    wanted = {WHOLE: modules_to_save, LORA: targets}
-    sites = {name: graph_technique(name).sites(base, modules) for name, modules in wanted.items()}
-    if not sites[LORA]:
-        raise ExportError(f"{source.name} has no linear module that a LoRA could be added to")
-    generates = source.task == "text-generation" and not training and not sites[WHOLE]
-    plain = traced.model.clone() if generates else None
+    sites = find_sites(base, {WHOLE: modules_to_save, **wanted})
+    if modules is None and not any(sites.values()):
+        raise ExportError(
+            f"{source.name} has no linear module that a LoRA could be added to: --targets '' exports it "
+            "without"
+        )
+    slotted = [name for name, found in sites.items() if found]
+    generates = source.task == "text-generation" and not training
+    plain = traced.model.clone() if generates and set(slotted) <= {LORA} else None
     slots = insert_slots(base, sites)
     if source.pooling is not None:
         append_pooling(graph, source.pooling)
@@ -88,18 +94,21 @@ def build_forward(
     tidy(traced.model)
     values = {
         name: traced.weights[name].T.contiguous() if name in traced.turned else traced.weights[name]
-        for name in (tensor.default for slot in slots[WHOLE] for tensor in slot.tensors)
+        for name in (tensor.default for slot in slots for tensor in slot.tensors)
         if name is not None
     }
-    forward = Forward(traced.model, model_inputs, (*slots[LORA], *slots[WHOLE]), values)
+    forward = Forward(traced.model, model_inputs, tuple(slots), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")
+    if generates and (others := set(slotted) - {LORA, WHOLE}):
+        titles = ", ".join(technique(name).title for name in sorted(others))
+        forward.undecoded = f"it takes no {titles}"
     if plain is not None:
         forward.decoder = build_decoder(
             plain,
             traced.weights,
             traced.packed,
-            [slot.module for slot in slots[LORA]],
+            [slot.module for slot in slots],
             freezer,
             source.max_length,
         )

@@ -20,6 +20,8 @@ MICROSOFT = "com.microsoft"
 #: operator.
 OPSET_IMPORTS = {"": 23, MICROSOFT: 1}
 IR_VERSION = 11
+# Marks a node that a technique put behind another's output; it is not written into a file.
+_BEHIND = "edgepeft.behind"
 
 Shape = Sequence[int | str | ir.SymbolicDim | None]
 
@@ -120,15 +122,33 @@ def new_model(graph: ir.Graph) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepeft")
 
 
-def add_behind(graph: ir.Graph, output: ir.Value, delta: ir.Value) -> None:
-    """Have everything that reads `output`, and the graph where it is an output, read `output + delta`."""
+def put_behind(graph: ir.Graph, output: ir.Value, op_type: str, other: ir.Value) -> None:
+    """Have everything that reads `output`, and the graph where it is an output, read `op_type(output, other)`
+    instead, which has its shape; `other` is not made of `output`."""
     readers = list(output.uses())
-    total = append(graph, "Add", [output, delta], shape=output.shape)
+    made = append(graph, op_type, [output, other], shape=output.shape)
+    node = made.producer()
+    assert node is not None
+    node.metadata_props[_BEHIND] = op_type
     for reader, position in readers:
-        reader.replace_input_with(position, total)
+        reader.replace_input_with(position, made)
     if output.is_graph_output():
-        graph.outputs[list(graph.outputs).index(output)] = total
-        total.name, output.name = output.name, None
+        graph.outputs[list(graph.outputs).index(output)] = made
+        made.name, output.name = output.name, None
+
+
+def is_behind(node: ir.Node | None) -> bool:
+    """Whether `put_behind` made this node: it stands behind its first operand."""
+    return node is not None and _BEHIND in node.metadata_props
+
+
+def in_front(value: ir.Value) -> ir.Value:
+    """What everything read that reads `value`, before `put_behind`."""
+    while (node := value.producer()) is not None and is_behind(node):
+        first = node.inputs[0]
+        assert first is not None
+        value = first
+    return value
 
 
 def take_place(new: ir.Value, old: ir.Value) -> None:

@@ -26,8 +26,8 @@ class ExportOptions:
         labels: classes of a new classification head.
         rank: makes a fresh adapter named `default` of this rank.
         targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
-            `adapters`, or every linear but the output head where there are none. Of an ONNX file also names
-            of nodes and of initializers.
+            `adapters`, or every linear but the output head where there are none; empty: those of `adapters`
+            alone. Of an ONNX file also names of nodes and of initializers.
         lora_alpha: of the fresh adapter; twice the rank where None.
         loss: a loss other than the task's own: `triplet`, for feature-extraction.
         drift_penalty: let the loss also count how far the logits drift from the base model's.

@@ -11,6 +11,7 @@ from edgepeft.bundle.manifest import Calibration, Manifest
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
+from edgepeft.slots import LORA
 
 from .base_fingerprint import base_fingerprint
 from .calibration_records import calibrated, usable_records
@@ -23,7 +24,7 @@ from .quantize.freeze import Freezer
 from .sources.base import ModelSource
 from .sources.model_info import saved_module_names
 from .sources.open import opened_source
-from .techniques.prepare import prepare_adapters, read_adapters
+from .techniques.prepare import Adapters, prepare_adapters, read_adapters
 from .techniques.stored_modules import without_unused
 from .verify.bundle import verify_bundle
 from .verify.text import verify_text
@@ -84,8 +85,7 @@ def export(
             report("calibrating")
             freezer.quantized = calibrated(source, records, scratch / "calibration", freezer, saved, progress)
         report("tracing and quantizing the inference graph")
-        # Modules that get a slot; None means every linear.
-        modules = list(dict.fromkeys([*adapters.modules, *(chosen.targets or [])])) or None
+        modules = _modules(adapters, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for name, adapter in adapters.loaded.items():
             adapters.loaded[name] = without_unused(adapter, inference.slots, report)
@@ -110,6 +110,13 @@ def export(
             manifest = dataclasses.replace(manifest, verification=figures)
             write_manifest(manifest, folder)
         return manifest
+
+
+def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, list[str]] | None:
+    """Modules that get a slot, by technique; None where nothing says which."""
+    found = adapters.modules
+    found[LORA] = list(dict.fromkeys([*found.get(LORA, []), *(options.targets or [])]))
+    return found if any(found.values()) or options.targets is not None else None
 
 
 def _freezer(source: ModelSource, options: ExportOptions) -> Freezer:

@@ -15,6 +15,8 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     Raises:
         BundleError: names the graph or group, and what is wrong with it.
     """
+    others = [slot.module for slot in manifest.slots if slot.technique != LORA]
+    _require(not others, f"decoder: {others[:1]} has a slot that its graphs do not take")
     slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
     cache = {
         spec.name: spec

@@ -66,7 +66,8 @@ class WeightTensor:
 
 
 RESIDENT, CHECKPOINTED, STREAMED, FORWARD_ONLY = "resident", "checkpointed", "streamed", "forward-only"
-STREAMED_INFERENCE = "streamed inference"  # in `Manifest.missing`, beside names of strategies
+STREAMED_INFERENCE, DECODER = "streamed inference", "decoder graph"
+"""In `Manifest.missing`, beside names of strategies."""
 
 
 @dataclass(frozen=True)

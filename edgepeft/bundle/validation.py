@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 
 from ..errors import BundleError
 from ..slots import EMPTY, SIZE, WHOLE, SlotTensor
-from ..techniques import NAMES, of_slot
+from ..techniques import MODULES, of_slot
 from .decoder_validation import check_decoder
 from .manifest import (
     FEATURES,
@@ -281,8 +281,8 @@ def _check_adapters(manifest: Manifest) -> None:
     for slot in manifest.slots:
         where = f"slot {slot.module!r}"
         _require(
-            slot.technique in NAMES,
-            f"{where} is of the technique {slot.technique!r}, this edgepeft knows {', '.join(NAMES)}: pip "
+            slot.technique in MODULES,
+            f"{where} is of the technique {slot.technique!r}, this edgepeft knows {', '.join(MODULES)}: pip "
             "install --upgrade edgepeft",
         )
         _require(

@@ -225,8 +225,9 @@ def _entry(bundle: "Bundle", name: str) -> dict[str, Any]:
     except AdapterError as error:
         return entry | {"error": str(error)}
     file = bundle.path / "adapters" / name / TENSOR_FILE
-    ranks = sorted({held.rank(module) for module in held.modules})
+    ranks = sorted({held.rank(module) for module in held.modules} - {0})
     return entry | {
+        "technique": held.technique.name,
         "ranks": ranks,
         "modules": len(held.modules),
         "saved_modules": len(held.saved_keys),
@@ -245,7 +246,7 @@ def _table(entries: list[dict[str, Any]]) -> str:
         if "error" in entry
         else [
             entry["name"],
-            ", ".join(map(str, entry["ranks"])),
+            ", ".join(map(str, entry["ranks"])) or entry["technique"],
             f"{entry['modules']} + {entry['saved_modules']} saved",
             str(entry["lora_alpha"]),
             format_size(entry["bytes"]),

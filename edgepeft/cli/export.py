@@ -13,7 +13,7 @@ from ..files import check_replaceable
 from ..sizes import format_size
 from ..slots import LORA
 from .console import Console
-from .options import force_option, json_option, missing_ways
+from .options import force_option, json_option, missing_ways, slots_beside
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -52,7 +52,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--alpha", type=int, help="lora_alpha of the fresh adapter. [default: twice the rank]")
 @click.option("--targets", callback=_names, metavar="A,B,…",
               help="Linear modules that take a LoRA, besides those of the adapters; of an ONNX "
-                   "file also names of nodes or initializers. "
+                   "file also names of nodes or initializers. Empty: no others. "
                    "[default: the adapters', or every linear but the output head]")  # fmt: skip
 @click.option("--labels", callback=_names, metavar="A,B,…", help="Classes of a new classification head.")
 @click.option("--loss", help="triplet (feature-extraction: anchors, positives and negatives). "
@@ -141,6 +141,7 @@ def export(
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
         "lora_slots": len(manifest.slots_of(LORA)),
+        "other_slots": slots_beside(manifest),
         "strategies": [strategy.name for strategy in manifest.strategies],
         "missing": manifest.missing,
         "verification": manifest.verification,
@@ -173,8 +174,9 @@ def _text(summary: dict[str, Any]) -> str:
     calibrated, verification = summary["calibration"], summary["verification"]
     lines = [
         f"{summary['bundle']}: {summary['task']}, {summary['bits']} bits, "
-        f"{format_size(summary['bundle_bytes'])}, {summary['lora_slots']} LoRA slots, adapters: "
-        f"{', '.join(summary['adapters']) or 'none'}"
+        f"{format_size(summary['bundle_bytes'])}, {summary['lora_slots']} LoRA slots, "
+        + "".join(f"{count} of {title}, " for title, count in summary["other_slots"].items())
+        + f"adapters: {', '.join(summary['adapters']) or 'none'}"
     ]
     if summary["strategies"]:
         lines.append(f"training: {', '.join(summary['strategies'])}")

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from ..bundle.manifest import RESIDENT
 from ..sizes import format_size
 from ..slots import LORA, WHOLE
 from .console import Console
-from .options import bundle_argument, json_option, missing_ways, table
+from .options import bundle_argument, json_option, missing_ways, slots_beside, table
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -49,11 +50,13 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
         "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
         "lora_slots": len(manifest.slots_of(LORA)),
+        "other_slots": slots_beside(manifest),
         "saved_modules": [
             f"{slot.module}.{tensor.name}" for slot in manifest.slots_of(WHOLE) for tensor in slot.tensors
         ],
         "adapters": {
             name: {
+                "technique": adapter.technique.name,
                 "rank": max((adapter.rank(module) for module in adapter.modules), default=0),
                 "parameters": adapter.parameters,
                 "modules": len(adapter.modules),
@@ -71,6 +74,11 @@ def _summary(bundle: Any) -> dict[str, Any]:
         },
         "verification": manifest.verification,
     }
+
+
+def _kind(adapter: dict[str, Any]) -> str:
+    """An adapter's rank, or what else it is."""
+    return f"rank {adapter['rank']}" if adapter["technique"] == LORA else str(adapter["technique"])
 
 
 def _is_foreign(adapter: dict[str, Any], summary: dict[str, Any]) -> bool:
@@ -114,9 +122,15 @@ def _table(summary: dict[str, Any]) -> str:
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [
             "slots",
-            f"{summary['lora_slots']} linear modules; saved: {', '.join(summary['saved_modules']) or 'none'}",
+            f"{summary['lora_slots']} linear modules; "
+            + "".join(f"{count} of {title}; " for title, count in summary["other_slots"].items())
+            + f"saved: {', '.join(summary['saved_modules']) or 'none'}",
         ],
-        ["training", ", ".join(summary["strategies"]) or "none (exported with --no-train)"],
+        [
+            "training",
+            ", ".join(summary["strategies"])
+            or ("none" if RESIDENT in summary["missing"] else "none (exported with --no-train)"),
+        ],
         *(["without", line] for line in missing_ways(summary["missing"])),
         [
             "policy",
@@ -128,7 +142,7 @@ def _table(summary: dict[str, Any]) -> str:
         rows.append(
             [
                 "adapter",
-                f"{name}: rank {adapter['rank']} on {adapter['modules']} modules, {adapter['parameters']:,} "
+                f"{name}: {_kind(adapter)} on {adapter['modules']} modules, {adapter['parameters']:,} "
                 "parameters" + (", trained on another base" if _is_foreign(adapter, summary) else ""),
             ]
         )

@@ -2,8 +2,9 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,6 +12,10 @@ from ..devices import DEVICES, Device
 from ..devices import device as find_device
 from ..errors import BudgetError, UsageError
 from ..sizes import format_size, parse_size
+from ..slots import LORA
+
+if TYPE_CHECKING:
+    from ..bundle.manifest import Manifest
 
 PROCESS_BYTES = 48 * 2**20
 """Python, numpy and onnxruntime: 44 MiB measured on x86-64, and what of edgepeft is beside them."""
@@ -209,6 +214,14 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) ->
     """Columns aligned by their widest cell."""
     lines = [header, *rows] if header else rows
     return aligned(lines, column_widths(lines))
+
+
+def slots_beside(manifest: "Manifest") -> dict[str, int]:
+    """How many slots there are of techniques other than LoRA and parameters stored whole, by their titles."""
+    from ..techniques import peft_slots
+
+    found = [technique.title for slot, technique in peft_slots(manifest.slots) if slot.technique != LORA]
+    return dict(Counter(found))
 
 
 def missing_ways(missing: Mapping[str, str]) -> list[str]:

@@ -1,29 +1,29 @@
 """Techniques by name: what an adapter's tensors mean, for the exporter and the device.
 
 A technique is a module of this package, imported when it is named, with its `TECHNIQUE`; what it does to a
-graph is in `edgepeft.exporters.techniques`.
+graph is in `edgepeft.exporters.techniques`. One that PEFT has a type of adapters for is named like that type.
 """
 
 import functools
 import importlib
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import AdapterError
-from ..slots import LORA, WHOLE, Slot
+from ..slots import Slot
 from .base import PeftTechnique, Technique
 
-NAMES = (LORA, WHOLE)
-"""Of all techniques."""
-
-PEFT_TYPES = {"LORA": LORA}
-"""Those that PEFT has a type of adapters for."""
+MODULES = {
+    item.name: f"{__name__}.{item.name}" for item in pkgutil.iter_modules(__path__) if item.name != "base"
+}
+"""Of every technique, by its name, the module that has it."""
 
 
 @functools.cache
 def technique(name: str) -> Technique:
-    """The technique of a name that is one of `NAMES`."""
-    found = importlib.import_module(f".{name}", __name__).TECHNIQUE
+    """The technique of a name that is in `MODULES`."""
+    found = importlib.import_module(MODULES[name]).TECHNIQUE
     assert isinstance(found, Technique)
     return found
 
@@ -31,6 +31,12 @@ def technique(name: str) -> Technique:
 def of_slot(slot: Slot) -> Technique:
     """The technique of a slot of a checked manifest."""
     return technique(slot.technique)
+
+
+def peft_slots(slots: Iterable[Slot]) -> list[tuple[Slot, PeftTechnique]]:
+    """The slots of techniques that PEFT has a type of adapters for, each with its technique."""
+    found = [(slot, of_slot(slot)) for slot in slots]
+    return [(slot, item) for slot, item in found if isinstance(item, PeftTechnique)]
 
 
 def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
@@ -44,11 +50,10 @@ def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
             f"{origin}: adapter_config.json holds a {type(config).__name__}, expected an object"
         )
     peft_type = config.get("peft_type")
-    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPES:
-        raise AdapterError(
-            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {', '.join(PEFT_TYPES)} adapters"
-        )
-    found = technique(PEFT_TYPES[peft_type])
-    assert isinstance(found, PeftTechnique)
+    name = peft_type.lower() if isinstance(peft_type, str) else ""
+    found = technique(name) if name in MODULES else None
+    if not isinstance(found, PeftTechnique) or peft_type != found.peft_type:
+        known = [item.peft_type for item in map(technique, MODULES) if isinstance(item, PeftTechnique)]
+        raise AdapterError(f"{origin}: peft_type is {peft_type!r}, edgepeft runs {', '.join(known)} adapters")
     found.check_config(config, origin)
     return found

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import AdapterError
-from ..slots import EMPTY, ONES, SIZE, ZEROS, Slot, SlotTensor
+from ..slots import EMPTY, ONES, PREFIX, SIZE, ZEROS, Slot, SlotTensor
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Tensors: TypeAlias = Mapping[str, FloatArray]
@@ -39,6 +39,10 @@ class Technique(abc.ABC):
     """In messages, such as `takes no LoRA`."""
     apart: ClassVar[str] = "is filled once for all rows, so the rows of a batch cannot differ in it"
     """Why the rows of a batch cannot have adapters of their own, after `module NAME`."""
+    parts: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Tensors of a slot that may be chosen to train without its others, by what the choice is called."""
+    by_row: ClassVar[Sequence[str]] = ()
+    """Tensors of a slot that have an axis for the rows of a batch in front where `rows` makes them differ."""
 
     @abc.abstractmethod
     def problem(self, slot: Slot) -> str | None:
@@ -115,13 +119,23 @@ class Technique(abc.ABC):
 
 
 class PeftTechnique(Technique):
-    """A technique that PEFT has a type of adapters for: `peft_type` in their configuration."""
+    """A technique that PEFT has a type of adapters for: `peft_type` in their configuration.
+
+    What is said here holds where all of an adapter's tensors on a module are those of one slot, by keys that
+    end as `suffixes` say, and of fixed sizes.
+    """
 
     peft_type: ClassVar[str]
+    """Its name in capitals."""
     inert: ClassVar[str]
     """When an adapter's tensors change nothing, in a message."""
+    suffixes: ClassVar[tuple[str, ...]]
+    """What follows the module's name in the key of each tensor."""
 
     @abc.abstractmethod
+    def has_effect(self, adapter: Held) -> bool:
+        """Whether the adapter's tensors change what the model computes."""
+
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
         """Check an adapter's configuration.
 
@@ -129,7 +143,6 @@ class PeftTechnique(Technique):
             AdapterError: it is none of this technique's, or asks for what the graphs do not compute.
         """
 
-    @abc.abstractmethod
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         """Check an adapter's tensors, by PEFT's keys, with one another and with its configuration.
 
@@ -139,38 +152,92 @@ class PeftTechnique(Technique):
         Raises:
             AdapterError: names the tensor or module.
         """
+        del config
+        stems = [
+            key.removesuffix(suffix) for suffix in self.suffixes for key in tensors if key.endswith(suffix)
+        ]
+        for module in (stem.removeprefix(PREFIX) for stem in dict.fromkeys(stems)):
+            for suffix in self.suffixes:
+                if f"{PREFIX}{module}{suffix}" not in tensors:
+                    raise AdapterError(f"{origin}: module {module} has no {suffix[1:]}")
+        return {}
 
-    @abc.abstractmethod
-    def fresh(self, slot: Slot, size: int, rng: np.random.Generator) -> dict[str, FloatArray]:
+    def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
+        stored = {
+            tensor: adapter.tensors.get(tensor.key) for tensor in slot.tensors if tensor.key is not None
+        }
+        return {
+            tensor.input: np.ascontiguousarray(value.T if tensor.transposed else value)
+            for tensor, value in stored.items()
+            if value is not None
+        }
+
+    def fresh(
+        self, slot: Slot, size: int, rng: np.random.Generator, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
         """Tensors by PEFT's key, in PEFT's layout, that a new adapter of this size begins with."""
+        del size, rng
+        return self.write(slot, self.neutral(slot, read_weight))
 
-    @abc.abstractmethod
+    def fresh_config(self, size: int) -> dict[str, Any]:
+        """What PEFT's configuration of a new adapter of this size has of this technique's own."""
+        del size
+        return {}
+
+    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
+        """The same of an adapter with these values in these slots.
+
+        Raises:
+            AdapterError: no configuration says so.
+        """
+        del values, origin
+        return self.fresh_config(0)
+
+    def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
+        """An adapter's tensors with normal noise of this deviation in what keeps a fresh one from having an
+        effect."""
+        return {
+            key: (value + scale * rng.standard_normal(value.shape)).astype(np.float32)
+            if self.owns(key)
+            else value
+            for key, value in tensors.items()
+        }
+
     def modules(self, tensors: Tensors) -> tuple[str, ...]:
         """The modules that an adapter with these tensors is on."""
+        first = self.suffixes[0]
+        return tuple(key[len(PREFIX) : -len(first)] for key in tensors if key.endswith(first))
 
-    @abc.abstractmethod
     def owns(self, key: str) -> bool:
         """Whether a key is one of the technique's, and not of a parameter that is stored whole."""
+        return key.endswith(self.suffixes)
 
-    @abc.abstractmethod
     def rank(self, tensors: Tensors, module: str) -> int:
-        """The size of an adapter's slot on the module; 0 where it has none."""
+        """The size of an adapter's slot on the module; 0 where it has none to choose, or nothing there."""
+        del tensors, module
+        return 0
 
-    @abc.abstractmethod
-    def weight_shape(self, slot: Slot) -> tuple[int, ...]:
-        """The shape, in PyTorch, of the base's weight that the slot is beside."""
+    def weight_shape(self, slot: Slot) -> tuple[int, ...] | None:
+        """The shape, in PyTorch, of the base's weight that the slot is beside; None: it may be any."""
+        del slot
+        return None
 
-    @abc.abstractmethod
     def fit(self, slot: Slot, adapter: Held) -> None:
         """Check that what the adapter has on the slot's module is of the slot's sizes.
 
         Raises:
             AdapterError: names both.
         """
-
-    @abc.abstractmethod
-    def has_effect(self, adapter: Held) -> bool:
-        """Whether the adapter's tensors change what the model computes."""
+        for tensor in slot.tensors:
+            if tensor.key is None:
+                continue
+            expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
+            shape = adapter.tensors[tensor.key].shape
+            if shape != expected:
+                raise AdapterError(
+                    f"{adapter.origin}: module {slot.module}: {tensor.name} is {list(shape)} in the adapter, "
+                    f"{list(expected)} in this bundle: the adapter was made for another base"
+                )
 
 
 def difference(slot: Slot, expected: Slot) -> str | None:

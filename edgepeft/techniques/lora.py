@@ -11,7 +11,7 @@ Source: arXiv 2106.09685; rsLoRA's scaling: arXiv 2312.03732.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -78,6 +78,9 @@ class Lora(PeftTechnique):
 
     name, title, peft_type = LORA, "LoRA", "LORA"
     inert = "every lora_B is zero"
+    suffixes = (_A, _B)
+    parts: ClassVar = {"lora_B": (B,)}
+    by_row = (SCALING,)
 
     def problem(self, slot: Slot) -> str | None:
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
@@ -100,12 +103,56 @@ class Lora(PeftTechnique):
         }
         return turned | {slot.input(SCALING): np.full(rank, adapter.scaling(slot.module), np.float32)}
 
-    def fresh(self, slot: Slot, size: int, rng: np.random.Generator) -> dict[str, FloatArray]:
+    def fresh(
+        self, slot: Slot, size: int, rng: np.random.Generator, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
         """As PEFT: A uniform as `kaiming_uniform_(a=sqrt(5))` draws it, B zero."""
+        del read_weight
         in_features, out_features = features(slot)
         bound = 1 / math.sqrt(in_features)
         a = rng.uniform(-bound, bound, (size, in_features)).astype(np.float32)
         return {slot.input(A): a, slot.input(B): np.zeros((out_features, size), np.float32)}
+
+    def fresh_config(self, size: int) -> dict[str, Any]:
+        """With alpha = 2 r."""
+        return {
+            "bias": "none",
+            "init_lora_weights": True,
+            "lora_alpha": 2 * size,
+            "lora_dropout": 0.0,
+            "r": size,
+            "use_dora": False,
+            "use_rslora": False,
+        }
+
+    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
+        """With patterns for what differs from the largest rank and the first alpha."""
+        ranks, alphas = dict[str, int](), dict[str, float]()
+        for slot, tensors in values:
+            scaling = tensors[slot.input(SCALING)]
+            if not (scaling == scaling[0]).all():
+                raise AdapterError(
+                    f"{origin}: module {slot.module}: its scaling differs along the rank, so it is a "
+                    "mixture, which PEFT's format cannot hold: add its adapters one by one"
+                )
+            ranks[slot.module] = scaling.size
+            alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
+        rank, alpha = max(ranks.values(), default=1), next(iter(alphas.values()), 1.0)
+        return self.fresh_config(rank) | {
+            "lora_alpha": alpha,
+            "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
+            "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},
+        }
+
+    def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
+        """B alone, which is zero."""
+        drawn = {
+            f"{PREFIX}{module}{_B}": (
+                scale * rng.standard_normal(tensors[f"{PREFIX}{module}{_B}"].shape)
+            ).astype(np.float32)
+            for module in self.modules(tensors)
+        }
+        return {**tensors, **drawn}
 
     def mixed(
         self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
@@ -171,12 +218,6 @@ class Lora(PeftTechnique):
                     f"{other.shape[1]}"
                 )
         return self._scalings(config, tensors, origin)
-
-    def modules(self, tensors: Tensors) -> tuple[str, ...]:
-        return tuple(key[len(PREFIX) : -len(_A)] for key in tensors if key.endswith(_A))
-
-    def owns(self, key: str) -> bool:
-        return key.endswith((_A, _B))
 
     def rank(self, tensors: Tensors, module: str) -> int:
         tensor = tensors.get(f"{PREFIX}{module}{_A}")
@@ -245,6 +286,13 @@ def _patterns(config: Mapping[str, Any], name: str, modules: Sequence[str], orig
     except ValueError as error:
         raise AdapterError(f"{origin}: adapter_config.json: {name} {error}") from error
     return patterns
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """PEFT's `lora_alpha` that gives this float32 scaling; a round number where one does."""
+    exact = scaling * rank
+    rounded = round(exact, 4)
+    return rounded if np.float32(rounded / rank) == np.float32(scaling) else exact
 
 
 def _check_number(origin: str, key: str, value: object, *, integer: bool) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 
 from edgepeft.bundle.manifest import LABELS, GraphSpec, Manifest
 from edgepeft.bundle.wiring import SEQLENS, TOTAL
+from edgepeft.slots import SIZE_AXIS
 
 SAMPLE_LABELS = 8
 """Labels of a classifier that is measured; its head is small whatever their number."""
@@ -62,5 +63,5 @@ def sample_feeds(spec: GraphSpec, sizes: Mapping[str, int], rank: int) -> dict[s
 
 def _resolve(shape: tuple[int | str, ...], sizes: Mapping[str, int], rank: int) -> tuple[int, ...]:
     return tuple(
-        dim if isinstance(dim, int) else rank if dim.startswith("rank_") else sizes[dim] for dim in shape
+        dim if isinstance(dim, int) else rank if dim.startswith(SIZE_AXIS) else sizes[dim] for dim in shape
     )

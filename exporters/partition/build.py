@@ -45,6 +45,7 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | Uncut:
     trained = [index for index, signature in enumerate(signatures) if signature.adapter]
     if not trained:
         return Uncut("none of its stages trains")
+    inputs = {tensor.input for slot in forward.slots for tensor in slot.tensors if tensor.trains}
     graphs: dict[str, ir.Model] = {}
     roles: dict[object, str] = {}
     built: dict[str, StageGraphs] = {}
@@ -56,9 +57,9 @@ def build_partition(forward: Forward, loss: Loss) -> Partitioned | Uncut:
             role = roles[kind] = "head" if is_head else f"stage{len(roles)}"
             trains = any(signatures[i].text == signature.text for i in range(trained[0], len(pieces)))
             made = (
-                build_head(piece, signature, loss)
+                build_head(piece, signature, inputs, loss)
                 if is_head
-                else build_stage(piece, signature, trains=trains)
+                else build_stage(piece, signature, inputs, trains=trains)
             )
             built[role] = made
             parts = {"forward": made.forward, "output": made.output, "backward": made.backward}

@@ -14,6 +14,8 @@ from functools import partial
 
 import onnx_ir as ir
 
+from ..graph import in_front, is_behind
+
 #: Operators that see the shape of their input and not its data.
 _SHAPE_ONLY = {"Shape", "Size", "ConstantOfShape"}
 
@@ -101,6 +103,8 @@ def cut(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) 
     Together they are all that `output` needs but the context.
     """
     cuts = [*_dominators(graph, output, depends), output]
+    own = ancestors([output], through=in_front)
+    cuts = [value for value in cuts if value is output or _is_models_own(value, own)]
     segments: list[Segment] = []
     taken: set[ir.Node] = set()
     hidden: ir.Value | None = None
@@ -112,6 +116,13 @@ def cut(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Dependence]) 
         segments.append(Segment(nodes, hidden, value))
         hidden = value
     return segments
+
+
+def _is_models_own(value: ir.Value, own: Collection[ir.Node]) -> bool:
+    """Whether the model has this value also without what techniques have put into it: no value inside of a
+    slot, and what stands last at its place, so that slots leave the chain's cuts where they are."""
+    last = not any(position == 0 and is_behind(reader) for reader, position in value.uses())
+    return last and in_front(value).producer() in own
 
 
 def _belongs(hidden: ir.Value | None, depends: dict[ir.Value, Dependence], value: ir.Value) -> bool:
@@ -161,13 +172,15 @@ def _dominators(graph: ir.Graph, output: ir.Value, depends: dict[ir.Value, Depen
 
 
 def ancestors(
-    values: Iterable[ir.Value], follows: Callable[[ir.Value], bool] = lambda _: True
+    values: Iterable[ir.Value],
+    follows: Callable[[ir.Value], bool] = lambda _: True,
+    through: Callable[[ir.Value], ir.Value] = lambda value: value,
 ) -> set[ir.Node]:
-    """Nodes that `values` need, back to where `follows` says no."""
+    """Nodes that `values` need, back to where `follows` says no; `through` says what stands for a value."""
     found: set[ir.Node] = set()
     waiting = list(values)
     while waiting:
-        value = waiting.pop()
+        value = through(waiting.pop())
         node = value.producer()
         if node is not None and node not in found and follows(value):
             found.add(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -11,12 +11,13 @@ from ..forward import Forward
 from ..graph import tidy
 from ..passes.shapes.from_inputs import take_sizes_from_inputs
 from ..writer import INLINE_BYTES, is_weight
-from .cuts import Segment, ancestors, cut, dependences
+from .cuts import Dependence, Segment, ancestors, cut, dependences
 from .output_slice import OutputLayer, find_output_layer
-from .signature import Signature, describe, find_period
+from .signature import Signature, describe, describe_structure, find_period
 
 #: Of these a stage reads what all stages share: positions, masks, rotary angles.
 _SHARED_INPUTS = ("attention_mask", "position_ids")
+_PRODUCTS = ("MatMul", "Gemm", "MatMulNBits", "MatMulBnb4", "FusedMatMul", "MatMulInteger")
 _NUMBERS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
 
 
@@ -82,7 +83,11 @@ def cut_into_pieces(forward: Forward, output: str | None, *, slice_output: bool)
         depends = dependences(graph, parameters, adapter_names, shared)
         segments = cut(graph, last, depends)
         pieces = max(
-            (group(segments, names, adapter_names) for names in (weight_names, weight_names | small)), key=len
+            (
+                group(segments, depends, names, adapter_names)
+                for names in (weight_names, weight_names | small)
+            ),
+            key=len,
         )
         if len(pieces) > 1:
             break
@@ -147,25 +152,37 @@ def _ending_with(piece: Sequence[Segment], output: ir.Value) -> list[Segment]:
 
 
 def group(
-    segments: Sequence[Segment], weight_names: Collection[str], adapter_names: Collection[str]
+    segments: Sequence[Segment],
+    depends: Mapping[ir.Value, Dependence],
+    weight_names: Collection[str],
+    adapter_names: Collection[str],
 ) -> list[list[Segment]]:
     """Segments as pieces: each repetition of a repeated run is one, what lies between such runs is one.
 
-    A run counts where its unit trains something; the last piece is what follows the last run.
+    A run counts where its unit multiplies by a parameter, as a layer does; the last piece is what follows the
+    last run. Neither depends on where adapters are.
     """
-    signatures = [describe([segment], weight_names, adapter_names) for segment in segments]
+    texts = [describe_structure([segment], weight_names, adapter_names) for segment in segments]
+    multiplies = [any(_multiplies(node, depends) for node in segment.nodes) for segment in segments]
 
     def pieces_of(start: int, end: int) -> list[list[Segment]]:
-        trains = any(signature.adapter for signature in signatures[start:end])
-        first, length, count = find_period([s.text for s in signatures[start:end]]) if trains else (0, 0, 0)
+        first, length, count = find_period(texts[start:end]) if any(multiplies[start:end]) else (0, 0, 0)
         first += start
         behind = first + length * count
-        if count == 0 or not any(s.adapter for s in signatures[first : first + length]):
+        if count == 0 or not any(multiplies[first : first + length]):
             return [list(segments[start:end])] if start < end else []
         runs = [list(segments[first + i * length : first + (i + 1) * length]) for i in range(count)]
         return [*pieces_of(start, first), *runs, *pieces_of(behind, end)]
 
     return pieces_of(0, len(segments))
+
+
+def _multiplies(node: ir.Node, depends: Mapping[ir.Value, Dependence]) -> bool:
+    """Whether a node multiplies what it is given by a parameter, as a linear layer does."""
+    if node.op_type not in _PRODUCTS:
+        return False
+    operands = [depends[value] for value in node.inputs if value is not None and value in depends]
+    return any(operand.parameters and not operand.data for operand in operands)
 
 
 def name_of(value: ir.Value) -> str:

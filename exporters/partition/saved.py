@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import networkx
 import onnx_ir as ir
 
+from edgepeft.slots import SIZE_AXIS
+
 from ..graph import MICROSOFT
 from .cuts import ancestors
 
@@ -87,4 +89,4 @@ def _nominal_bytes(value: ir.Value) -> int:
 
 
 def _nominal_size(axis: str) -> int:
-    return 8 if axis.startswith("rank") else 1 if axis == "batch" else 128
+    return 8 if axis.startswith(SIZE_AXIS) else 1 if axis == "batch" else 128

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from ..graph import in_front
 from .cuts import Segment
 
 
@@ -32,17 +33,19 @@ class _Walk:
     piece: Sequence[Segment]
     weight_names: Collection[str]
     adapter_names: Collection[str]
+    without_slots: bool = False
     text: list[object] = field(default_factory=list)
     nodes: dict[ir.Node, int] = field(default_factory=dict)
     outside: dict[str, dict[ir.Value, int]] = field(
-        default_factory=lambda: {"weight": {}, "adapter": {}, "context": {}}
+        default_factory=lambda: {"weight": {}, "adapter": {}, "context": {}, "parameter": {}}
     )
 
     def run(self) -> Signature:
         inside = {node for segment in self.piece for node in segment.nodes}
         hidden = self.piece[0].hidden
         stack: list[tuple[ir.Node, bool]] = []
-        last = self.piece[-1].output.producer()
+        output = self._read(self.piece[-1].output)
+        last = output.producer()
         assert last is not None
         stack.append((last, False))
         while stack:
@@ -52,13 +55,13 @@ class _Walk:
             if not ready:
                 stack.append((node, True))
                 for value in reversed(node.inputs):
+                    value = None if value is None or value is hidden else self._read(value)
                     producer = value.producer() if value is not None else None
-                    if producer is not None and producer in inside and value is not hidden:
+                    if producer is not None and producer in inside:
                         stack.append((producer, False))
                 continue
             self._describe(node, hidden, inside)
-        position = self.piece[-1].output.index()
-        self.text.append(("output", self.nodes[last], position))
+        self.text.append(("output", self.nodes[last], output.index()))
         return Signature(
             tuple(self.text),
             tuple(self.outside["weight"]),
@@ -66,6 +69,10 @@ class _Walk:
             tuple(self.outside["context"]),
             tuple(self.nodes),
         )
+
+    def _read(self, value: ir.Value) -> ir.Value:
+        """What is taken for a value."""
+        return in_front(value) if self.without_slots else value
 
     def _describe(self, node: ir.Node, hidden: ir.Value | None, inside: set[ir.Node]) -> None:
         operands = tuple(self._operand(value, hidden, inside) for value in node.inputs)
@@ -78,6 +85,7 @@ class _Walk:
             return None
         if value is hidden:
             return "hidden"
+        value = self._read(value)
         producer = value.producer()
         if producer is not None and producer in inside:
             return ("node", self.nodes[producer], value.index())
@@ -92,6 +100,8 @@ class _Walk:
             if value.name in self.adapter_names
             else "context"
         )
+        if self.without_slots and kind != "context":
+            kind = "parameter"
         known = self.outside[kind]
         number = known.setdefault(value, len(known))
         return (kind, number, str(value.dtype), _sizes(value))
@@ -102,6 +112,17 @@ def describe(
 ) -> Signature:
     """The signature of consecutive segments taken as one."""
     return _Walk(piece, weight_names, adapter_names).run()
+
+
+def describe_structure(
+    piece: Sequence[Segment], weight_names: Collection[str], adapter_names: Collection[str]
+) -> tuple[object, ...]:
+    """A description that is equal for pieces that compute the same but for what adapters do in them.
+
+    What techniques have put behind a value is left out, and a parameter is one whether an adapter replaces it
+    or not.
+    """
+    return _Walk(piece, weight_names, adapter_names, without_slots=True).run().text
 
 
 def _sizes(value: ir.Value) -> tuple[object, ...] | None:

@@ -15,7 +15,7 @@ from wherever they lie; each graph takes of the inputs above what it reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -44,9 +44,11 @@ class StageGraphs:
     backward: ir.Model | None = None
 
 
-def build_stage(piece: Sequence[Segment], signature: Signature, *, trains: bool) -> StageGraphs:
+def build_stage(
+    piece: Sequence[Segment], signature: Signature, trained_inputs: Collection[str], *, trains: bool
+) -> StageGraphs:
     """The graphs of a stage between two cuts; `trains`: a gradient passes it."""
-    model, trained = _extract(piece, signature)
+    model, trained = _extract(piece, signature, trained_inputs)
     if not trains:
         return StageGraphs(model)
     graph = model.graph
@@ -61,17 +63,19 @@ def build_inference_stage(
     piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value]
 ) -> ir.Model:
     """The forward graph of a stage with its parts of the key/value cache as the outputs `present.*`."""
-    model, _ = _extract(piece, signature, presents)
+    model, _ = _extract(piece, signature, presents=presents)
     decode_late(model.graph)
     tidy(model)
     return model
 
 
-def build_head(piece: Sequence[Segment], signature: Signature, loss: Loss) -> StageGraphs:
+def build_head(
+    piece: Sequence[Segment], signature: Signature, trained_inputs: Collection[str], loss: Loss
+) -> StageGraphs:
     """The graphs of the last stage, with the loss."""
     models = []
     for with_gradients in (False, True):
-        model, trained = _extract(piece, signature)
+        model, trained = _extract(piece, signature, trained_inputs)
         output = model.graph.outputs[0]
         head = find_linear_head(output)
         scalar = loss.build(model.graph, output)
@@ -136,7 +140,10 @@ def _part(
 
 
 def _extract(
-    piece: Sequence[Segment], signature: Signature, presents: Sequence[ir.Value] = ()
+    piece: Sequence[Segment],
+    signature: Signature,
+    trained_inputs: Collection[str] = (),
+    presents: Sequence[ir.Value] = (),
 ) -> tuple[ir.Model, list[ir.Value]]:
     """A piece as a model of its own, and of its inputs those that may have a gradient."""
     copier = Copier("stage")
@@ -151,7 +158,7 @@ def _extract(
     ):
         for index, value in enumerate(values):
             copied = copier.add_input(value, f"{kind}.{index}")
-            if kind == "adapter" and not (value.name or "").endswith(".scaling"):
+            if kind == "adapter" and value.name in trained_inputs:
                 trained.append(copied)
     for node in signature.nodes:
         copier.copy(node)

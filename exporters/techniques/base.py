@@ -7,8 +7,9 @@ from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 
-from edgepeft.slots import Slot
+from edgepeft.slots import SIZE, SIZE_AXIS, Slot
 
+from ..graph import graph_input
 from ..passes.weights.linears import Linear
 
 Site = TypeVar("Site")
@@ -35,6 +36,8 @@ class GraphTechnique(abc.ABC, Generic[Site]):
     """The graph half of a technique; the other is in `edgepeft.techniques`."""
 
     name: ClassVar[str]
+    site: ClassVar[str]
+    """What a slot is on; see `edgepeft.slots.Slot`."""
 
     @abc.abstractmethod
     def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Site]:
@@ -51,3 +54,13 @@ class GraphTechnique(abc.ABC, Generic[Site]):
         Raises:
             ExportError: the graph says too little of a place.
         """
+
+
+def slot_inputs(graph: ir.Graph, slot: Slot) -> list[ir.Value]:
+    """A slot's tensors as inputs of the graph; what an adapter chooses the size of is an axis of its own."""
+    axes = {str(dim) for value in graph.inputs for dim in value.shape or ()}
+    own = f"{SIZE_AXIS}{sum(axis.startswith(SIZE_AXIS) for axis in axes)}"
+    return [
+        graph_input(graph, tensor.input, [own if dim == SIZE else dim for dim in tensor.shape])
+        for tensor in slot.tensors
+    ]

@@ -15,18 +15,18 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepeft.errors import ExportError
-from edgepeft.slots import LORA, SIZE, Slot
+from edgepeft.slots import LINEAR, LORA, Slot
 from edgepeft.techniques import lora
 
-from ..graph import add_behind, append, graph_input, initializer
+from ..graph import append, initializer, put_behind
 from ..passes.weights.linears import Linear, select
-from .base import BaseGraph, GraphTechnique
+from .base import BaseGraph, GraphTechnique, slot_inputs
 
 
 class Lora(GraphTechnique[Linear]):
     """Its sites are linear modules."""
 
-    name = LORA
+    name, site = LORA, LINEAR
 
     def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
         """The linears that these are the names of, or the ends of names."""
@@ -34,16 +34,16 @@ class Lora(GraphTechnique[Linear]):
 
     def insert(self, base: BaseGraph, sites: Sequence[Linear]) -> list[Slot]:
         slots = []
-        for index, linear in enumerate(sites):
+        for linear in sites:
             slot = lora.new_slot(
                 linear.module, linear.in_features, linear.out_features, _activation_axes(linear)
             )
-            _insert(base.graph, linear, slot, f"rank_{index}")
+            _insert(base.graph, linear, slot)
             slots.append(slot)
         return slots
 
 
-TECHNIQUE = Lora()
+GRAPH_TECHNIQUE = Lora()
 
 
 def _activation_axes(linear: Linear) -> int:
@@ -52,11 +52,10 @@ def _activation_axes(linear: Linear) -> int:
     return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
-def _insert(graph: ir.Graph, linear: Linear, slot: Slot, rank: str) -> None:
-    lora_a, lora_b, scaling = (
-        graph_input(graph, tensor.input, [rank if dim == SIZE else dim for dim in tensor.shape])
-        for tensor in slot.tensors
-    )
+def _insert(graph: ir.Graph, linear: Linear, slot: Slot) -> None:
+    lora_a, lora_b, scaling = slot_inputs(graph, slot)
+    assert scaling.shape is not None
+    (rank,) = scaling.shape
     for node, x in linear.uses:
         output = node.outputs[0]
         if output.shape is None:
@@ -68,7 +67,7 @@ def _insert(graph: ir.Graph, linear: Linear, slot: Slot, rank: str) -> None:
         scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
         delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, linear.out_features])
         delta = _in_place(graph, delta, linear.first, output)
-        add_behind(graph, output, delta)
+        put_behind(graph, output, "Add", delta)
 
 
 def _in_place(graph: ir.Graph, delta: ir.Value, first: int, output: ir.Value) -> ir.Value:

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from edgepeft.bundle.wiring import GroupedSlot, LoraGroup
+from edgepeft.slots import SIZE_AXIS
 
-from ..graph import add_behind, append, graph_input, take_place
+from ..graph import append, graph_input, put_behind, take_place
 from ..passes.weights.linears import Linear
 from ..passes.weights.side_by_side import Place
 
@@ -47,13 +48,13 @@ def _insert(
     in_features, out_features = x.shape[-1], output.shape[-1]
     assert isinstance(in_features, int)
     assert isinstance(out_features, int)
-    rank = f"rank_{index}"
+    rank = f"{SIZE_AXIS}{index}"
     group = LoraGroup(tuple(slots), in_features, out_features, f"lora.{index}.A", f"lora.{index}.B")
     lora_a = graph_input(graph, group.a_input, [in_features, rank])
     lora_b = graph_input(graph, group.b_input, [rank, out_features])
     low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
     delta = append(graph, "MatMul", [low_rank, lora_b], shape=[*lead, out_features])
-    add_behind(graph, output, delta)
+    put_behind(graph, output, "Add", delta)
     return group
 
 

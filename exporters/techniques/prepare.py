@@ -7,10 +7,12 @@ from pathlib import Path
 
 from edgepeft.adapters import Adapter, check_base, load_adapter
 from edgepeft.errors import AdapterError
+from edgepeft.slots import LINEAR
 
 from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
-from .fresh import write_fresh_adapter
+from . import graph_technique
+from .lora_fresh import write_fresh_adapter
 from .stored_modules import prepare_stored
 
 Report = Callable[[str], None]
@@ -24,9 +26,12 @@ class Adapters:
     folders: dict[str, Path]
 
     @property
-    def modules(self) -> list[str]:
-        """Modules that have a LoRA in one of them."""
-        return [module for adapter in self.loaded.values() for module in adapter.modules]
+    def modules(self) -> dict[str, list[str]]:
+        """Modules that one of them is applied to, by technique."""
+        found: dict[str, list[str]] = {}
+        for adapter in self.loaded.values():
+            found.setdefault(adapter.technique.name, []).extend(adapter.modules)
+        return found
 
 
 def read_adapters(options: ExportOptions) -> Adapters:
@@ -71,9 +76,11 @@ def prepare_adapters(
 
 
 def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None:
-    """Name the first module of an adapter that this model does not have, or has in another size."""
+    """Name the first linear module of an adapter that this model does not have, or has in another size."""
     called = source.called_linears() if adapters else set()
     for adapter in adapters.values():
+        if graph_technique(adapter.technique.name).site != LINEAR:
+            continue
         for name in adapter.modules:
             if not source.has_matrix(name):
                 raise AdapterError(
@@ -83,5 +90,6 @@ def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None
             if name not in called:
                 raise AdapterError(
                     f"{adapter.origin}: {source.name} never calls its module {name} but hands its weight to "
-                    "a function, so PEFT's LoRA has no effect there: train an adapter without it"
+                    f"a function, so PEFT's {adapter.technique.title} has no effect there: train an adapter "
+                    "without it"
                 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from edgepeft.slots import PREFIX, WHOLE, Slot
+from edgepeft.slots import PARAMETER, PREFIX, WHOLE, Slot
 from edgepeft.techniques import whole
 
 from ..graph import transposed_input
@@ -12,7 +12,7 @@ from .base import BaseGraph, GraphTechnique
 class Whole(GraphTechnique[str]):
     """Its sites are names of weights."""
 
-    name = WHOLE
+    name, site = WHOLE, PARAMETER
 
     def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[str]:
         """The parameters of the modules that the graph reads."""
@@ -35,4 +35,4 @@ class Whole(GraphTechnique[str]):
         return slots
 
 
-TECHNIQUE = Whole()
+GRAPH_TECHNIQUE = Whole()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest, ModelInfo
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
@@ -17,6 +18,8 @@ PADDED = 1  # a row that is padded on the right
 LEFT = 3  # the first row that is padded on the left
 #: Of the longest row: tokens at most, and operations.
 LONGEST, AFFORDABLE = 1024, 1e11
+#: Deviation of what is put into a fresh adapter.
+NOISE = 0.05
 
 Arrays = dict[str, np.ndarray]
 
@@ -32,6 +35,12 @@ def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
             shape = [rows if dim == "batch" else 0 if isinstance(dim, str) else dim for dim in item.shape]
             feeds[item.name] = np.zeros(shape, item.dtype)
     return feeds
+
+
+def stirred(adapter: Adapter) -> Adapter:
+    """A fresh adapter with small random numbers where it holds nothing yet, so that it has an effect."""
+    tensors = adapter.technique.stirred(adapter.tensors, np.random.default_rng(1), NOISE)
+    return adapter.with_tensors(tensors, adapter.origin)
 
 
 def unpadded(batch: Arrays, row: int) -> Arrays:

@@ -2,8 +2,8 @@
 
 There is no PyTorch model to ask. Compared are the outputs with no adapter with the file's own, run in
 onnxruntime; the outputs of the training graph with the file's, its activations not rounded; and the gradients
-of every adapter with central differences of the loss. A starting adapter, whose B is zero, is compared with B
-filled at random; where there is no adapter, a random one is made.
+of every adapter with central differences of the loss. A starting adapter, which has no effect yet, is
+compared with noise in what holds it back; where there is no adapter, a random one is made.
 """
 
 import tempfile
@@ -17,20 +17,20 @@ import onnxruntime as ort
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from edgepeft.adapters import PREFIX, Adapter
+from edgepeft.adapters import Adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, ExportError, VerificationError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.session import GraphSession
-from edgepeft.slots import LORA
-from edgepeft.techniques import lora
+from edgepeft.runtime.training.starting import fresh_adapter
+from edgepeft.techniques import peft_slots
 
 from ..options import STARTING_ADAPTER
 from ..quantize.exact_products import use_exact_products
 from ..sources.base import Pooling
 from ..sources.onnx_file import OnnxFile
 from . import finite_differences
-from .batch import Arrays, model_feeds, relative_difference, sample_batch
+from .batch import Arrays, model_feeds, relative_difference, sample_batch, stirred
 from .decoder import verify_decoder
 from .pytorch import EFFECT, OUTPUT_TOLERANCE
 from .stages import verify_stages
@@ -72,9 +72,9 @@ def verify_against_file(
         check.decoder_outputs()
     if bundle.manifest.strategies:
         check.training_outputs()
-    compared = dict(adapters) or {"random": _random_adapter(bundle)}
+    compared = dict(adapters) or _random_adapters(bundle)
     for name, adapter in compared.items():
-        filled = _fill_lora_b(adapter) if name == STARTING_ADAPTER else adapter
+        filled = stirred(adapter) if name == STARTING_ADAPTER else adapter
         check.effect(name, filled)
         if bundle.manifest.strategies:
             check.gradients(name, filled)
@@ -301,24 +301,6 @@ def _pool(hidden: np.ndarray, batch: Arrays, pooling: Pooling) -> np.ndarray:
     return np.asarray(pooled / norms, np.float32)
 
 
-def _fill_lora_b(adapter: Adapter) -> Adapter:
-    rng = np.random.default_rng(1)
-    tensors = dict(adapter.tensors)
-    for module in adapter.modules:
-        key = f"{PREFIX}{module}.lora_B.weight"
-        tensors[key] = (0.05 * rng.standard_normal(tensors[key].shape)).astype(np.float32)
-    return adapter.with_tensors(tensors, adapter.origin)
-
-
-def _random_adapter(bundle: Bundle) -> Adapter:
-    """A LoRA of rank `RANK` on every slot."""
-    rng = np.random.default_rng(2)
-    tensors: dict[str, np.ndarray] = {}
-    for slot in bundle.manifest.slots_of(LORA):
-        in_features, out_features = lora.features(slot)
-        a = rng.uniform(-1, 1, (RANK, in_features)) / np.sqrt(in_features)
-        tensors[slot.input(lora.A)] = a.astype(np.float32)
-        b = 0.05 * rng.standard_normal((out_features, RANK))
-        tensors[slot.input(lora.B)] = b.astype(np.float32)
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK}
-    return Adapter(config, tensors, "random")
+def _random_adapters(bundle: Bundle) -> dict[str, Adapter]:
+    """One of rank `RANK` on every slot, if there are any."""
+    return {"random": stirred(fresh_adapter(bundle, RANK, 2))} if peft_slots(bundle.manifest.slots) else {}

@@ -1,8 +1,8 @@
 """Run a bundle as a device would and compare it with PyTorch + PEFT on the weights that the bundle holds.
 
 Compared are the outputs with no adapter and with each, the loss, and the gradient of every trainable tensor;
-each adapter must also change the output. A starting adapter, whose B is zero, is compared with B filled at
-random.
+each adapter must also change the output. A starting adapter, which has no effect yet, is compared with noise
+in what holds it back.
 """
 
 import warnings
@@ -26,10 +26,19 @@ from ..options import STARTING_ADAPTER
 from ..sources.last_token import lacks_pad
 from ..sources.tracing import conv1d_weights
 from ..sources.transformers_model import Source
-from .batch import PADDED, Arrays, affordable, model_feeds, relative_difference, sample_batch, unpadded
+from .batch import (
+    PADDED,
+    Arrays,
+    affordable,
+    model_feeds,
+    relative_difference,
+    sample_batch,
+    stirred,
+    unpadded,
+)
 from .decoder import GROWN, verify_decoder, verify_growth
 from .generation import verify_generation
-from .reference import long_output, torch_drift, torch_gradients, torch_output
+from .reference import long_output, parameters_by_key, torch_drift, torch_gradients, torch_output
 from .stages import verify_stages
 from .streamed import verify_streamed
 from .text import TEXTS
@@ -84,7 +93,9 @@ def verify_against_pytorch(
             model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
         _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
         if name == STARTING_ADAPTER:
-            adapter = _fill_lora_b(adapter, model)
+            adapter = stirred(adapter)
+            drawn = {key: torch.from_numpy(value) for key, value in adapter.tensors.items()}
+            _overwrite(parameters_by_key(model), drawn)
         check.outputs(f"adapter {name!r}", adapter, model)
         check.effect(name)
         if bundle.manifest.strategies:
@@ -273,20 +284,6 @@ class _Check:
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
-
-
-def _fill_lora_b(adapter: Adapter, model: Any) -> Adapter:
-    """Fill every `lora_B` of both sides with the same small random numbers."""
-    rng = np.random.default_rng(1)
-    parameters = dict(model.named_parameters())
-    tensors = dict(adapter.tensors)
-    for module in adapter.modules:
-        key = f"base_model.model.{module}.lora_B"
-        filled = (0.05 * rng.standard_normal(tensors[f"{key}.weight"].shape)).astype(np.float32)
-        tensors[f"{key}.weight"] = filled
-        with torch.no_grad():
-            parameters[f"{key}.default.weight"].copy_(torch.from_numpy(filled))
-    return adapter.with_tensors(tensors, adapter.origin)
 
 
 def _compare(got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """PyTorch's side of a verification: a task's output, its loss and the gradients."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,10 +67,18 @@ def long_output(source: Source, batch: Arrays) -> torch.Tensor:
     return logits
 
 
+def parameters_by_key(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Parameters by PEFT's state-dict key."""
+    return {
+        re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name): parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
 def torch_gradients(model: Any) -> dict[str, np.ndarray]:
     """Gradients by PEFT's state-dict key."""
     return {
-        name.replace(".default.", ".").replace(".modules_to_save.", "."): parameter.grad.numpy()
-        for name, parameter in model.named_parameters()
+        key: parameter.grad.numpy()
+        for key, parameter in parameters_by_key(model).items()
         if parameter.grad is not None
     }

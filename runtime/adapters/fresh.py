@@ -1,33 +1,44 @@
 """PEFT's configuration of an adapter that begins on the device."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from edgepeft.adapters import TASK_TYPES
+from edgepeft.adapters import NO_TARGETS, TASK_TYPES
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.slots import LORA, WHOLE, Slot
+from edgepeft.techniques import peft_slots, technique
+from edgepeft.techniques.base import PeftTechnique
 
 
-def fresh_config(manifest: Manifest, rank: int) -> dict[str, Any]:
-    """PEFT's configuration of a LoRA of this rank on every slot, with the base's own saved modules."""
-    saved = sorted({slot.module for slot in manifest.slots_of(WHOLE)})
+def fresh_technique(manifest: Manifest) -> PeftTechnique:
+    """What a fresh adapter is of: LoRA where the bundle has slots of it or none but of saved modules, else
+    what its first slot is of."""
+    found = [item for _, item in peft_slots(manifest.slots)]
+    lora = technique(LORA)
+    assert isinstance(lora, PeftTechnique)
+    return lora if lora in found or not found else found[0]
+
+
+def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Slot]) -> dict[str, Any]:
+    """What every technique's configuration has, of an adapter that has something in these slots."""
+    modules = {
+        item: [slot.module for slot in slots if slot.technique == item] for item in (technique.name, WHOLE)
+    }
     return {
         "base_model_name_or_path": manifest.model.name,
-        "bias": "none",
         "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": 2 * rank,
-        "lora_dropout": 0.0,
-        "modules_to_save": saved or None,
-        "peft_type": "LORA",
-        "r": rank,
-        "target_modules": [slot.module for slot in fresh_slots(manifest) if slot.technique == LORA],
+        "modules_to_save": sorted(set(modules[WHOLE])) or None,
+        "peft_type": technique.peft_type,
+        "target_modules": modules[technique.name] or NO_TARGETS,
         "task_type": TASK_TYPES.get(manifest.task),
-        "use_dora": False,
-        "use_rslora": False,
     }
 
 
 def fresh_slots(manifest: Manifest) -> list[Slot]:
-    """The slots that a fresh adapter has something in: PEFT puts no LoRA on a saved module."""
-    saved = {slot.module for slot in manifest.slots_of(WHOLE)}
-    return [slot for slot in manifest.slots if slot.technique == WHOLE or slot.module not in saved]
+    """The slots that a fresh adapter has something in: PEFT puts nothing on a saved module."""
+    name, saved = fresh_technique(manifest).name, {slot.module for slot in manifest.slots_of(WHOLE)}
+    return [
+        slot
+        for slot in manifest.slots
+        if slot.technique == WHOLE or (slot.technique == name and slot.module not in saved)
+    ]

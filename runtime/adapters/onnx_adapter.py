@@ -11,6 +11,7 @@ The format has no place for PEFT's configuration, which is made anew when a file
 come back bit for bit, and what the graph computes with them is the same.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +22,12 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_path
-from edgepeft.slots import LORA
-from edgepeft.techniques import of_slot
-from edgepeft.techniques.base import FloatArray
-from edgepeft.techniques.lora import SCALING
+from edgepeft.slots import SIZE, Slot
+from edgepeft.techniques import of_slot, peft_slots
+from edgepeft.techniques.base import FloatArray, PeftTechnique
 
 from ..session import ORT_ERRORS, one_line
-from .fresh import fresh_config
+from .fresh import fresh_technique, peft_config
 from .graph_inputs import graph_inputs, to_peft_layout
 
 SUFFIX = ".onnx_adapter"
@@ -69,40 +69,35 @@ def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
         raise AdapterError(f"{path}: is damaged or no {SUFFIX} file ({one_line(error)})") from error
     _check(bundle.manifest, inputs, path)
     manifest = bundle.manifest
-    kept: dict[str, FloatArray] = {}
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    saved: set[str] = set()
+    kept: list[tuple[Slot, dict[str, FloatArray]]] = []
     for slot in manifest.slots:
         values = {name: inputs[name] for name in slot.inputs}
         neutral = of_slot(slot).neutral(slot, bundle.read_weight)
-        if all(np.array_equal(values[name], array) for name, array in neutral.items()):
-            continue
-        kept |= values
-        if slot.technique == LORA:
-            scaling = values[slot.input(SCALING)]
-            ranks[slot.module] = scaling.size
-            alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
-        else:
-            saved.add(slot.module)
-    config = fresh_config(manifest, max(ranks.values(), default=1))
-    config["target_modules"] = list(ranks)
-    config["modules_to_save"] = sorted(saved) or None
-    config["rank_pattern"] = {module: rank for module, rank in ranks.items() if rank != config["r"]}
-    config["lora_alpha"] = next(iter(alphas.values()), 1.0)
-    config["alpha_pattern"] = {
-        module: alpha for module, alpha in alphas.items() if alpha != config["lora_alpha"]
-    }
-    return Adapter(config=config, tensors=to_peft_layout(bundle, kept), origin=str(path))
+        if any(not np.array_equal(values[name], array) for name, array in neutral.items()):
+            kept.append((slot, values))
+    technique = _technique(manifest, [slot for slot, _ in kept], path)
+    own = [(slot, values) for slot, values in kept if slot.technique == technique.name]
+    config = peft_config(manifest, technique, [slot for slot, _ in kept])
+    tensors = to_peft_layout(bundle, {name: array for _, values in kept for name, array in values.items()})
+    return Adapter(config | technique.config_of(own, str(path)), tensors, str(path))
+
+
+def _technique(manifest: Manifest, slots: Sequence[Slot], path: Path) -> PeftTechnique:
+    """The technique of an adapter with something in these slots."""
+    found = list({item.name: item for _, item in peft_slots(slots)}.values())
+    if len(found) > 1:
+        raise AdapterError(
+            f"{path}: is {found[0].title} and {found[1].title} at once, which PEFT's format cannot hold"
+        )
+    return found[0] if found else fresh_technique(manifest)
 
 
 def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> None:
     """Check the parameters against the graph's adapter inputs."""
     expected: dict[str, tuple[int, ...]] = {}
     for slot in manifest.slots:
-        scaling = inputs.get(slot.input(SCALING)) if slot.technique == LORA else None
-        rank = 0 if scaling is None else scaling.size
-        expected |= {tensor.input: tensor.sized(rank) for tensor in slot.tensors}
+        size = _size(slot, inputs)
+        expected |= {tensor.input: tensor.sized(size) for tensor in slot.tensors}
     for name in sorted(expected.keys() | inputs.keys()):
         if name not in inputs:
             raise AdapterError(f"{path}: lacks the parameter {name!r}: the file was made for another bundle")
@@ -117,17 +112,13 @@ def _check(manifest: Manifest, inputs: dict[str, FloatArray], path: Path) -> Non
                 f"{path}: parameter {name!r} is {list(got.shape)} of {got.dtype}, expected "
                 f"{list(expected[name])} of float32: the file was made for another bundle"
             )
-    for slot in manifest.slots_of(LORA):
-        scaling = inputs[slot.input(SCALING)]
-        if scaling.size and not (scaling == scaling[0]).all():
-            raise AdapterError(
-                f"{path}: module {slot.module}: its scaling differs along the rank, so it is a mixture, "
-                "which PEFT's format cannot hold: add its adapters one by one"
-            )
 
 
-def _alpha(scaling: float, rank: int) -> float:
-    """PEFT's `lora_alpha` that gives this float32 scaling; a round number where one does."""
-    exact = scaling * rank
-    rounded = round(exact, 4)
-    return rounded if np.float32(rounded / rank) == np.float32(scaling) else exact
+def _size(slot: Slot, inputs: Mapping[str, FloatArray]) -> int:
+    """The size that the last of a slot's parameters with a free axis says."""
+    size = 0
+    for tensor in slot.tensors:
+        array = inputs.get(tensor.input)
+        if SIZE in tensor.shape and array is not None and array.ndim == len(tensor.shape):
+            size = int(array.shape[tensor.shape.index(SIZE)])
+    return size

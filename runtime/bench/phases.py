@@ -11,7 +11,7 @@ from typing import Any
 from edgepeft.bundle.manifest import GenerationSettings, Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.slots import LORA
+from edgepeft.techniques import peft_slots
 
 from ..model import Model
 from .synthetic import prompt_ids, synthetic_records
@@ -63,7 +63,7 @@ def names(manifest: Manifest) -> list[str]:
     """The phases that a bundle has, in the order of use."""
     generates = manifest.task.endswith("-generation")
     phases = ["load", *(("prefill", "decode") if generates else ("predict",))]
-    if manifest.slots_of(LORA):
+    if peft_slots(manifest.slots):
         phases += ["train"] if manifest.strategies else []
         phases += ["swap"]
     return phases

@@ -19,7 +19,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import BudgetError, CgroupError, EdgePeftError, UsageError
 from edgepeft.sizes import format_size
-from edgepeft.slots import LORA
+from edgepeft.techniques import peft_slots
 
 from ..memory.cgroup import MemoryCgroup, drop_page_cache
 from ..memory.process import Sample
@@ -199,7 +199,7 @@ def _scratch(bundle: Bundle) -> "tempfile.TemporaryDirectory[str]":
 
 def _write_adapters(bundle: Bundle, scratch: Path) -> tuple[str, ...]:
     """Two adapters to run, to train and to swap."""
-    if not bundle.manifest.slots_of(LORA):
+    if not peft_slots(bundle.manifest.slots):
         return ()
     folders = []
     for seed in (0, 1):

@@ -8,15 +8,13 @@ import numpy as np
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
-from edgepeft.slots import LORA
-from edgepeft.techniques.lora import B
 
 from ..tasks import audio_classification, image_classification
 from ..training.options import TrainingOptions
 from ..training.starting import starting_adapter
 
 DEFAULT_RANK = 8
-_B_SCALE = 0.01
+_NOISE = 0.01
 
 
 def synthetic_records(manifest: Manifest, count: int, length: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -39,14 +37,10 @@ def prompt_ids(manifest: Manifest, length: int) -> list[int]:
 
 def synthetic_adapter(bundle: Bundle, seed: int) -> Adapter:
     """An adapter that changes what the model answers: of the shape of the bundle's first, or, where it has
-    none, a LoRA of rank 8 on every slot; its B is random instead of zero."""
+    none, a fresh one of rank 8 on every slot."""
     rank = None if bundle.manifest.adapters else DEFAULT_RANK
     start = starting_adapter(bundle, TrainingOptions(rank=rank, seed=seed))
-    generator = np.random.default_rng(seed)
-    tensors = dict(start.tensors)
-    for slot in bundle.manifest.slots_of(LORA):
-        if (key := slot.input(B)) in tensors:
-            tensors[key] = generator.normal(0, _B_SCALE, tensors[key].shape).astype(np.float32)
+    tensors = start.technique.stirred(start.tensors, np.random.default_rng(seed), _NOISE)
     return dataclasses.replace(start, tensors=tensors)
 
 

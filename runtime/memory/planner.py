@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from edgepeft.bundle.manifest import CHECKPOINTED, STREAMED, Manifest, Strategy
+from edgepeft.bundle.manifest import CHECKPOINTED, RESIDENT, STREAMED, Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.errors import BudgetError, UsageError
 from edgepeft.sizes import format_size
@@ -55,7 +55,8 @@ def plans(
         UsageError: the bundle cannot be trained.
     """
     if not manifest.strategies:
-        raise UsageError("the bundle was exported with --no-train: export it again without, to adapt it")
+        no_train = "it was exported with --no-train: export it again without, to adapt it"
+        raise UsageError(f"the bundle cannot be trained: {manifest.missing.get(RESIDENT, no_train)}")
     process_bytes = max(process_bytes - 4 * workload.adapter_values, 0)
     found = []
     for strategy in manifest.strategies:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
 from edgepeft.errors import UsageError
+from edgepeft.techniques import peft_slots
 
 from ..inputs import has_drift_penalty
 from .steps.schedule import SCHEDULES
@@ -13,6 +14,12 @@ DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000
 """Ten seconds at 16 kHz."""
 TRAINABLE = ("all", "lora", "lora_B", "modules_to_save", "head")
+
+
+def choices_to_train(manifest: Manifest) -> tuple[str, ...]:
+    """What `trainable` may be, for a bundle's own techniques too."""
+    found = [name for _, item in peft_slots(manifest.slots) for name in (item.name, *item.parts)]
+    return tuple(dict.fromkeys([*TRAINABLE, *found]))
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class TrainingOptions:
             )
         for name, choice, choices in (
             ("schedule", self.schedule, SCHEDULES),
-            ("trainable", self.trainable, TRAINABLE),
+            ("trainable", self.trainable, choices_to_train(manifest)),
             ("optimizer_state", self.optimizer_state, tuple(OPTIMIZER_STATES)),
         ):
             if choice not in choices:

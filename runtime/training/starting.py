@@ -11,11 +11,11 @@ from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.slots import LORA, WHOLE
-from edgepeft.techniques import lora, of_slot
+from edgepeft.slots import WHOLE
+from edgepeft.techniques import of_slot, peft_slots
 from edgepeft.techniques.base import FloatArray, PeftTechnique
 
-from ..adapters.fresh import fresh_config, fresh_slots
+from ..adapters.fresh import fresh_slots, fresh_technique, peft_config
 from ..adapters.graph_inputs import find_adapter
 from ..memory.room import check_room
 from .options import TrainingOptions
@@ -62,28 +62,29 @@ def with_labels(bundle: Bundle, adapter: Adapter, added: Sequence[str]) -> Adapt
 
 
 def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
-    """A LoRA on every slot as PEFT initializes it, alpha = 2 r, and the base's own saved modules.
+    """An adapter as PEFT initializes it, on every slot of the bundle's technique, and the base's own saved
+    modules; a LoRA with alpha = 2 r.
 
     Raises:
         UsageError: the bundle has no slots.
         BudgetError: the memory budget has no room for it.
     """
     manifest = bundle.manifest
-    if not manifest.slots_of(LORA):
-        raise UsageError("the bundle has no LoRA slots: export it with --rank and --targets")
-    slots = fresh_slots(manifest)
+    if not manifest.slots:
+        raise UsageError("the bundle has no slots for an adapter: export it with --rank and --targets")
+    technique, slots = fresh_technique(manifest), fresh_slots(manifest)
     values = sum(math.prod(tensor.sized(rank)) for slot in slots for tensor in slot.tensors if tensor.key)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
     tensors: dict[str, FloatArray] = {}
     for slot in slots:
-        technique = of_slot(slot)
-        if isinstance(technique, PeftTechnique):
-            tensors.update(technique.fresh(slot, rank, generator))
+        own = of_slot(slot)
+        if isinstance(own, PeftTechnique):
+            tensors.update(own.fresh(slot, rank, generator, bundle.read_weight))
         else:
-            tensors.update(technique.write(slot, technique.neutral(slot, bundle.read_weight)))
+            tensors.update(own.write(slot, own.neutral(slot, bundle.read_weight)))
     return Adapter(
-        config=fresh_config(manifest, rank),
+        config=peft_config(manifest, technique, slots) | technique.fresh_config(rank),
         tensors=tensors,
         origin=f"a fresh adapter of rank {rank}",
         base=manifest.base,
@@ -96,22 +97,24 @@ def trained_names(manifest: Manifest, adapter: Adapter, options: TrainingOptions
     Raises:
         UsageError: none is left, or the bundle has not so many blocks.
     """
-    factors = {slot.input(name) for slot in manifest.slots_of(LORA) for name in (lora.A, lora.B)}
-    factors_b = {slot.input(lora.B) for slot in manifest.slots_of(LORA)}
     saved = {name for slot in manifest.slots_of(WHOLE) for name in slot.inputs}
     head = manifest.linear_head
     closed_form = saved & ({head.weight, head.bias} if head is not None else set())
     chosen = {
         "all": set(manifest.adapter_inputs),
-        "lora": factors,
-        "lora_B": factors_b,
         "modules_to_save": saved,
         "head": closed_form,
     }
+    for slot, technique in peft_slots(manifest.slots):
+        for part, tensors in {
+            technique.name: [item.name for item in slot.tensors],
+            **technique.parts,
+        }.items():
+            chosen.setdefault(part, set()).update(map(slot.input, tensors))
     names = [
         name
         for name in manifest.policy.trainable
-        if name in adapter.tensors and name in chosen[options.trainable]
+        if name in adapter.tensors and name in chosen.get(options.trainable, ())
     ]
     if options.top_blocks is not None:
         kept = saved | _top_blocks(manifest, set(names), options.top_blocks)

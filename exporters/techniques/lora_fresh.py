@@ -30,6 +30,8 @@ def write_fresh_adapter(source: ModelSource, folder: Path, options: ExportOption
     rank = options.rank
     if rank is None or rank < 1:
         raise UsageError(f"--rank must be at least 1, got {rank}")
+    if options.targets is not None and not options.targets:
+        raise UsageError("--rank makes a LoRA, and --targets names nothing that takes one: leave out --rank")
     targets = list(options.targets) if options.targets is not None else default_targets(source)
     heads = saved_module_names(source, ())
     saved = [name for name in heads if not name.startswith(tuple(f"{head}." for head in heads))]
