@@ -23,7 +23,7 @@ EXPORTED = SimpleNamespace(
     files={},
     quantization=SimpleNamespace(bits=4, calibration=None),
     adapters=(),
-    slots_of=lambda technique: (),
+    slots_of=lambda _: (),
     strategies=(SimpleNamespace(name="resident"),),
     missing={"streamed inference": "a", "checkpointed": "b", "streamed": "b"},
     verification={},
