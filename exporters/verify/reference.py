@@ -40,7 +40,7 @@ class BundleWeights:
     def reset(self) -> None:
         """Give the others, which an adapter may replace, the base's own values."""
         for tensor in self._bundle.manifest.adapter_inputs.values():
-            if tensor.default in self._parameters:
+            if tensor.default is not None and tensor.default in self._parameters:
                 value = np.array(self._bundle.read_weight(tensor.default))
                 self._parameters[tensor.default].data = torch.from_numpy(value)
 
