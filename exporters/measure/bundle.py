@@ -2,11 +2,13 @@
 
 import dataclasses
 import functools
+import gc
 from pathlib import Path
 
 from edgepeft.bundle.manifest import Manifest, Strategy
 from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.writer import write_manifest
+from edgepeft.runtime.memory.process import release_freed_memory
 
 from .probe import FORWARD, STAGES, with_session
 from .stages import measure_chain_peaks
@@ -18,6 +20,8 @@ def with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
     """Measure the graphs; `folder` gets a manifest on the way, since the measuring process opens it as a
     bundle. Sequences that are measured are multiples of `length_unit`."""
     write_manifest(manifest, folder)
+    gc.collect()  # what a trace leaves is in circles
+    release_freed_memory()
     batch_unit = 3 if manifest.model.loss == "triplet" else 1
 
     @functools.cache
@@ -28,6 +32,7 @@ def with_memory(manifest: Manifest, folder: Path, length_unit: int) -> Manifest:
             spec = manifest.graphs[role]
             peaks = measure_peaks((folder / spec.file).read_bytes(), spec, folder, length_unit, batch_unit)
         tensors = MemoryFormula(session_bytes=0, peaks=peaks)
+        release_freed_memory()  # of this session, before a process of its own has the next
         return with_session(folder, role, tensors, length_unit, manifest.model.max_length)
 
     inference = formula("inference")

@@ -6,11 +6,13 @@ with q in 0…15 and zero point 8 at 4 bits, q in 0…255 and zero point 128 at 
 Source: `MatMulNBits` and `GatherBlockQuantized` of com.microsoft, version 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from ..scratch import spooled
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 #: Fractions of the largest magnitude tried as the range of a 4-bit block; the one with the least squared
@@ -22,33 +24,63 @@ CHUNK_VALUES = 2**18
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight `[rows, columns]`: `codes` uint8 `[rows, columns]`, one code a byte; `scales` float32 `[rows,
-    blocks]`."""
+    """A weight `[rows, columns]`: `packed` uint8 `[rows, columns * bits / 8]`, at 4 bits the even column in
+    the low half of a byte; `scales` float32 `[rows, blocks]`."""
 
-    codes: np.ndarray
+    packed: np.ndarray
     scales: np.ndarray
     bits: int
     block_size: int
+
+    @classmethod
+    def of_codes(
+        cls, codes: torch.Tensor, scales: torch.Tensor, bits: int, block_size: int
+    ) -> "QuantizedWeight":
+        """Of `codes` uint8 `[rows, columns]`, one code a byte."""
+        return cls(_packed(codes, bits).numpy(), scales.numpy(), bits, block_size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the weight."""
+        rows, packed_columns = self.packed.shape
+        return rows, packed_columns * 8 // self.bits
 
     @property
     def zero_point(self) -> int:
         """The code that stands for 0."""
         return int(2 ** (self.bits - 1))
 
-    def packed(self) -> np.ndarray:
-        """uint8 `[rows, columns * bits / 8]`; at 4 bits the even column is the low half of a byte."""
-        if self.bits == 8:
-            return self.codes
-        return np.asarray(self.codes[:, 0::2] | (self.codes[:, 1::2] << 4), np.uint8)
+    @property
+    def codes(self) -> np.ndarray:
+        """uint8 `[rows, columns]`, one code a byte."""
+        return _unpacked(self.packed, self.bits)
 
-    def dequantize(self) -> np.ndarray:
+    def dequantize(self) -> torch.Tensor:
         """float32 `[rows, columns]`, as onnxruntime computes it."""
-        rows, columns = self.codes.shape
-        blocks = self.codes.astype(np.float32).reshape(rows, -1, self.block_size) - np.float32(
-            self.zero_point
+        rows, columns = self.shape
+        step = max(1, CHUNK_VALUES // columns)
+        return spooled(
+            self.shape, torch.float32, (self._decoded(slice(row, row + step)) for row in range(0, rows, step))
         )
-        weights: np.ndarray = (blocks * self.scales[:, :, None]).reshape(rows, columns)
-        return weights
+
+    def _decoded(self, rows: slice) -> torch.Tensor:
+        scales = self.scales[rows]
+        codes = _unpacked(self.packed[rows], self.bits).astype(np.float32)
+        blocks = codes.reshape(len(scales), -1, self.block_size) - np.float32(self.zero_point)
+        return torch.from_numpy(blocks * scales[:, :, None])
+
+
+def _packed(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
+
+
+def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
+    if bits == 8:
+        return packed
+    codes = np.empty((len(packed), packed.shape[1] * 2), np.uint8)
+    np.bitwise_and(packed, 15, out=codes[:, 0::2])
+    np.right_shift(packed, 4, out=codes[:, 1::2])
+    return codes
 
 
 def can_quantize(columns: int, block_size: int) -> bool:
@@ -64,22 +96,35 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeigh
     """
     rows, columns = weight.shape
     blocks = weight.float().reshape(-1, block_size)
-    codes = torch.empty(blocks.shape, dtype=torch.uint8)
     scales = torch.empty(len(blocks))
     step = CHUNK_VALUES // block_size
-    for start in range(0, len(blocks), step):
-        part = slice(start, start + step)
-        codes[part], scales[part] = quantize_blocks(blocks[part], bits)
-    return QuantizedWeight(
-        codes.reshape(rows, columns).numpy(), scales.reshape(rows, -1).numpy(), bits, block_size
-    )
+
+    def packed_chunks() -> Iterator[torch.Tensor]:
+        for start in range(0, len(blocks), step):
+            part = slice(start, start + step)
+            codes, scales[part] = quantize_blocks(blocks[part], bits)
+            yield _packed(codes, bits)
+
+    packed = spooled((rows, columns * bits // 8), torch.uint8, packed_chunks())
+    return QuantizedWeight(packed.numpy(), _kept(scales.reshape(rows, -1)), bits, block_size)
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights of the same columns, bits and blocks, one below the other."""
-    codes = np.concatenate([weight.codes for weight in weights])
-    scales = np.concatenate([weight.scales for weight in weights])
-    return QuantizedWeight(codes, scales, weights[0].bits, weights[0].block_size)
+    rows = sum(len(weight.packed) for weight in weights)
+    packed, scales = (
+        spooled((rows, parts[0].shape[1]), parts[0].dtype, parts).numpy()
+        for parts in (
+            [torch.from_numpy(weight.packed) for weight in weights],
+            [torch.from_numpy(weight.scales) for weight in weights],
+        )
+    )
+    return QuantizedWeight(packed, scales, weights[0].bits, weights[0].block_size)
+
+
+def _kept(tensor: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = spooled(tensor.shape, tensor.dtype, [tensor]).numpy()
+    return found
 
 
 def quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,7 @@ def calibrate(
                 continue
             for name, weight in zip(group.modules, gptq(weights, halves, bits, block_size), strict=True):
                 found[f"{name}.weight"] = weight
-                _weight(rounded.get_submodule(name)).copy_(torch.from_numpy(weight.dequantize()))
+                _weight(rounded.get_submodule(name)).copy_(weight.dequantize())
         progress(total, total)
     return found
 
@@ -116,7 +116,7 @@ def _round_largest_embedding(
     products = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     stored = bits if id(weight) in products else EMBEDDING_BITS
     quantized = quantize(weight, stored, block_size)
-    weight.copy_(torch.from_numpy(quantized.dequantize()))
+    weight.copy_(quantized.dequantize())
     return {} if stored == bits else {f"{largest}.weight": quantized}
 
 

@@ -4,7 +4,7 @@ Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, blo
 that the output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +13,31 @@ import torch
 
 from ..graph import FLOAT, MICROSOFT, append, initializer
 from ..passes.weights.linears import find_embeddings, linear_products
+from ..scratch import converted, spooled
 from .blockwise import QuantizedWeight, can_quantize, concatenate, quantize
+
+
+class Reference(Mapping[str, torch.Tensor]):
+    """The values that the graphs compute with, float32 by state-dict key, decoded when they are asked for."""
+
+    def __init__(self) -> None:
+        self._stored: dict[str, QuantizedWeight | torch.Tensor] = {}
+
+    def add(self, name: str, stored: QuantizedWeight | torch.Tensor) -> None:
+        """Note what the graphs hold of a weight."""
+        self._stored[name] = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        stored = self._stored[name]
+        return (
+            stored.dequantize() if isinstance(stored, QuantizedWeight) else converted(stored, torch.float32)
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 @dataclass
@@ -22,7 +46,7 @@ class Freezer:
     once.
 
     Attributes:
-        reference: by state-dict key, the values that the graphs compute with, float32.
+        reference: the values that the graphs compute with.
         exceptions: matrices that are stored with other than `bits` bits.
         quantized: by state-dict key, weights that are quantized; those of a calibration are there from the
             start.
@@ -31,7 +55,7 @@ class Freezer:
 
     bits: int
     block_size: int
-    reference: dict[str, torch.Tensor] = field(default_factory=dict)
+    reference: Reference = field(default_factory=Reference)
     exceptions: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
@@ -50,7 +74,8 @@ class Freezer:
         Args:
             graph: the graph.
             weights: its weight inputs by name, with their values.
-            parts: weights that are made of others, one below the other; those have been frozen before.
+            parts: weights that are made of others, one below the other; those have been frozen before, and of
+                these only the shape is asked.
         """
         parts = parts or {}
         largest = _largest_embedding(weights)
@@ -59,22 +84,27 @@ class Freezer:
                 graph.inputs.remove(value)
                 continue
             stored = self._bits_for(name, value, tensor, is_largest=name == largest)
+            made_of = parts.get(name, ())
+            kept: QuantizedWeight | torch.Tensor
             if stored in (4, 8):
-                quantized = self._quantize(name, tensor, stored, parts.get(name, ()))
-                _use_quantized(graph, value, quantized)
-                reference = torch.from_numpy(quantized.dequantize())
+                kept = self._quantize(name, tensor, stored, made_of)
+                _use_quantized(graph, value, kept)
             elif stored == 16:
-                half = tensor.to(torch.float16)
-                _use_half(graph, value, half.numpy())
-                reference = half.float()
+                kept = converted(self._whole(tensor, made_of), torch.float16)
+                _use_half(graph, value, kept.numpy())
             else:
-                reference = tensor.float()
-                _use_float(graph, value, reference.numpy())
-            if name not in parts:
-                self.reference[name] = reference
+                kept = converted(self._whole(tensor, made_of), torch.float32)
+                _use_float(graph, value, kept.numpy())
+            if not made_of:
+                self.reference.add(name, kept)
                 if tensor.ndim == 2 and stored != self.bits:
                     self.exceptions[name] = stored
             graph.inputs.remove(value)
+
+    def _whole(self, tensor: torch.Tensor, parts: Sequence[str]) -> torch.Tensor:
+        if not parts:
+            return tensor
+        return spooled(tensor.shape, torch.float32, (self.reference[part] for part in parts))
 
     def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
         if name not in self.quantized:
@@ -119,9 +149,8 @@ def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: QuantizedWeight
     products = linear_products(weight)
     lookups = find_embeddings([weight])
     transposes = {node for node, _ in weight.uses() if node.op_type == "Transpose"}
-    rows, columns = quantized.codes.shape
-    bits, block_size = quantized.bits, quantized.block_size
-    packed = quantized.packed()
+    rows, columns = quantized.shape
+    bits, block_size, packed = quantized.bits, quantized.block_size, quantized.packed
     name = f"{weight.name}.q{bits}"
     scales = initializer(graph, f"{weight.name}.scales", quantized.scales)
     attributes = {"bits": bits, "block_size": block_size}

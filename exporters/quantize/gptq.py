@@ -77,7 +77,7 @@ def gptq(
     scales[:, order[::block_size] // block_size] = ordered_scales
     heights = [len(one) for one in weights]
     return [
-        QuantizedWeight(part.numpy(), part_scales.numpy(), bits, block_size)
+        QuantizedWeight.of_codes(part, part_scales, bits, block_size)
         for part, part_scales in zip(codes.split(heights), scales.split(heights), strict=True)
     ]
 

@@ -1,6 +1,5 @@
 """Load what is to be exported: a transformers model, its pooling and its tokenizer files."""
 
-import copy
 import inspect
 import os
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
 from .last_token import pool_by_mask
 from .model_files import read_json, read_max_seq_length, read_pooling
+from .parameters import has_rounded_buffers, stored_dtype, to_float32, with_own_parameters
 from .peft_model import AdapterFolder, is_adapter_folder, merged
 from .quiet import quiet
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
@@ -54,7 +54,7 @@ def load_source(
     if isinstance(model, peft.PeftModel):
         model = merged(model)
     elif isinstance(model, transformers.PreTrainedModel):
-        model = copy.deepcopy(model)  # which gets the bundle's weights, to be compared
+        model = with_own_parameters(model)
     resolved = resolve_task(task) if task else infer_task(model)
     if is_gguf_file(model) and resolved != "text-generation":
         raise UsageError(f"{model}: a GGUF file is exported for text-generation, not for {resolved}")
@@ -81,7 +81,7 @@ def load_source(
         )
     if resolved == "text2text-generation":
         _check_start(module, name)
-    module = module.float().cpu().eval().requires_grad_(False)
+    module = to_float32(module).eval().requires_grad_(False)
     if resolved == "text-classification":
         pool_by_mask(module)
     lengths = [read_max_length(resolved, module.config, shipped)]
@@ -161,7 +161,11 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
         _check_not_quantized(model, config)
         cls: Any = model_class(task, config.model_type)
         with quiet():
-            return cls.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **heads)
+            # In the file's own type its pages are mapped, not read; each weight is converted by itself.
+            loaded = cls.from_pretrained(model, dtype=stored_dtype(model), trust_remote_code=False, **heads)
+            if has_rounded_buffers(loaded):
+                loaded = cls.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **heads)
+            return loaded
     except EdgePeftError:
         raise
     except Exception as error:  # readers of checkpoints, and packages that they want, raise what they like

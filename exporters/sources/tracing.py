@@ -164,7 +164,7 @@ def _lift_weights(graph: ir.Graph, module: torch.nn.Module) -> dict[str, torch.T
         value.name = name = canonical[found]
         weights[name] = parameters[name].detach()
         if name in turned:
-            weights[name] = weights[name].T.contiguous()
+            weights[name] = weights[name].T
             value = transposed_input(graph, value)
         graph.inputs.append(value)
     return weights

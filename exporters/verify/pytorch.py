@@ -24,7 +24,6 @@ from edgepeft.runtime.session import GraphSession
 
 from ..options import STARTING_ADAPTER
 from ..sources.last_token import lacks_pad
-from ..sources.tracing import conv1d_weights
 from ..sources.transformers_model import Source
 from .batch import (
     PADDED,
@@ -38,7 +37,14 @@ from .batch import (
 )
 from .decoder import GROWN, verify_decoder, verify_growth
 from .generation import verify_generation
-from .reference import long_output, parameters_by_key, torch_drift, torch_gradients, torch_output
+from .reference import (
+    BundleWeights,
+    long_output,
+    parameters_by_key,
+    torch_drift,
+    torch_gradients,
+    torch_output,
+)
 from .stages import verify_stages
 from .streamed import verify_streamed
 from .text import TEXTS
@@ -70,15 +76,9 @@ def verify_against_pytorch(
         AdapterError: an adapter does not change the output.
     """
     bundle = open_bundle(folder)
-    own = {
-        tensor.default: torch.from_numpy(np.array(bundle.read_weight(tensor.default)))
-        for tensor in bundle.manifest.adapter_inputs.values()
-        if tensor.default is not None
-    }
-    parameters = dict(source.model.named_parameters(remove_duplicate=False))
-    turned = conv1d_weights(source.model)
-    frozen = {name: value.T if name in turned else value for name, value in reference.items()}
-    _overwrite(parameters, frozen)
+    source.traced = None  # it would keep the model's own weights
+    weights = BundleWeights(source.model, bundle, reference)
+    weights.freeze()
     source.model.config.use_cache = False
     batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)
@@ -91,26 +91,20 @@ def verify_against_pytorch(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
-        _overwrite(parameters, frozen)  # of which the adapter may hold copies that are not rounded
+        weights.freeze()  # of which the adapter may hold copies that are not rounded
         if name == STARTING_ADAPTER:
             adapter = stirred(adapter)
-            drawn = {key: torch.from_numpy(value) for key, value in adapter.tensors.items()}
-            _overwrite(parameters_by_key(model), drawn)
+            with torch.no_grad():
+                for key, parameter in parameters_by_key(model).items():
+                    if key in adapter.tensors:
+                        parameter.copy_(torch.from_numpy(adapter.tensors[key]))
         check.outputs(f"adapter {name!r}", adapter, model)
         check.effect(name)
         if bundle.manifest.strategies:
             check.gradients(name, adapter, model)
         source.model = model.unload().requires_grad_(False)
-        _overwrite(parameters, own)  # which an adapter that was not asked to save them has replaced
+        weights.reset()
     return check.figures
-
-
-def _overwrite(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-    """Give those of the model's parameters that are among `values` these."""
-    with torch.no_grad():
-        for name, value in values.items():
-            if name in parameters:
-                parameters[name].copy_(value)
 
 
 class _Check:

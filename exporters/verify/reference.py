@@ -7,15 +7,43 @@ from typing import Any
 import numpy as np
 import torch
 
+from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.inputs import BASE_LOGITS, IGNORED_LABEL
 
 from ..losses.contrastive import SCALE
 from ..losses.triplet import MARGIN
 from ..sources.base import Pooling
+from ..sources.tracing import conv1d_weights
 from ..sources.transformers_model import Source
 from .batch import Arrays
 
 TAKEN = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_values")
+
+
+class BundleWeights:
+    """The values that a bundle holds, in the place of a model's own."""
+
+    def __init__(self, model: Any, bundle: Bundle, reference: Mapping[str, torch.Tensor]) -> None:
+        self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._turned = conv1d_weights(model)
+        self._reference, self._bundle = reference, bundle
+        self._versions: dict[str, int] = {}
+
+    def freeze(self) -> None:
+        """Give the frozen parameters the bundle's values, where they do not have them or were written to."""
+        for name in self._reference.keys() & self._parameters.keys():
+            parameter = self._parameters[name]
+            if self._versions.get(name) != parameter._version:
+                value = self._reference[name]
+                parameter.data = value.T if name in self._turned else value
+                self._versions[name] = parameter._version
+
+    def reset(self) -> None:
+        """Give the others, which an adapter may replace, the base's own values."""
+        for tensor in self._bundle.manifest.adapter_inputs.values():
+            if tensor.default is not None and tensor.default in self._parameters:
+                value = np.array(self._bundle.read_weight(tensor.default))
+                self._parameters[tensor.default].data = torch.from_numpy(value)
 
 
 def torch_drift(logits: torch.Tensor, batch: Arrays) -> torch.Tensor:

@@ -133,7 +133,8 @@ def _joined(
     parent = modules[0].rpartition(".")[0]
     last = "+".join(module.rpartition(".")[2] for module in modules)
     name = f"{parent}.{last}.{suffix}" if parent else f"{last}.{suffix}"
-    tensor = torch.cat([weights[part][1] for part in names])
+    # Its values are made of what is stored of the parts.
+    tensor = torch.cat([weights[part][1].to("meta") for part in names])
     value = graph_input(graph, name, list(tensor.shape))
     weights[name] = value, tensor
     parts[name] = tuple(names)

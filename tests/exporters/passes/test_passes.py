@@ -224,7 +224,7 @@ def test_four_bits_are_no_worse_than_plain_rounding() -> None:
     blocks = weight.reshape(64, 8, 32)
     scale = blocks.abs().amax(dim=2, keepdim=True) / 7
     plain = ((blocks / scale).round().clamp(-8, 7) * scale - blocks).square().mean()
-    ours = (torch.from_numpy(quantize(weight, 4, 32).dequantize()) - weight).square().mean()
+    ours = (quantize(weight, 4, 32).dequantize() - weight).square().mean()
     assert float(ours) < 0.9 * float(plain)
 
 

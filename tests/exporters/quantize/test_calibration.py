@@ -80,7 +80,7 @@ def test_it_is_the_papers_method() -> None:
         halves[part // 150].add(exact[part : part + 50], read[part : part + 50])
     parts = gptq([weight[:5], weight[5:]], halves, 4, 16)
     assert [part.codes.shape for part in parts] == [(5, 64), (7, 64)]
-    got = np.concatenate([part.dequantize() for part in parts])
+    got = np.concatenate([part.dequantize().numpy() for part in parts])
     expected = by_hand(*(value.double().numpy() for value in (weight, exact, read)), block_size=16)
     # A value between two codes may go either way in float32, and changes those after it in its row.
     same = [np.allclose(*rows, atol=1e-4) for rows in zip(got, expected, strict=True)]
@@ -96,7 +96,7 @@ def test_outputs_on_other_inputs_are_nearer_than_by_rounding(bits: int) -> None:
     others = correlated(200, 128, seed=2)
     (calibrated,) = gptq([weight], halves, bits, 32)
     errors = [
-        float((others @ (torch.from_numpy(found.dequantize()) - weight).T).square().mean())
+        float((others @ (found.dequantize() - weight).T).square().mean())
         for found in (calibrated, quantize(weight, bits, 32))
     ]
     assert errors[0] < 0.5 * errors[1]
@@ -174,8 +174,10 @@ def test_a_calibrated_model_is_nearer_to_the_float_one(name: str) -> None:
             return sum(float((changed(**one)[0] - model(**one)[0]).square().sum()) for one in others)
 
     floats = {key: before[key].T if key in turned else before[key] for key in found}
-    rounded = {key: quantize(value, found[key].bits, 32).dequantize() for key, value in floats.items()}
-    assert error({key: weight.dequantize() for key, weight in found.items()}) < 0.9 * error(rounded)
+    rounded = {
+        key: quantize(value, found[key].bits, 32).dequantize().numpy() for key, value in floats.items()
+    }
+    assert error({key: weight.dequantize().numpy() for key, weight in found.items()}) < 0.9 * error(rounded)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
