@@ -33,9 +33,11 @@ def flatten_tokens(graph: ir.Graph) -> None:
     made: dict[ir.Value, ir.Value] = {}
     back: dict[ir.Value, ir.Value] = {}
     for node in list(graph):
-        apart = {value for value in node.inputs if value is not None and is_hidden(value, lead)}
-        together = {value for value in node.inputs if value is not None and value in flat}
-        if (apart or together) and treats_tokens_alike(node, apart | together):
+        # In the order of the inputs, so that equal exports are equal files.
+        inputs = dict.fromkeys(value for value in node.inputs if value is not None)
+        apart = [value for value in inputs if is_hidden(value, lead)]
+        together = [value for value in inputs if value in flat]
+        if (apart or together) and treats_tokens_alike(node, {*apart, *together}):
             for value in apart:
                 if value not in made:
                     assert value.shape is not None

@@ -4,6 +4,8 @@ That is the output layer, the last normalization and, behind its attention, the 
 it is 3% of a prompt.
 """
 
+from collections.abc import Collection
+
 import numpy as np
 import onnx_ir as ir
 
@@ -22,11 +24,11 @@ def keep_last_token(graph: ir.Graph, logits: ir.Value) -> None:
     assert ids.shape is not None
     lead = list(ids.shape)
     last = initializer(graph, "last_token", np.array(-1, np.int64))
-    single: set[ir.Node] = set()
+    single: dict[ir.Node, None] = {}  # in order, so that equal exports are equal files
     for node in reversed(list(graph)):
         hidden = {value for value in node.inputs if value is not None and is_hidden(value, lead)}
         if hidden and _is_read_by(node, single, logits) and treats_tokens_alike(node, hidden):
-            single.add(node)
+            single[node] = None
     cut: dict[ir.Value, ir.Value] = {}
     for node in single:
         for position, value in enumerate(node.inputs):
@@ -45,7 +47,7 @@ def keep_last_token(graph: ir.Graph, logits: ir.Value) -> None:
             output.shape = ir.Shape([output.shape[0], output.shape[2]])
 
 
-def _is_read_by(node: ir.Node, readers: set[ir.Node], logits: ir.Value) -> bool:
+def _is_read_by(node: ir.Node, readers: Collection[ir.Node], logits: ir.Value) -> bool:
     """Whether a node makes the logits, or what these readers and nothing else reads."""
     if logits in node.outputs:
         return not logits.uses()
