@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import peft
 import pytest
 import torch
@@ -28,6 +29,7 @@ from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.errors import AdapterError, BudgetError, BundleError, UpdateRejectedError, UsageError
 from edgepeft.exporters.measure import probe
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
+from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter
 from edgepeft.runtime.inputs import check_batch, model_inputs
 from edgepeft.runtime.memory.inference import STREAMED
 from edgepeft.runtime.model import Model
@@ -385,6 +387,14 @@ def test_a_lora_and_a_vector_share_a_bundle(family: str, tmp_path: Path) -> None
         for spec, wanted in zip(("toy", {"toy": 1.0, "lora": 1.0}), expected, strict=True):
             got = next(iter(device.forward(given, spec).values()))[counted]
             np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4 * np.abs(wanted).max())
+    both = ort.AdapterFormat()
+    values = graph_inputs(opened, [(opened.adapter("toy"), 1.0), (opened.adapter("lora"), 1.0)])
+    both.set_parameters({name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in values.items()})
+    both.export_adapter(str(tmp_path / "both.onnx_adapter"))
+    with pytest.raises(
+        AdapterError, match="is bias vector and LoRA at once, which PEFT's format cannot hold"
+    ):
+        read_onnx_adapter(opened, tmp_path / "both.onnx_adapter")
     losses = [
         trained(tmp_path / "b", tmp_path / name, "streamed", adapter=name)[0]["losses"]
         for name in ("toy", "lora")
