@@ -79,6 +79,7 @@ def verify_against_pytorch(
     source.traced = None  # it would keep the model's own weights
     weights = BundleWeights(source.model, bundle, reference)
     weights.freeze()
+    weights.reset()  # PEFT writes into them, and they may be in the memory of somebody's model
     source.model.config.use_cache = False
     batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)

@@ -71,13 +71,23 @@ def test_a_peft_model_is_exported_as_what_it_computes(
         assert (tmp_path / name / "tokenizer.json").read_text() == '{"of": "the adapter"}'
 
 
-def test_a_model_object_stays_what_it_was(tmp_path: Path) -> None:
-    """Though the export compares it on other weights, without gradients, in float32, another vocabulary."""
-    model = untied().to(torch.bfloat16).train()
-    folder = save(untied, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_model_object_stays_what_it_was(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Though the export compares it on other weights, without gradients, in float32, another vocabulary, and
+    PEFT writes what an adapter holds unasked into the weights that it is given."""
+    model = untied().to(dtype).train()
+    asked = save(untied, tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
+
+    def trained() -> Any:
+        other = untied()
+        other.lm_head.weight.data += 0.1
+        return other
+
+    unasked = save(trained, tmp_path / "b", target_modules=["q_proj"], embeddings=True)
     config = model.config.to_dict()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    edgepeft.export(model, tmp_path / "bundle", bits=4, adapters={"a": folder}, train=False)
+    adapters = {"b": unasked, "a": asked}
+    edgepeft.export(model, tmp_path / "bundle", bits=4, adapters=adapters, train=False)
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert model.config.to_dict() == config
