@@ -45,17 +45,26 @@ def read_copied_files(model: str) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if data is not None}
 
 
-def read_json(model: str, name: str) -> Any:
-    """A JSON file of a folder or hub id; None where there is no such file.
+def read_json(model: str, name: str, expected: type = dict) -> Any:
+    """A JSON file of a folder or hub id, which holds an object, or a list where one is `expected`; None where
+    there is no such file.
 
     Raises:
-        ExportError: it is not JSON.
+        ExportError: it is not JSON, or holds something else.
     """
     data = read_file(model, name)
+    if data is None:
+        return None
     try:
-        return None if data is None else json.loads(data)
-    except ValueError as error:
+        content = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ExportError(f"{model}: {name} is not JSON ({error})") from error
+    if not isinstance(content, expected):
+        kinds = {dict: "an object", list: "a list"}
+        raise ExportError(
+            f"{model}: {name} holds a {type(content).__name__}, expected {kinds[expected]}: copy it again"
+        )
+    return content
 
 
 def read_pooling(model: str | None) -> Pooling:
@@ -64,7 +73,7 @@ def read_pooling(model: str | None) -> Pooling:
     Raises:
         ExportError: it pools in another way, or has modules that edgepeft does not export.
     """
-    modules = None if model is None else read_json(model, "modules.json")
+    modules = None if model is None else read_json(model, "modules.json", list)
     if model is None or modules is None:
         return Pooling()
     try:

@@ -76,7 +76,7 @@ def is_sentence_encoder(model: str) -> bool:
     """Whether a folder or hub id is a sentence-transformers model: an encoder without a classifier, which its
     cross-encoders have."""
     task = (read_json(model, SENTENCES) or {}).get("transformer_task")
-    return read_json(model, MODULES) is not None and task != "sequence-classification"
+    return read_json(model, MODULES, list) is not None and task != "sequence-classification"
 
 
 def load_sentence_classifier(model: str, labels: Sequence[str]) -> SentenceClassifier:
