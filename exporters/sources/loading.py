@@ -125,7 +125,12 @@ def _load_adapted(
     """The base of an adapter with that merged into it; the tokenizer is the adapter's where it has one."""
     task = task or adapter.task
     if labels is None and adapter.classes is not None and task in CLASSIFICATION:
-        config = transformers.AutoConfig.from_pretrained(adapter.base)
+        try:
+            config = transformers.AutoConfig.from_pretrained(adapter.base)
+        except Exception as error:  # as in _load_pretrained
+            raise ExportError(
+                f"{adapter.path}: cannot read the configuration of its base: {error}"
+            ) from error
         if config.num_labels != adapter.classes:
             labels = [f"LABEL_{number}" for number in range(adapter.classes)]
     source = load_source(adapter.base, task=task, labels=labels, seed=seed)

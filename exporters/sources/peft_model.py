@@ -50,7 +50,7 @@ class AdapterFolder:
             noted = config.get("task_type")
             with safe_open(path / TENSOR_FILE, "np") as file:
                 self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in list(file.keys())}
-        except (OSError, ValueError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, AttributeError, SafetensorError) as error:
             raise ExportError(f"{path}: cannot be read as a PEFT adapter ({error})") from error
         if not isinstance(base, str) or not base or Path(base).resolve() == path.resolve():
             raise ExportError(

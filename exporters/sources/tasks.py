@@ -1,6 +1,5 @@
 """Task names and model classes, as `optimum` knows them."""
 
-import json
 from pathlib import Path
 
 import transformers
@@ -11,6 +10,7 @@ from edgepeft.bundle.validation import TASKS
 from edgepeft.errors import ExportError, UsageError
 
 from .gguf import is_gguf_file
+from .model_files import read_json
 from .sentence_classifier import is_sentence_encoder
 
 #: Tasks whose head is a classifier, with names for its classes.
@@ -78,12 +78,10 @@ def _task_of_folder(folder: Path) -> str:
         inside = sorted(path.name for path in folder.iterdir() if path.suffix in (".gguf", ".onnx"))
         hint = f": give a file in it ({', '.join(inside[:3])})" if inside else ""
         raise ExportError(f"{folder} is not a transformers model: it holds no config.json{hint}")
-    try:
-        architectures = json.loads((folder / "config.json").read_text("utf-8")).get("architectures") or []
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{folder} is not a transformers model: config.json: {error}") from error
+    named = read_json(str(folder), "config.json").get("architectures") or []
+    architectures = named if isinstance(named, list) else [named]
     for name in architectures:
-        if (cls := getattr(transformers, name, None)) is not None:
+        if (cls := getattr(transformers, str(name), None)) is not None:
             return _task_of_class(cls)
     raise ExportError(f"cannot tell the task of {folder} from its architectures {architectures}: pass --task")
 

@@ -7,6 +7,7 @@ import pytest
 from edgepeft.errors import ExportError
 from edgepeft.exporters.sources.loading import read_max_length
 from edgepeft.exporters.sources.model_files import read_json, read_pooling
+from edgepeft.exporters.sources.tasks import infer_task
 
 DAMAGED = {
     "deep list": b"[" * 100_000,
@@ -43,6 +44,20 @@ def test_a_tokenizers_settings(damage: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(DAMAGED[damage])
     with pytest.raises(ExportError, match="tokenizer_config"):
         read_max_length("text-classification", object(), str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_configuration(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(DAMAGED[damage])
+    with pytest.raises(ExportError, match=r"config\.json"):
+        infer_task(str(tmp_path))
+
+
+@pytest.mark.parametrize("architectures", ["3", '"Bert"', '{"a": 1}', "[3, null]", "null"])
+def test_architectures_that_are_none(architectures: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"architectures": {architectures}}}')
+    with pytest.raises(ExportError, match="pass --task"):
+        infer_task(str(tmp_path))
 
 
 def test_a_list_is_no_object(tmp_path: Path) -> None:
