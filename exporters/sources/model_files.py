@@ -60,10 +60,8 @@ def read_json(model: str, name: str, expected: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise ExportError(f"{model}: {name} is not JSON ({error})") from error
     if not isinstance(content, expected):
-        kinds = {dict: "an object", list: "a list"}
-        raise ExportError(
-            f"{model}: {name} holds a {type(content).__name__}, expected {kinds[expected]}: copy it again"
-        )
+        wanted = "an object" if expected is dict else "a list"
+        raise ExportError(f"{model}: {name} holds a {type(content).__name__}, expected {wanted}")
     return content
 
 
