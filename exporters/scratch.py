@@ -1,13 +1,12 @@
 """Large tensors in scratch files, so that memory holds only what is being worked on.
 
 The kernel reads the pages of a mapped file when they are used and drops them when memory is short. A file has
-no name once it is mapped: it goes with its tensor, also when the process is killed.
+no name: it goes with its tensor, also when the process is killed.
 """
 
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
@@ -34,21 +33,17 @@ def spooled(shape: Sequence[int], dtype: torch.dtype, parts: Iterable[torch.Tens
             whole[first : first + part.numel()] = part.reshape(-1)
             first += part.numel()
         return whole.reshape(tuple(shape))
-    name = None
     try:
-        with tempfile.NamedTemporaryFile(prefix=".edgepeft.", delete=False) as file:
-            name = file.name
+        with tempfile.TemporaryFile() as file:
             for part in parts:
                 part.contiguous().numpy().tofile(file)
-        return torch.from_file(name, shared=False, size=size, dtype=dtype).reshape(tuple(shape))
+            name = f"/dev/fd/{file.fileno()}"
+            return torch.from_file(name, shared=False, size=size, dtype=dtype).reshape(tuple(shape))
     except OSError as error:
         raise ExportError(
             f"{tempfile.gettempdir()}: no room for weights in work ({error.strerror or error}): free "
             "some space, or name another folder in TMPDIR"
         ) from error
-    finally:
-        if name is not None:
-            Path(name).unlink(missing_ok=True)
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

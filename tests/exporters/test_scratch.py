@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,13 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("rows", [3, 3000])
 def test_a_spooled_tensor_is_its_parts_and_leaves_no_file(scratch: Path, rows: int) -> None:
     whole = torch.randn(rows, 128)
-    found = spooled(whole.shape, torch.float32, whole.split(1000))
+
+    def parts() -> Iterator[torch.Tensor]:
+        for part in whole.split(1000):
+            yield part
+            assert not list(scratch.iterdir())  # or a process that is killed here would leave it
+
+    found = spooled(whole.shape, torch.float32, parts())
     assert torch.equal(found, whole)
     assert not list(scratch.iterdir())
     found[1] = 0  # stays in memory
