@@ -4,8 +4,6 @@ That is the output layer, the last normalization and, behind its attention, the 
 it is 3% of a prompt.
 """
 
-from collections.abc import Collection
-
 import numpy as np
 import onnx_ir as ir
 
@@ -24,13 +22,14 @@ def keep_last_token(graph: ir.Graph, logits: ir.Value) -> None:
     assert ids.shape is not None
     lead = list(ids.shape)
     last = initializer(graph, "last_token", np.array(-1, np.int64))
-    single: dict[ir.Node, None] = {}  # in order, so that equal exports are equal files
+    single: set[ir.Node] = set()
     for node in reversed(list(graph)):
         hidden = {value for value in node.inputs if value is not None and is_hidden(value, lead)}
         if hidden and _is_read_by(node, single, logits) and treats_tokens_alike(node, hidden):
-            single[node] = None
+            single.add(node)
     cut: dict[ir.Value, ir.Value] = {}
-    for node in single:
+    ordered = [node for node in graph if node in single]  # so that equal exports are equal files
+    for node in ordered:
         for position, value in enumerate(node.inputs):
             if value is None or not is_hidden(value, lead) or value.producer() in single:
                 continue
@@ -42,12 +41,12 @@ def keep_last_token(graph: ir.Graph, logits: ir.Value) -> None:
         logits = _last_of(graph, whole, last)
         graph.outputs[list(graph.outputs).index(whole)] = logits
         whole.name, logits.name = None, name
-    for output in [output for node in single for output in node.outputs]:
+    for output in [output for node in ordered for output in node.outputs]:
         if output.shape is not None:
             output.shape = ir.Shape([output.shape[0], output.shape[2]])
 
 
-def _is_read_by(node: ir.Node, readers: Collection[ir.Node], logits: ir.Value) -> bool:
+def _is_read_by(node: ir.Node, readers: set[ir.Node], logits: ir.Value) -> bool:
     """Whether a node makes the logits, or what these readers and nothing else reads."""
     if logits in node.outputs:
         return not logits.uses()
