@@ -137,9 +137,9 @@ def put_behind(graph: ir.Graph, output: ir.Value, op_type: str, other: ir.Value)
         made.name, output.name = output.name, None
 
 
-def is_behind(node: ir.Node | None) -> bool:
+def is_behind(node: ir.Node) -> bool:
     """Whether `put_behind` made this node: it stands behind its first operand."""
-    return node is not None and _BEHIND in node.metadata_props
+    return _BEHIND in node.metadata_props
 
 
 def in_front(value: ir.Value) -> ir.Value:

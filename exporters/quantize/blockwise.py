@@ -50,11 +50,6 @@ class QuantizedWeight:
         """The code that stands for 0."""
         return int(2 ** (self.bits - 1))
 
-    @property
-    def codes(self) -> np.ndarray:
-        """uint8 `[rows, columns]`, one code a byte."""
-        return _unpacked(self.packed, self.bits)
-
     def dequantize(self) -> torch.Tensor:
         """float32 `[rows, columns]`, as onnxruntime computes it."""
         rows, columns = self.shape
@@ -106,25 +101,23 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> QuantizedWeigh
             yield _packed(codes, bits)
 
     packed = spooled((rows, columns * bits // 8), torch.uint8, packed_chunks())
-    return QuantizedWeight(packed.numpy(), _kept(scales.reshape(rows, -1)), bits, block_size)
+    return QuantizedWeight(packed.numpy(), _kept([scales.reshape(rows, -1).numpy()]), bits, block_size)
 
 
 def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """Weights of the same columns, bits and blocks, one below the other."""
-    rows = sum(len(weight.packed) for weight in weights)
     packed, scales = (
-        spooled((rows, parts[0].shape[1]), parts[0].dtype, parts).numpy()
-        for parts in (
-            [torch.from_numpy(weight.packed) for weight in weights],
-            [torch.from_numpy(weight.scales) for weight in weights],
-        )
+        _kept([weight.packed for weight in weights]),
+        _kept([weight.scales for weight in weights]),
     )
     return QuantizedWeight(packed, scales, weights[0].bits, weights[0].block_size)
 
 
-def _kept(tensor: torch.Tensor) -> np.ndarray:
-    found: np.ndarray = spooled(tensor.shape, tensor.dtype, [tensor]).numpy()
-    return found
+def _kept(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Arrays `[…, columns]` one below the other, in a scratch file."""
+    parts = [torch.from_numpy(array) for array in arrays]
+    kept = spooled((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype, parts)
+    return np.asarray(kept)
 
 
 def quantize_blocks(blocks: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

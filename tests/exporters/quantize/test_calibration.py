@@ -79,7 +79,7 @@ def test_it_is_the_papers_method() -> None:
     for part in range(0, 300, 50):
         halves[part // 150].add(exact[part : part + 50], read[part : part + 50])
     parts = gptq([weight[:5], weight[5:]], halves, 4, 16)
-    assert [part.codes.shape for part in parts] == [(5, 64), (7, 64)]
+    assert [part.shape for part in parts] == [(5, 64), (7, 64)]
     got = np.concatenate([part.dequantize().numpy() for part in parts])
     expected = by_hand(*(value.double().numpy() for value in (weight, exact, read)), block_size=16)
     # A value between two codes may go either way in float32, and changes those after it in its row.
@@ -196,7 +196,7 @@ def test_blocks_that_are_done_need_not_run_again(name: str, monkeypatch: pytest.
     again = calibrate(build(), make(6, 1), bits=4, block_size=32)
     assert answers == [True]
     assert list(again) == list(found)
-    assert all(np.array_equal(again[key].codes, found[key].codes) for key in found)
+    assert all(np.array_equal(again[key].packed, found[key].packed) for key in found)
 
 
 def test_what_is_kept_and_what_is_looked_up_is_left_out() -> None:
