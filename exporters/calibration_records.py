@@ -17,9 +17,9 @@ from edgepeft.runtime.records import records as as_records
 from edgepeft.runtime.tasks import task_for
 
 from .options import ExportOptions
-from .quantize.blockwise import QuantizedWeight
 from .quantize.calibrate import Feeds, Progress, calibrate
 from .quantize.freeze import Freezer
+from .quantize.layouts import QuantizedWeight
 from .sources.base import ModelSource
 from .sources.model_info import model_info
 from .sources.onnx_file import is_onnx_file

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from .blockwise import QuantizedWeight, can_quantize, quantize
+from .blockwise import can_quantize, quantize
 from .gptq import InputStatistics, gptq
+from .layouts import QuantizedWeight
 
 Feeds = dict[str, torch.Tensor]
 #: Of an embedding that is no output layer as well: what it loses, no layer can make up for, and a token reads

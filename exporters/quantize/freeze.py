@@ -11,10 +11,12 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from ..graph import FLOAT, MICROSOFT, append, initializer
+from ..graph import FLOAT, append, initializer
 from ..passes.weights.linears import find_embeddings, linear_products
 from ..scratch import converted, spooled
-from .blockwise import QuantizedWeight, can_quantize, concatenate, quantize
+from .blockwise import can_quantize, quantize
+from .layouts import QuantizedWeight, concatenate
+from .products import QuantizedConstant
 
 
 class Reference(Mapping[str, torch.Tensor]):
@@ -149,40 +151,23 @@ def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: QuantizedWeight
     products = linear_products(weight)
     lookups = find_embeddings([weight])
     transposes = {node for node, _ in weight.uses() if node.op_type == "Transpose"}
-    rows, columns = quantized.shape
-    bits, block_size, packed = quantized.bits, quantized.block_size, quantized.packed
-    name = f"{weight.name}.q{bits}"
-    scales = initializer(graph, f"{weight.name}.scales", quantized.scales)
-    attributes = {"bits": bits, "block_size": block_size}
-    if products:
-        codes = initializer(graph, name, packed.reshape(rows, columns // block_size, block_size * bits // 8))
-        for node, x in products:
-            y = node.outputs[0]
-            product = append(
-                graph,
-                "MatMulNBits",
-                [x, codes, scales],
-                {"K": columns, "N": rows, **attributes},
-                shape=y.shape,
-                domain=MICROSOFT,
-            )
-            producer = product.producer()
-            assert producer is not None
-            producer.metadata_props.update(node.metadata_props)
-            if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
-                product = append(graph, "Add", [product, node.inputs[2]], shape=y.shape)
-            _replace(graph, node, product)
+    assert weight.name is not None
+    constant = QuantizedConstant(graph, weight.name, quantized)
+    for node, x in products:
+        y = node.outputs[0]
+        product = constant.multiply(x, y.shape)
+        producer = product.producer()
+        assert producer is not None
+        producer.metadata_props.update(node.metadata_props)
+        if node.op_type == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            product = append(graph, "Add", [product, node.inputs[2]], shape=y.shape)
+        _replace(graph, node, product)
     for lookup in lookups:
-        table = initializer(graph, f"{name}.rows", packed)
-        rows_found = append(
-            graph,
-            "GatherBlockQuantized",
-            [table, lookup.node.inputs[1], scales],
-            {"gather_axis": 0, "quantize_axis": 1, **attributes},
-            shape=lookup.node.outputs[0].shape,
-            domain=MICROSOFT,
-        )
-        _replace(graph, lookup.node, rows_found)
+        rows = lookup.node.outputs[0]
+        ids = lookup.node.inputs[1]
+        assert rows.shape is not None
+        assert ids is not None
+        _replace(graph, lookup.node, constant.look_up(ids, rows.shape))
     for node in transposes:
         graph.remove(node, safe=True)
 

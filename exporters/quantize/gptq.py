@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .blockwise import QuantizedWeight, quantize_blocks, round_to_levels
+from .blockwise import quantize_blocks, round_to_levels
+from .layouts import BlockValues, QuantizedWeight
 
 #: Added to the diagonal of a Hessian, as a fraction of its mean (the paper's): directions that the records
 #: hardly have must not take over whole weights.
@@ -77,7 +78,7 @@ def gptq(
     scales[:, order[::block_size] // block_size] = ordered_scales
     heights = [len(one) for one in weights]
     return [
-        QuantizedWeight.of_codes(part, part_scales, bits, block_size)
+        QuantizedWeight.of_codes(part.numpy(), BlockValues(part_scales.numpy()), bits, block_size)
         for part, part_scales in zip(codes.split(heights), scales.split(heights), strict=True)
     ]
 

@@ -1,0 +1,133 @@
+"""Quantized weights in a graph: what multiplies by one, what looks rows up in it.
+
+A product is one `MatMulNBits` until its graph is written. Minimums are a seventh input of it, which the operator
+does not have: `lower_minimums` takes it off. Scales and minimums that are stored in other types, or in two
+levels, are computed by a few nodes, which onnxruntime folds where they are constants.
+"""
+
+import numpy as np
+import onnx_ir as ir
+
+from ..graph import FLOAT, MICROSOFT, append, initializer
+from .layouts import BlockValues, QuantizedWeight, pack
+
+#: Inputs of `MatMulNBits`: the bias is its last one, minimums are ours.
+ZERO_POINTS, BIAS, MINIMUMS = 3, 5, 6
+
+
+class QuantizedConstant:
+    """A quantized weight among the constants of a graph, where every product and look-up reads the same
+    bytes."""
+
+    def __init__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> None:
+        self._graph, self._name, self._weight = graph, name, weight
+        self._attributes = {"bits": weight.bits, "block_size": weight.block_size}
+
+    def multiply(self, x: ir.Value, shape: ir.Shape | None) -> ir.Value:
+        """`x @ Wᵀ`, of that shape."""
+        weight, (rows, columns) = self._weight, self._weight.shape
+        if weight.order is not None:
+            order = initializer(self._graph, f"{self._name}.order", weight.order)
+            x = append(self._graph, "Gather", [x, order], {"axis": -1}, shape=x.shape)
+        blocks = columns // weight.block_size
+        codes = initializer(
+            self._graph,
+            f"{self._name}.q{weight.bits}",
+            weight.packed.reshape(rows, blocks, weight.block_size * weight.bits // 8),
+        )
+        inputs: list[ir.Value | None] = [x, codes, self._numbers("scales", weight.scales)]
+        if weight.zero_points is not None or weight.minimums is not None:
+            inputs.append(self._zero_points())
+        if weight.minimums is not None:
+            inputs += [None, None, self._numbers("minimums", weight.minimums)]
+        attributes = {"K": columns, "N": rows, **self._attributes}
+        return append(self._graph, "MatMulNBits", inputs, attributes, shape=shape, domain=MICROSOFT)
+
+    def look_up(self, ids: ir.Value, shape: ir.Shape) -> ir.Value:
+        """Rows of the weight."""
+        weight, graph, (_, columns) = self._weight, self._graph, self._weight.shape
+        table = initializer(graph, f"{self._name}.q{weight.bits}.rows", weight.packed)
+        inputs = [table, ids, self._numbers("scales", weight.scales)]
+        if weight.zero_points is not None:
+            zero_points = self._zero_points()
+            assert zero_points is not None
+            inputs.append(zero_points)
+        attributes = {"gather_axis": 0, "quantize_axis": 1, **self._attributes}
+        rows = append(graph, "GatherBlockQuantized", inputs, attributes, shape=shape, domain=MICROSOFT)
+        if weight.minimums is not None:
+            minimums = self._numbers("minimums", weight.minimums)
+            lead = list(shape)[:-1]
+            blocks = columns // weight.block_size
+            found = append(graph, "Gather", [minimums, ids], {"axis": 0}, shape=[*lead, blocks])
+            rows = add_to_blocks(graph, rows, found, weight.block_size)
+        if weight.order is not None:
+            places = initializer(graph, f"{self._name}.places", np.argsort(weight.order))
+            rows = append(graph, "Gather", [rows, places], {"axis": -1}, shape=shape)
+        return rows
+
+    def _zero_points(self) -> ir.Value | None:
+        weight = self._weight
+        if weight.zero_points is None:
+            return None
+        return initializer(self._graph, f"{self._name}.zero_points", pack(weight.zero_points, weight.bits))
+
+    def _numbers(self, kind: str, numbers: BlockValues) -> ir.Value:
+        return block_values(self._graph, f"{self._name}.{kind}", numbers)
+
+
+def block_values(graph: ir.Graph, name: str, numbers: BlockValues) -> ir.Value:
+    """The numbers, float32 `[rows, blocks]`; what computes them knows the number of rows by its inputs
+    alone, so that they can be taken of some rows."""
+    rows, blocks = numbers.values.shape
+    values = _as_float(graph, initializer(graph, name, numbers.values))
+    if numbers.factors is None:
+        return values
+    groups = numbers.factors.shape[1]
+    factors = _as_float(graph, initializer(graph, f"{name}.factors", numbers.factors))
+    each, whole, last = (
+        initializer(graph, f"int64_{'_'.join(map(str, dims))}", np.array(dims, np.int64))
+        for dims in ([0, groups, blocks // groups], [0, blocks], [2])
+    )
+    grouped = append(graph, "Reshape", [values, each], shape=[rows, groups, blocks // groups])
+    spread = append(graph, "Unsqueeze", [factors, last], shape=[rows, groups, 1])
+    scaled = append(graph, "Mul", [grouped, spread], shape=[rows, groups, blocks // groups])
+    return append(graph, "Reshape", [scaled, whole], shape=[rows, blocks])
+
+
+def add_to_blocks(graph: ir.Graph, weight: ir.Value, minimums: ir.Value, block_size: int) -> ir.Value:
+    """`weight` `[…, columns]` with `minimums` `[…, blocks]` added to all values of their blocks."""
+    assert minimums.shape is not None
+    lead, blocks = list(minimums.shape)[:-1], minimums.shape[-1]
+    axes = len(lead)
+    split = initializer(graph, f"int64_blocks_{axes}_{blocks}", np.array([0] * axes + [blocks, block_size]))
+    joined = initializer(
+        graph, f"int64_columns_{axes}_{blocks}", np.array([0] * axes + [int(blocks) * block_size])
+    )
+    last = initializer(graph, "int64_-1", np.array([-1], np.int64))
+    parts = append(graph, "Reshape", [weight, split], shape=[*lead, blocks, block_size])
+    wide = append(graph, "Unsqueeze", [minimums, last], shape=[*lead, blocks, 1])
+    moved = append(graph, "Add", [parts, wide], shape=[*lead, blocks, block_size])
+    return append(graph, "Reshape", [moved, joined], shape=weight.shape)
+
+
+def constants_of(value: ir.Value) -> list[ir.Value] | None:
+    """The constants with more than one axis that a value is computed from, in the order in which it reads
+    them, the value itself where it is one; None where it needs something else."""
+    if value.is_initializer():
+        return [value] if value.shape is not None and value.shape.rank() > 1 else []
+    node = value.producer()
+    if node is None:
+        return None
+    found: list[ir.Value] = []
+    for operand in node.inputs:
+        constants = [] if operand is None else constants_of(operand)
+        if constants is None:
+            return None
+        found += [constant for constant in constants if constant not in found]
+    return found
+
+
+def _as_float(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    if value.dtype == FLOAT:
+        return value
+    return append(graph, "Cast", [value], {"to": FLOAT}, shape=value.shape)
