@@ -18,7 +18,6 @@ from edgepeft.bundle.manifest import (
     STREAMED_INFERENCE,
     Manifest,
     Policy,
-    Quantization,
     Strategy,
 )
 from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
@@ -145,8 +144,7 @@ def write_contents(
         edgepeft_version=edgepeft.__version__,
         task=source.task,
         model=model_info(source, losses.name),
-        quantization=source.quantization
-        or Quantization(freezer.bits, freezer.block_size, dict(freezer.exceptions)),
+        quantization=source.quantization or freezer.described(),
         graphs=graphs,
         inference_memory=UNKNOWN_MEMORY,
         weights_file=WEIGHTS_FILE,

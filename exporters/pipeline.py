@@ -76,6 +76,11 @@ def export(
         )
         if chosen.targets is not None:
             chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
+        if records and source.quantized and chosen.bits is None:
+            raise UsageError(
+                f"--calibration: the weights of {source.name} are quantized already and stay as they are: "
+                "leave it out, or say with --bits how they are to be rounded once more"
+            )
         base = base_fingerprint(source)
         adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)
@@ -120,7 +125,10 @@ def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, list[str]]
 
 
 def _freezer(source: ModelSource, options: ExportOptions) -> Freezer:
-    """What stores the weights; those of a source that is quantized already are left as they are."""
+    """What stores the weights; those of a source that is quantized already are left as they are, unless
+    `--bits` says how to round what they stand for."""
+    if source.quantized and options.bits is None:
+        return Freezer(32, options.block_size, source.quantized)
     if source.quantization is None:
         return Freezer(4 if options.bits is None else options.bits, options.block_size)
     if options.bits is not None:

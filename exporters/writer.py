@@ -10,8 +10,9 @@ import onnx_ir as ir
 
 from edgepeft.bundle.manifest import GraphSpec, TensorSpec, WeightTensor
 
-from .graph import digest
+from .graph import digest, tidy
 from .passes.run_order import run_in_order
+from .quantize.lower_minimums import lower_minimums
 
 #: Constants below this size stay inside the ONNX file; weights, whose names are dotted paths, never do.
 #: Integers do under any name: onnxruntime infers shapes from them, which it does not from external data.
@@ -99,6 +100,8 @@ def write_graph(
     Args:
         unshaped: inputs whose shape the file leaves open, so that onnxruntime takes any number of axes.
     """
+    if lower_minimums(model.graph):
+        tidy(model)
     kept: dict[str, ir.TensorProtocol] = {}
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
@@ -120,12 +123,25 @@ def write_graph(
         run_in_order(model.graph)
         proto = ir.to_proto(model)
         for value in proto.graph.input:
-            if value.name in unshaped:
+            if value.name in {*unshaped, *_tables_of_open_length(model.graph)}:
                 value.type.tensor_type.ClearField("shape")
         path.write_bytes(proto.SerializeToString(deterministic=True))
     finally:
         for name, tensor in kept.items():
             model.graph.initializers[name].const_value = tensor
+
+
+def _tables_of_open_length(graph: ir.Graph) -> set[str]:
+    """Inputs that rows are looked up in beside zero points of unknown number: onnxruntime takes zero points
+    and scales for equal only where it knows both numbers, and asks for neither where the table has no
+    shape."""
+    return {
+        table.name
+        for node in graph
+        if node.op_type == "GatherBlockQuantized" and len(node.inputs) > 3
+        if (table := node.inputs[0]) is not None and table.is_graph_input() and table.name is not None
+        if table.shape is None or not isinstance(table.shape[0], int)
+    }
 
 
 def graph_spec(model: ir.Model, file: str) -> GraphSpec:

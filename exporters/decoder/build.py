@@ -81,7 +81,7 @@ def build_decoder(
     take_sizes_from_inputs(graph)
     _count_rows_of_tokens(graph)
     tidy(model)
-    joined = put_side_by_side(graph, weights)
+    joined = put_side_by_side(graph, weights, freezer.can_join)
     chosen: list[Linear] = [linear for name, linear in unpack(linears, packed).items() if name in modules]
     groups = insert_lora_groups(graph, chosen, joined.places)
     freezer.freeze(graph, weights, joined.parts)

@@ -10,6 +10,7 @@ x * sigmoid(x)        → QuickGelu(x)
 import onnx_ir as ir
 
 from ..graph import FLOAT, MICROSOFT, append, take_place
+from ..quantize.products import BIAS
 
 
 def fuse_sums(graph: ir.Graph) -> None:
@@ -43,10 +44,13 @@ def _fuse_bias(node: ir.Node) -> None:
             continue
         if other is None or other.const_value is None or other.shape is None or len(other.shape) != 1:
             continue
-        if len(product.inputs) > 3 or other.shape[0] != product.attributes["N"].as_int():
+        if other.shape[0] != product.attributes["N"].as_int():
             continue
-        product.resize_inputs(6)
-        product.replace_input_with(5, other)
+        if len(product.inputs) <= BIAS:
+            product.resize_inputs(BIAS + 1)
+        if product.inputs[BIAS] is not None:
+            continue
+        product.replace_input_with(BIAS, other)
         take_place(product.outputs[0], node.outputs[0])
         return
 

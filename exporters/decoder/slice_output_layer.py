@@ -5,9 +5,12 @@ output layer is the largest and comes last, beside everything that is packed alr
 million weights, was 66 MiB of a peak of 563. A slice adds its own share only.
 """
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from ..graph import MICROSOFT, append, initializer
+from ..quantize.products import constants_of
 
 #: Weights of a slice at most: 16 MiB of 4 bits. A slice costs a node, and the logits are copied once more.
 SLICE_WEIGHTS = 2**25
@@ -27,7 +30,8 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
     rows, columns = (product.attributes[name].as_int() for name in ("N", "K"))
     x, *weights = product.inputs
     count = -(-rows * columns // SLICE_WEIGHTS)
-    if count == 1 or not all(_is_by_rows(value, rows) for value in weights):
+    constants = _constants(weights)
+    if count == 1 or constants is None or not all(_is_by_rows(value, rows) for value in constants):
         return {}
     step = -(-rows // (count * _ROWS_TOGETHER)) * _ROWS_TOGETHER
     firsts = range(0, rows, step)
@@ -36,7 +40,9 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
     assert whole.shape is not None
     slices = []
     for index, (first, size) in enumerate(zip(firsts, sizes, strict=True)):
-        taken = [_rows_of(graph, value, index, first, first + size) for value in weights]
+        taken = [
+            None if value is None else _rows_of(graph, value, index, first, first + size) for value in weights
+        ]
         slices.append(
             append(
                 graph,
@@ -53,19 +59,31 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
     whole.name, joined.name = None, name
     return {
         value.name: (value.const_value, sizes)
-        for value in weights
-        if value is not None and value.name is not None and value.const_value is not None
+        for value in constants
+        if value.name is not None and value.const_value is not None
     }
 
 
-def _is_by_rows(weight: ir.Value | None, rows: int) -> bool:
-    """Whether a weight is constant with an axis of rows: scales and zero points of a file may have none."""
-    tensor = None if weight is None else weight.const_value
-    return weight is None or (tensor is not None and tensor.shape[0] == rows)
+def _constants(weights: Sequence[ir.Value | None]) -> list[ir.Value] | None:
+    """What the operands of a product are made of; None where one is no constant."""
+    found = [constants_of(value) for value in weights if value is not None]
+    return None if None in found else [value for values in found for value in values or ()]
 
 
-def _rows_of(graph: ir.Graph, weight: ir.Value | None, index: int, first: int, end: int) -> ir.Value | None:
-    if weight is None:
-        return None
-    assert weight.const_value is not None
-    return initializer(graph, f"{weight.name}.slice{index}", weight.const_value.numpy()[first:end])
+def _is_by_rows(weight: ir.Value, rows: int) -> bool:
+    """Whether a weight has an axis of rows: scales and zero points of a file may have none."""
+    return weight.shape is not None and weight.shape[0] == rows
+
+
+def _rows_of(graph: ir.Graph, weight: ir.Value, index: int, first: int, end: int) -> ir.Value:
+    """Some rows of a constant, or what is computed of some rows of constants."""
+    assert weight.shape is not None
+    if weight.shape.rank() < 2:
+        return weight
+    if weight.const_value is not None:
+        return initializer(graph, f"{weight.name}.slice{index}", weight.const_value.numpy()[first:end])
+    node = weight.producer()
+    assert node is not None
+    operands = [None if value is None else _rows_of(graph, value, index, first, end) for value in node.inputs]
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    return append(graph, node.op_type, operands, attributes, shape=[end - first, *list(weight.shape)[1:]])

@@ -16,11 +16,20 @@ def looked_up(signature: Signature) -> dict[str, str]:
     rows; an index of a row is one along the weight's first axis."""
     found: dict[str, str] = {}
     for place, weight in enumerate(signature.weights):
-        readers = [node for node in signature.nodes if weight in node.inputs]
+        readers = _readers(signature, weight)
         indices = {_indices(node) for node in readers}
         if len(indices) == 1 and (value := indices.pop()) is not None:
             assert value.name is not None
             found[f"weight.{place}"] = value.name
+    return found
+
+
+def _readers(signature: Signature, weight: ir.Value) -> list[ir.Node]:
+    """The nodes that read a weight, or what is computed of it number by number."""
+    found = []
+    for node in signature.nodes:
+        if weight in node.inputs:
+            found += _readers(signature, node.outputs[0]) if node.op_type == "Cast" else [node]
     return found
 
 

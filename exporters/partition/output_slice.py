@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from ..graph import INT64, MICROSOFT, append, graph_input, initializer, new_model
+from ..graph import INT64, MICROSOFT, append, initializer, new_model
+from ..quantize.products import GROUP_INDEX, MINIMUMS, ZERO_POINTS, add_to_blocks, constants_of
 from .copying import Copier
 from .cuts import Segment
 from .stages import HIDDEN
@@ -33,14 +35,14 @@ class OutputLayer:
         return self.product.attributes["K"].as_int()
 
     @property
-    def blocks(self) -> dict[str, int]:
-        """`bits` and `block_size` of the packed weights."""
-        return {name: self.product.attributes[name].as_int() for name in ("bits", "block_size")}
+    def block_size(self) -> int:
+        """Columns that share a scale."""
+        return self.product.attributes["block_size"].as_int()
 
     @property
-    def row_sizes(self) -> tuple[int, int]:
-        """Bytes of a row's packed weights, and the number of its scales."""
-        return self.columns * self.blocks["bits"] // 8, self.columns // self.blocks["block_size"]
+    def row_sizes(self) -> list[int]:
+        """Values of a row of each of `weights`."""
+        return [math.prod(value.shape.numpy()[1:]) for value in self.weights if value.shape is not None]
 
 
 def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> OutputLayer | None:
@@ -60,15 +62,19 @@ def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> Outpu
             return None
         after.append(node)
         value = operand
-    x, packed, scales = node.inputs[:3]
-    plain = x is not None and packed is not None and scales is not None and len(node.inputs) == 3
-    if not plain or {packed.name, scales.name} - weight_names:  # type: ignore[union-attr]
+    x, rows = node.inputs[0], node.attributes["N"].as_int()
+    if x is None or any(value is not None for value in node.inputs[GROUP_INDEX:MINIMUMS]):
         return None
-    assert x is not None
-    assert packed is not None
-    assert scales is not None
-    rows = node.attributes["N"].as_int()
-    return OutputLayer(x, node, tuple(reversed(after)), logits, (packed, scales), rows)
+    weights: list[ir.Value] = []
+    for operand in node.inputs[1:]:
+        constants = [] if operand is None else constants_of(operand)
+        if constants is None:
+            return None
+        weights += [value for value in constants if value not in weights]
+    by_rows = all(value.shape is not None and value.shape[0] == rows for value in weights)
+    if not by_rows or {value.name for value in weights} - weight_names:
+        return None
+    return OutputLayer(x, node, tuple(reversed(after)), logits, tuple(weights), rows)
 
 
 def _elementwise_operand(node: ir.Node) -> ir.Value | None:
@@ -79,6 +85,17 @@ def _elementwise_operand(node: ir.Node) -> ir.Value | None:
     constants = [value for value in node.inputs if value is not None and value.is_initializer()]
     scalars = all(value.shape is not None and value.shape.rank() == 0 for value in constants)
     return computed[0] if len(computed) == 1 and scalars else None
+
+
+def _steps(value: ir.Value, known: Collection[ir.Value]) -> Iterator[ir.Node]:
+    """The nodes that compute `value` of known values and constants, operands first."""
+    node = value.producer()
+    if value in known or node is None:
+        return
+    for operand in node.inputs:
+        if operand is not None:
+            yield from _steps(operand, known)
+    yield node
 
 
 class OutputSlice:
@@ -96,26 +113,49 @@ class OutputSlice:
         self.graph = graph = self._copier.graph
         self.model = new_model(graph)
         hidden = self._copier.add_input(layer.x, HIDDEN)
-        row_bytes, row_scales = layer.row_sizes
-        packed = graph_input(graph, "weight.0", [ROWS, row_bytes], ir.DataType.UINT8)
-        scales = graph_input(graph, "weight.1", [ROWS, row_scales])
+        for place, (value, size) in enumerate(zip(layer.weights, layer.row_sizes, strict=True)):
+            self._copier.add_input(value, f"weight.{place}", ir.Shape([ROWS, size]))
+        packed, scales, zero_points, minimums = (
+            self._computed(layer.product.inputs[place]) if place < len(layer.product.inputs) else None
+            for place in (1, 2, ZERO_POINTS, MINIMUMS)
+        )
+        assert packed is not None
         self.zero, one = (initializer(graph, f"int64_{value}", np.array(value, np.int64)) for value in (0, 1))
-        size = append(graph, "Shape", [packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
-        self.count = append(graph, "Squeeze", [size], shape=[], dtype=INT64)
+        dims = append(graph, "Shape", [packed], {"start": 0, "end": 1}, shape=[1], dtype=INT64)
+        self.count = append(graph, "Squeeze", [dims], shape=[], dtype=INT64)
         indices = append(graph, "Range", [self.zero, self.count, one], shape=[ROWS], dtype=INT64)
         self.weight = append(
             graph,
             "GatherBlockQuantized",
-            [packed, indices, scales],
-            {"gather_axis": 0, "quantize_axis": 1, **layer.blocks},
+            [packed, indices, scales, *([] if zero_points is None else [zero_points])],
+            {
+                "gather_axis": 0,
+                "quantize_axis": 1,
+                **{name: layer.product.attributes[name].as_int() for name in ("bits", "block_size")},
+            },
             shape=[ROWS, layer.columns],
             domain=MICROSOFT,
         )
+        if minimums is not None:
+            self.weight = add_to_blocks(graph, self.weight, minimums, layer.block_size)
         assert hidden.shape is not None
         shape = [*list(hidden.shape)[:-1], ROWS]
         self.product = append(
             graph, "FusedMatMul", [hidden, self.weight], {"transB": 1}, shape=shape, domain=MICROSOFT
         )
+
+    def _computed(self, value: ir.Value | None) -> ir.Value | None:
+        """What the layer computes of its weights before it multiplies, of some rows of them."""
+        if value is None:
+            return None
+        values = self._copier.values
+        for node in dict.fromkeys(_steps(value, values)):
+            self._copier.copy(node)
+            for output in node.outputs:
+                rows = values[output]
+                assert rows.shape is not None
+                rows.shape = ir.Shape([ROWS, *list(rows.shape)[1:]])
+        return values[value]
 
     def after(self, product: ir.Value) -> ir.Value:
         """What the layer makes of its product, of these products."""

@@ -54,7 +54,7 @@ class _Walk:
                 continue
             if not ready:
                 stack.append((node, True))
-                for value in reversed(node.inputs):
+                for value in reversed(self._operands(node)):
                     value = None if value is None or value is hidden else self._read(value)
                     producer = value.producer() if value is not None else None
                     if producer is not None and producer in inside:
@@ -74,9 +74,15 @@ class _Walk:
         """What is taken for a value."""
         return in_front(value) if self.without_slots else value
 
+    def _operands(self, node: ir.Node) -> Sequence[ir.Value | None]:
+        """What a node reads; how a weight is quantized is no matter of the structure."""
+        return node.inputs[:1] if self.without_slots and node.op_type == "MatMulNBits" else node.inputs
+
     def _describe(self, node: ir.Node, hidden: ir.Value | None, inside: set[ir.Node]) -> None:
-        operands = tuple(self._operand(value, hidden, inside) for value in node.inputs)
-        attributes = tuple(sorted((name, str(attr.value)) for name, attr in node.attributes.items()))
+        read = self._operands(node)
+        operands = tuple(self._operand(value, hidden, inside) for value in read)
+        names = node.attributes.keys() if read is node.inputs else ("K", "N")
+        attributes = tuple(sorted((name, str(node.attributes[name].value)) for name in names))
         self.nodes[node] = len(self.nodes)
         self.text.append((node.domain, node.op_type, attributes, operands, len(node.outputs)))
 

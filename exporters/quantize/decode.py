@@ -10,6 +10,7 @@ import onnx_ir as ir
 from edgepeft.errors import ExportError
 
 from ..graph import MICROSOFT, append, initializer
+from .products import BIAS, MINIMUMS, add_to_blocks
 
 
 def decode_weights(graph: ir.Graph) -> int:
@@ -39,7 +40,7 @@ def decode_weights(graph: ir.Graph) -> int:
         producer = product.producer()
         assert producer is not None
         producer.metadata_props.update(node.metadata_props)
-        bias = node.inputs[5] if len(node.inputs) > 5 else None
+        bias = node.inputs[BIAS] if len(node.inputs) > BIAS else None
         if bias is not None:
             product = append(graph, "Add", [product, bias], shape=y.shape)
         y.replace_all_uses_with(product, replace_graph_outputs=True)
@@ -72,6 +73,9 @@ def _decoded(graph: ir.Graph, node: ir.Node) -> ir.Value:
         shape=[rows, blocks * attributes["block_size"]],
         domain=MICROSOFT,
     )
+    minimums = node.inputs[MINIMUMS] if len(node.inputs) > MINIMUMS else None
+    if minimums is not None:
+        weight = add_to_blocks(graph, weight, minimums, attributes["block_size"])
     if blocks * attributes["block_size"] == columns:
         return weight
     bounds = [initializer(graph, f"bound_{n}", np.array([n], np.int64)) for n in (0, columns, 1)]

@@ -9,6 +9,9 @@ import onnx_ir as ir
 
 from ..graph import append, zero_after
 
+#: Of a weight with minimums, or with columns too many, on the way to its product.
+_STEPS = ("Reshape", "Add", "Slice")
+
 
 def decode_late(graph: ir.Graph) -> int:
     """Tie every decoding in `graph` whose only reader is a product to that product; the caller sorts.
@@ -20,6 +23,8 @@ def decode_late(graph: ir.Graph) -> int:
     for node in [node for node in graph if node.op_type == "GatherBlockQuantized"]:
         rows = node.inputs[1]
         readers = list(node.outputs[0].uses())
+        while len(readers) == 1 and readers[0][0].op_type in _STEPS:
+            readers = list(readers[0][0].outputs[0].uses())
         if rows is None or not rows.is_initializer() or len(readers) != 1:
             continue
         product, place = readers[0]

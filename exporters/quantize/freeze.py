@@ -4,6 +4,7 @@ Each weight is stored once. `MatMulNBits` reads packed codes `[N, K / block, blo
 that the output layer shares is looked up by `GatherBlockQuantized` in the same bytes.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +12,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from edgepeft.bundle.manifest import Quantization
+
 from ..graph import FLOAT, append, initializer
 from ..passes.weights.linears import find_embeddings, linear_products
 from ..scratch import converted, spooled
 from .blockwise import can_quantize, quantize
 from .layouts import QuantizedWeight, concatenate
 from .products import QuantizedConstant
+
+#: Of a matrix that are looked at together.
+_ROWS = 4096
 
 
 class Reference(Mapping[str, torch.Tensor]):
@@ -49,7 +55,9 @@ class Freezer:
 
     Attributes:
         reference: the values that the graphs compute with.
-        exceptions: matrices that are stored with other than `bits` bits.
+        given: by state-dict key, weights that somebody else has quantized, which are stored as they are.
+            Where there are any, other matrices lose nothing either: they are float16 or float32.
+        exceptions: bits of the matrices that are stored with other than `bits`.
         quantized: by state-dict key, weights that are quantized; those of a calibration are there from the
             start.
         rounded: names of those that were not.
@@ -57,6 +65,7 @@ class Freezer:
 
     bits: int
     block_size: int
+    given: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     reference: Reference = field(default_factory=Reference)
     exceptions: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
@@ -85,8 +94,11 @@ class Freezer:
             if not value.uses():
                 graph.inputs.remove(value)
                 continue
-            stored = self._bits_for(name, value, tensor, is_largest=name == largest)
             made_of = parts.get(name, ())
+            if made_of and self.given:  # its values are nowhere
+                stored = self.exceptions.get(made_of[0], 32)
+            else:
+                stored = self._bits_for(name, value, tensor, is_largest=name == largest)
             kept: QuantizedWeight | torch.Tensor
             if stored in (4, 8):
                 kept = self._quantize(name, tensor, stored, made_of)
@@ -99,9 +111,29 @@ class Freezer:
                 _use_float(graph, value, kept.numpy())
             if not made_of:
                 self.reference.add(name, kept)
-                if tensor.ndim == 2 and stored != self.bits:
+                if tensor.ndim == 2 and (self.given or stored != self.bits):
                     self.exceptions[name] = stored
             graph.inputs.remove(value)
+
+    def described(self) -> Quantization:
+        """How the weights are stored, after all were frozen; of given ones, how most of them are."""
+        if not self.given:
+            return Quantization(self.bits, self.block_size, dict(self.exceptions))
+        sizes: Counter[tuple[int, int]] = Counter()
+        for name in self.exceptions.keys() & self.quantized.keys():
+            weight = self.quantized[name]
+            sizes[weight.bits, weight.block_size] += weight.packed.size
+        bits, block_size = max(sizes, key=lambda kind: (sizes[kind], kind), default=(32, 0))
+        others = {name: stored for name, stored in self.exceptions.items() if stored != bits}
+        return Quantization(bits, block_size, others)
+
+    def can_join(self, names: Sequence[str]) -> bool:
+        """Whether these weights, which have been frozen, can stand one below the other as one."""
+        kinds = {
+            self.quantized[name].kind if name in self.quantized else self.exceptions.get(name)
+            for name in names
+        }
+        return len(kinds) == 1
 
     def _whole(self, tensor: torch.Tensor, parts: Sequence[str]) -> torch.Tensor:
         if not parts:
@@ -112,12 +144,18 @@ class Freezer:
         if name not in self.quantized:
             if parts:
                 self.quantized[name] = concatenate([self.quantized[part] for part in parts])
+            elif name in self.given:
+                self.quantized[name] = self.given[name]
             else:
                 self.quantized[name] = quantize(tensor, bits, self.block_size)
                 self.rounded.append(name)
         return self.quantized[name]
 
     def _bits_for(self, name: str, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
+        if name in self.given and _is_quantizable(value):
+            return self.given[name].bits
+        if self.given:
+            return 16 if tensor.ndim == 2 and _is_half(tensor) else 32
         if tensor.ndim != 2 or self.bits == 32:
             return 32
         small_table = bool(find_embeddings([value])) and not is_largest
@@ -126,6 +164,11 @@ class Freezer:
         if not _is_quantizable(value):
             return 16
         return self.quantized[name].bits if name in self.quantized else self.bits
+
+
+def _is_half(tensor: torch.Tensor) -> bool:
+    """Whether float16 holds all values."""
+    return all(torch.equal(part, part.half().to(part.dtype)) for part in tensor.split(_ROWS))
 
 
 def _largest_embedding(weights: dict[str, tuple[ir.Value, torch.Tensor]]) -> str | None:

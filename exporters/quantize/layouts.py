@@ -3,8 +3,8 @@
     w[n, k] = (q[n, k] - zero_point[n, k // block_size]) * scale[n, k // block_size]
               (+ minimum[n, k // block_size])
 
-with q in 0…15 at 4 bits and in 0…255 at 8; a zero point that is not stored is 8 or 128. With `order`, column j
-of all this is column `order[j]` of the weight.
+with q in 0…15 at 4 bits and in 0…255 at 8; a zero point that is not stored is 8 or 128. With `order`, column
+j of all this is column `order[j]` of the weight.
 Source: `MatMulNBits` and `GatherBlockQuantized` of com.microsoft, version 1; the minimum is GGML's.
 """
 

@@ -1,8 +1,8 @@
 """Quantized weights in a graph: what multiplies by one, what looks rows up in it.
 
-A product is one `MatMulNBits` until its graph is written. Minimums are a seventh input of it, which the operator
-does not have: `lower_minimums` takes it off. Scales and minimums that are stored in other types, or in two
-levels, are computed by a few nodes, which onnxruntime folds where they are constants.
+A product is one `MatMulNBits` until its graph is written. Minimums are a seventh input of it, which the
+operator does not have: `lower_minimums` takes it off. Scales and minimums that are stored in other types, or
+in two levels, are computed by a few nodes, which onnxruntime folds where they are constants.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..graph import FLOAT, MICROSOFT, append, initializer
 from .layouts import BlockValues, QuantizedWeight, pack
 
 #: Inputs of `MatMulNBits`: the bias is its last one, minimums are ours.
-ZERO_POINTS, BIAS, MINIMUMS = 3, 5, 6
+ZERO_POINTS, GROUP_INDEX, BIAS, MINIMUMS = 3, 4, 5, 6
 
 
 class QuantizedConstant:
@@ -35,11 +35,11 @@ class QuantizedConstant:
             f"{self._name}.q{weight.bits}",
             weight.packed.reshape(rows, blocks, weight.block_size * weight.bits // 8),
         )
-        inputs: list[ir.Value | None] = [x, codes, self._numbers("scales", weight.scales)]
-        if weight.zero_points is not None or weight.minimums is not None:
-            inputs.append(self._zero_points())
-        if weight.minimums is not None:
-            inputs += [None, None, self._numbers("minimums", weight.minimums)]
+        scales = self._numbers("scales", weight.scales)
+        zero_points, minimums = self._zero_points(), self._minimums(scales)
+        inputs = [x, codes, scales, zero_points, None, None, minimums]
+        while inputs[-1] is None:
+            inputs.pop()
         attributes = {"K": columns, "N": rows, **self._attributes}
         return append(self._graph, "MatMulNBits", inputs, attributes, shape=shape, domain=MICROSOFT)
 
@@ -47,15 +47,12 @@ class QuantizedConstant:
         """Rows of the weight."""
         weight, graph, (_, columns) = self._weight, self._graph, self._weight.shape
         table = initializer(graph, f"{self._name}.q{weight.bits}.rows", weight.packed)
-        inputs = [table, ids, self._numbers("scales", weight.scales)]
-        if weight.zero_points is not None:
-            zero_points = self._zero_points()
-            assert zero_points is not None
-            inputs.append(zero_points)
+        scales = self._numbers("scales", weight.scales)
+        zero_points, minimums = self._zero_points(), self._minimums(scales)
+        inputs = [table, ids, scales, *([] if zero_points is None else [zero_points])]
         attributes = {"gather_axis": 0, "quantize_axis": 1, **self._attributes}
         rows = append(graph, "GatherBlockQuantized", inputs, attributes, shape=shape, domain=MICROSOFT)
-        if weight.minimums is not None:
-            minimums = self._numbers("minimums", weight.minimums)
+        if minimums is not None:
             lead = list(shape)[:-1]
             blocks = columns // weight.block_size
             found = append(graph, "Gather", [minimums, ids], {"axis": 0}, shape=[*lead, blocks])
@@ -67,9 +64,27 @@ class QuantizedConstant:
 
     def _zero_points(self) -> ir.Value | None:
         weight = self._weight
-        if weight.zero_points is None:
+        if weight.zero_points is None or self._counts_from_nothing:
             return None
         return initializer(self._graph, f"{self._name}.zero_points", pack(weight.zero_points, weight.bits))
+
+    @property
+    def _counts_from_nothing(self) -> bool:
+        """Whether the code 0 is a block's minimum, as in GGML's layouts. Read with the middle code for 0, and
+        what that is put into the minimum, no zero points are stored, and the terms stay small."""
+        weight = self._weight
+        return weight.minimums is not None and weight.zero_points is not None and not weight.zero_points.any()
+
+    def _minimums(self, scales: ir.Value) -> ir.Value | None:
+        weight, graph = self._weight, self._graph
+        if weight.minimums is None:
+            return None
+        minimums = self._numbers("minimums", weight.minimums)
+        if not self._counts_from_nothing:
+            return minimums
+        middle = initializer(graph, f"float_{weight.middle}", np.array(weight.middle, np.float32))
+        moved = append(graph, "Mul", [scales, middle], shape=scales.shape)
+        return append(graph, "Add", [minimums, moved], shape=scales.shape)
 
     def _numbers(self, kind: str, numbers: BlockValues) -> ir.Value:
         return block_values(self._graph, f"{self._name}.{kind}", numbers)
@@ -97,11 +112,11 @@ def block_values(graph: ir.Graph, name: str, numbers: BlockValues) -> ir.Value:
 def add_to_blocks(graph: ir.Graph, weight: ir.Value, minimums: ir.Value, block_size: int) -> ir.Value:
     """`weight` `[…, columns]` with `minimums` `[…, blocks]` added to all values of their blocks."""
     assert minimums.shape is not None
-    lead, blocks = list(minimums.shape)[:-1], minimums.shape[-1]
-    axes = len(lead)
-    split = initializer(graph, f"int64_blocks_{axes}_{blocks}", np.array([0] * axes + [blocks, block_size]))
-    joined = initializer(
-        graph, f"int64_columns_{axes}_{blocks}", np.array([0] * axes + [int(blocks) * block_size])
+    *lead, blocks = minimums.shape
+    assert isinstance(blocks, int)
+    split, joined = (
+        initializer(graph, f"int64_{'_'.join(map(str, dims))}", np.array(dims, np.int64))
+        for dims in ([*[0] * len(lead), blocks, block_size], [*[0] * len(lead), blocks * block_size])
     )
     last = initializer(graph, "int64_-1", np.array([-1], np.int64))
     parts = append(graph, "Reshape", [weight, split], shape=[*lead, blocks, block_size])

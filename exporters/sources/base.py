@@ -1,6 +1,6 @@
 """What the exporter asks of a model, wherever it comes from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,6 +9,8 @@ import onnx_ir as ir
 import torch
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization, TextSettings
+
+from ..quantize.layouts import QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,10 @@ class Traced:
 
 
 class ModelSource(Protocol):
-    """A model to export: transformers (`transformers_model.Source`) or a file (`onnx_file.OnnxFile`)."""
+    """A model to export: transformers (`transformers_model.Source`) or a file (`onnx_file.OnnxFile`).
+
+    `quantized` has, by state-dict key, weights that are quantized already and are stored as they are.
+    """
 
     task: str
     name: str
@@ -58,6 +63,7 @@ class ModelSource(Protocol):
     text_settings: TextSettings
     tokenizer: Any
     max_length: int
+    quantized: Mapping[str, QuantizedWeight]
 
     @property
     def config(self) -> Any:

@@ -99,16 +99,13 @@ def _beginning(graph: ir.Graph, layer: OutputLayer, labels: ir.Value) -> dict[st
 def _weights(
     graph: ir.Graph, layer: OutputLayer, first: int, rows: int, after: tuple[ir.Value, ir.Value]
 ) -> dict[str, ir.Value]:
-    """Rows of the layer, packed, and their scales; taken when what the last slice was needed for, `after`, is
+    """Rows of what is stored of the layer; taken when what the last slice was needed for, `after`, is
     there: otherwise onnxruntime has all slices in memory before it uses the first one up."""
     emit = Emitter(graph)
-    packed, scales = layer.weights
-    assert scales.dtype is not None
-    row_bytes, row_scales = layer.row_sizes
-    matrices = (
-        emit.reinterpreted(packed, ir.DataType.UINT8, [layer.rows, row_bytes]),
-        emit.reinterpreted(scales, scales.dtype, [layer.rows, row_scales]),
-    )
+    matrices = []
+    for value, size in zip(layer.weights, layer.row_sizes, strict=True):
+        assert value.dtype is not None
+        matrices.append(emit.reinterpreted(value, value.dtype, [layer.rows, size]))
     nothing = zero_after(graph, *after)
     bounds = [
         append(

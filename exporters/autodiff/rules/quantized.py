@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ...graph import MICROSOFT
+from ...quantize.products import BIAS, MINIMUMS, ZERO_POINTS, add_to_blocks, constants_of
 from ..context import RuleContext
 from ..emitter import Emitter
 from ..registry import RULES, RuleResult
@@ -51,8 +52,8 @@ def _matmul_nbits_refusal(node: ir.Node) -> str | None:
     zero_points = _input(node, 3)
     if zero_points is not None and zero_points.dtype != ir.DataType.UINT8:
         return f"its zero points are {zero_points.dtype}, expected packed uint8"
-    if any(value is not None and value.const_value is None for value in node.inputs[1:4]):
-        return "its packed weight, scales or zero points are not initializers"
+    if any(value is not None and constants_of(value) is None for value in node.inputs[1:4]):
+        return "its packed weight, scales or zero points are not constants"
     return None
 
 
@@ -64,7 +65,7 @@ def matmul_nbits(c: RuleContext) -> RuleResult:
         return c.emit.matmul(c.cotangent, _dequantized(c))
 
     nothing = [None] * 4
-    return [activations, *nothing, lambda: c.emit.unbroadcast(c.cotangent, c.input(5))]
+    return [activations, *nothing, lambda: c.emit.unbroadcast(c.cotangent, c.input(BIAS))]
 
 
 def _dequantized(c: RuleContext) -> ir.Value:
@@ -81,9 +82,9 @@ def _dequantized(c: RuleContext) -> ir.Value:
     inputs = [
         e.reinterpreted(c.input(1), ir.DataType.UINT8, [rows, blocks * block * bits // 8]),
         _all_rows(e, rows),
-        e.reinterpreted(scales, dtype, [rows, blocks]),
+        scales if scales.const_value is None else e.reinterpreted(scales, dtype, [rows, blocks]),
     ]
-    zero_points = c.optional_input(3)
+    zero_points = c.optional_input(ZERO_POINTS)
     if zero_points is not None:
         packed_blocks = -(-blocks * bits // 8)
         inputs.append(e.reinterpreted(zero_points, ir.DataType.UINT8, [rows, packed_blocks]))
@@ -98,6 +99,9 @@ def _dequantized(c: RuleContext) -> ir.Value:
         bits=bits,
         block_size=block,
     )
+    minimums = c.optional_input(MINIMUMS)
+    if minimums is not None:
+        weight = add_to_blocks(e.graph, weight, minimums, block)
     if blocks * block == columns:
         return weight
     bounds = [e.int64([0]), e.int64([columns]), e.int64([1])]

@@ -5,7 +5,7 @@ rows of the weights stand one after the other, so that other graphs go on readin
 bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,21 +49,31 @@ class _Member:
     output: ir.Value
 
 
-def put_side_by_side(graph: ir.Graph, weights: Weights) -> SideBySide:
+def put_side_by_side(
+    graph: ir.Graph, weights: Weights, can_join: Callable[[Sequence[str]], bool]
+) -> SideBySide:
     """Join the products `MatMul(x, Transpose(W))` that share `x`; the caller sorts and tidies.
 
     Args:
         weights: the graph's weight inputs by name, with their values; the joined ones are added.
+        can_join: whether weights of these names are stored alike.
     """
     done = SideBySide()
-    groups: dict[ir.Value, list[_Member]] = {}
+    groups: dict[ir.Value, list[list[_Member]]] = {}
     for node in graph:
         member = _member(node, weights)
-        if member is not None:
-            groups.setdefault(node.inputs[0], []).append(member)  # type: ignore[arg-type]
-    for x, members in groups.items():
-        if len(members) > 1:
-            _join(graph, x, members, weights, done)
+        if member is None:
+            continue
+        alike = groups.setdefault(node.inputs[0], [])  # type: ignore[arg-type]
+        group = next((group for group in alike if can_join([group[0].weight, member.weight])), None)
+        if group is None:
+            alike.append([member])
+        else:
+            group.append(member)
+    for x, alike in groups.items():
+        for members in alike:
+            if len(members) > 1:
+                _join(graph, x, members, weights, done)
     return done
 
 

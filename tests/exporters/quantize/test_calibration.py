@@ -62,7 +62,7 @@ def by_hand(weight: np.ndarray, exact: np.ndarray, read: np.ndarray, block_size:
         if position % block_size == 0:
             block = sorted(columns[position : position + block_size])
             found = quantize(torch.from_numpy(left[:, block]), 4, block_size)
-            scales = found.scales[:, 0].astype(np.float64)
+            scales = found.scales.values[:, 0].astype(np.float64)
         rest = columns[position:]
         inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
         result[:, column] = np.clip(np.round(left[:, column] / scales), -8, 7) * scales
