@@ -28,6 +28,7 @@ from ..writer import WeightWriter
 from .cache_in_place import keep_cache_in_place
 from .flat_tokens import flatten_tokens
 from .fuse_sums import fuse_sums
+from .half_bytes import multiply_by_half_bytes
 from .last_token import keep_last_token
 from .slice_output_layer import slice_output_layer
 
@@ -107,6 +108,9 @@ def build_decoder(
         wiring = DecoderGraph(
             ROLE, PLAIN_ROLE, tuple(groups), UNKNOWN_MEMORY, INT8_ROLE, INT8_PLAIN_ROLE, UNKNOWN_MEMORY
         )
+    for each in (model, plain):
+        if multiply_by_half_bytes(each.graph):
+            tidy(each)
     return Decoder(graphs, wiring, parts)
 
 
