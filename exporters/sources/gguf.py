@@ -1,7 +1,7 @@
-"""A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader.
+"""A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader, and beside it
+those that the file has quantized, as they are.
 
-What the file had quantized is quantized once more by the export. Source: GGUF, version 3;
-`transformers.modeling_gguf_pytorch_utils`.
+Source: GGUF, version 3; `transformers.modeling_gguf_pytorch_utils`.
 """
 
 from pathlib import Path
@@ -14,6 +14,8 @@ from edgepeft.errors import ExportError, MissingExtraError
 from edgepeft.files import temporary_folder
 
 from .model_files import read_copied_files
+from .quantized.gguf_file import read_tensors
+from .quantized.gguf_weights import GgufWeights
 from .quiet import quiet
 from .tokenizer import TokenizerFiles, described
 
@@ -23,18 +25,20 @@ def is_gguf_file(model: object) -> bool:
     return isinstance(model, str | Path) and Path(model).suffix == ".gguf"
 
 
-def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
-    """The language model of a GGUF file, float32, and the tokenizer made of it, its chat template too.
+def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
+    """The language model of a GGUF file, float32, the tokenizer made of it, its chat template too, and the
+    weights that the file has quantized.
 
     Raises:
-        ExportError: there is no such file, or transformers cannot read it.
-        MissingExtraError: the package `gguf` is not installed.
+        ExportError: there is no such file, it is damaged, or transformers cannot read it.
+        MissingExtraError: a package that transformers reads it with is not installed.
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ExportError(f"{path} is not a GGUF file: it does not begin with GGUF")
+    tensors = read_tensors(path)
     place: dict[str, Any] = {"gguf_file": path.name}
     # transformers 5.23 keeps the file's blocks where it has kernels for them, unless told otherwise.
     whole = (
@@ -58,4 +62,5 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
         ) from error
     with temporary_folder() as folder:
         tokenizer.save_pretrained(folder)
-        return model, described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
+        text = described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
+    return model, text, GgufWeights(path, tensors, model)

@@ -1,6 +1,7 @@
 """A transformers model that is to be exported, with what its folder says."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgepeft.bundle.manifest import TextSettings
 
+from ..quantize.layouts import QuantizedWeight
 from .base import Pooling
 
 
@@ -16,7 +18,9 @@ from .base import Pooling
 class LoadedModel:
     """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
 
-    `shipped` is the folder or hub id that it came from.
+    Attributes:
+        shipped: the folder or hub id that it came from.
+        quantized: weights that the file has in blocks, by the trace's names; of the same values as the model's.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
@@ -28,6 +32,7 @@ class LoadedModel:
     tokenizer: Any = None  # transformers' own, to compare with
     max_length: int = 0
     shipped: str | None = None
+    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
