@@ -20,7 +20,7 @@ class LoadedModel:
 
     Attributes:
         shipped: the folder or hub id that it came from.
-        quantized: weights that the file has in blocks, by the trace's names; of the same values as the model's.
+        quantized: weights that the file has in blocks, by the trace's names; the model has their values.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name

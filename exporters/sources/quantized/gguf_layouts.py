@@ -116,9 +116,9 @@ def _fields(stored: np.ndarray, width: int, bits: int) -> np.ndarray:
     Returns:
         uint8 `[…, bytes * 8 / bits]`.
     """
-    shifts = np.arange(0, 8, bits, np.uint8)[:, None]
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     found = stored.reshape(*stored.shape[:-1], -1, 1, width) >> shifts & np.uint8(2**bits - 1)
-    return found.reshape(*stored.shape[:-1], -1)
+    return np.asarray(found).reshape(*stored.shape[:-1], -1)
 
 
 def _flat(values: np.ndarray) -> np.ndarray:
@@ -141,7 +141,7 @@ def _q4_1(blocks: np.ndarray) -> _Part:
 def _five_bits(stored: np.ndarray) -> np.ndarray:
     """Codes whose fifth bits, 4 bytes, lie before the other four."""
     high = np.unpackbits(stored[..., :4], axis=-1, bitorder="little")
-    return _fields(stored[..., 4:], 16, 4) | high << 4
+    return np.asarray(_fields(stored[..., 4:], 16, 4) | high << 4)
 
 
 def _q5_0(blocks: np.ndarray) -> _Part:
