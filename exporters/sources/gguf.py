@@ -4,20 +4,23 @@ those that the file has quantized, as they are.
 Source: GGUF, version 3; `transformers.modeling_gguf_pytorch_utils`.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from edgepeft.errors import ExportError, MissingExtraError
+from edgepeft.errors import EdgePeftError, ExportError, MissingExtraError
 from edgepeft.files import temporary_folder
 
 from .model_files import read_copied_files
-from .quantized.gguf_file import read_tensors
-from .quantized.gguf_weights import GgufWeights
 from .quiet import quiet
 from .tokenizer import TokenizerFiles, described
+
+if TYPE_CHECKING:
+    from .quantized.gguf_weights import GgufWeights
 
 
 def is_gguf_file(model: object) -> bool:
@@ -31,14 +34,13 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
 
     Raises:
         ExportError: there is no such file, it is damaged, or transformers cannot read it.
-        MissingExtraError: a package that transformers reads it with is not installed.
+        MissingExtraError: the package `gguf` is not installed, or another that transformers reads it with.
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ExportError(f"{path} is not a GGUF file: it does not begin with GGUF")
-    tensors = read_tensors(path)
     place: dict[str, Any] = {"gguf_file": path.name}
     # transformers 5.23 keeps the file's blocks where it has kernels for them, unless told otherwise.
     whole = (
@@ -47,11 +49,18 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
         else {}
     )
     try:
+        # Late: no other export needs the package.
+        from .quantized.gguf_file import read_tensors
+        from .quantized.gguf_weights import GgufWeights
+
+        tensors = read_tensors(path)
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, **place, **whole
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **place)
+    except EdgePeftError:
+        raise
     except ImportError as error:
         raise MissingExtraError(error.name or "gguf", "export", "reading a GGUF file") from error
     except Exception as error:  # the reader raises whatever its parser ran into

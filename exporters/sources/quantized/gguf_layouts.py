@@ -20,7 +20,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import IQ4_NL
 
-from ...quantize.layouts import CHUNK_VALUES, BlockValues, QuantizedWeight, kept, pack
+from ...quantize.layouts import CHUNK_VALUES, BlockValues, QuantizedWeight, pack, stacked
 from ...scratch import spooled
 
 #: Codes by what IQ4 stores.
@@ -71,6 +71,9 @@ def quantized_weight(
         stored: uint8 `[rows, bytes of a row]`, as the file has it; read some rows at a time.
         kind: of which `has_layout`.
         order: int64 `[rows]`, for every row of the weight the one of `stored` that it is; None: the same.
+
+    Raises:
+        ExportError: the folder of temporary files has no room.
     """
     layout = _LAYOUTS[kind]
     block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -89,17 +92,12 @@ def quantized_weight(
     codes = spooled((rows, columns * layout.bits // 8), torch.uint8, packed())
     return QuantizedWeight(
         codes.numpy(),
-        _stacked(scales),
+        stacked(scales),
         layout.bits,
         layout.block_size,
         zero_points=np.zeros((rows, columns // layout.block_size), np.uint8) if minimums else None,
-        minimums=_stacked(minimums) if minimums else None,
+        minimums=stacked(minimums) if minimums else None,
     )
-
-
-def _stacked(parts: list[BlockValues]) -> BlockValues:
-    factors = [part.factors for part in parts if part.factors is not None]
-    return BlockValues(kept([part.values for part in parts]), kept(factors) if factors else None)
 
 
 def _halves(blocks: np.ndarray, first: int) -> np.ndarray:
