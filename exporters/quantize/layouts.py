@@ -163,13 +163,14 @@ def concatenate(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     return replace(
         first,
         packed=kept([weight.packed for weight in weights]),
-        scales=_stacked([weight.scales for weight in weights]),
+        scales=stacked([weight.scales for weight in weights]),
         zero_points=kept(zero_points) if zero_points else None,
-        minimums=_stacked(minimums) if minimums else None,
+        minimums=stacked(minimums) if minimums else None,
     )
 
 
-def _stacked(parts: Sequence[BlockValues]) -> BlockValues:
+def stacked(parts: Sequence[BlockValues]) -> BlockValues:
+    """Numbers of one `kind`, one below the other, in scratch files."""
     factors = [part.factors for part in parts if part.factors is not None]
     return BlockValues(kept([part.values for part in parts]), kept(factors) if factors else None)
 

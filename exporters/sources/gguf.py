@@ -1,21 +1,26 @@
-"""A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader.
+"""A GGUF file as a transformers model: weights decoded to float32 by transformers' own reader, and beside it
+those that the file has quantized, as they are.
 
-What the file had quantized is quantized once more by the export. Source: GGUF, version 3;
-`transformers.modeling_gguf_pytorch_utils`.
+Source: GGUF, version 3; `transformers.modeling_gguf_pytorch_utils`.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from edgepeft.errors import ExportError, MissingExtraError
+from edgepeft.errors import EdgePeftError, ExportError, MissingExtraError
 from edgepeft.files import temporary_folder
 
 from .model_files import read_copied_files
 from .quiet import quiet
 from .tokenizer import TokenizerFiles, described
+
+if TYPE_CHECKING:
+    from .quantized.gguf_weights import GgufWeights
 
 
 def is_gguf_file(model: object) -> bool:
@@ -23,12 +28,13 @@ def is_gguf_file(model: object) -> bool:
     return isinstance(model, str | Path) and Path(model).suffix == ".gguf"
 
 
-def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
-    """The language model of a GGUF file, float32, and the tokenizer made of it, its chat template too.
+def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
+    """The language model of a GGUF file, float32, the tokenizer made of it, its chat template too, and the
+    weights that the file has quantized.
 
     Raises:
-        ExportError: there is no such file, or transformers cannot read it.
-        MissingExtraError: the package `gguf` is not installed.
+        ExportError: there is no such file, it is damaged, or transformers cannot read it.
+        MissingExtraError: the package `gguf` is not installed, or another that transformers reads it with.
     """
     if not path.is_file():
         raise ExportError(f"{path}: no such file")
@@ -43,11 +49,18 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
         else {}
     )
     try:
+        # Late: no other export needs the package.
+        from .quantized.gguf_file import read_tensors
+        from .quantized.gguf_weights import GgufWeights
+
+        tensors = read_tensors(path)
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, **place, **whole
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **place)
+    except EdgePeftError:
+        raise
     except ImportError as error:
         raise MissingExtraError(error.name or "gguf", "export", "reading a GGUF file") from error
     except Exception as error:  # the reader raises whatever its parser ran into
@@ -58,4 +71,5 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles]:
         ) from error
     with temporary_folder() as folder:
         tokenizer.save_pretrained(folder)
-        return model, described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
+        text = described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
+    return model, text, GgufWeights(path, tensors, model)

@@ -18,8 +18,9 @@ from .base import Pooling
 class LoadedModel:
     """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
 
-    `shipped` is the folder or hub id that it came from. `quantized` has, by state-dict key, the weights that
-    were quantized there already; the model has the values that they stand for.
+    Attributes:
+        shipped: the folder or hub id that it came from.
+        quantized: by the names of the trace, weights that were quantized there; the model has their values.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name

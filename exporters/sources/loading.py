@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import transformers
 from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
+from ..quantize.layouts import QuantizedWeight
 from .context import keep_angles, usable_positions
 from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
@@ -64,10 +65,11 @@ def load_source(
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
     text = TokenizerFiles()
+    quantized: Mapping[str, QuantizedWeight] = {}
     if isinstance(model, transformers.PreTrainedModel):
         module, shipped, name = model, None, model.config.name_or_path or type(model).__name__
     elif is_gguf_file(model):
-        module, text = load_gguf(Path(model))
+        module, text, quantized = load_gguf(Path(model))
         shipped, name = None, Path(model).stem
     else:
         module = _load_pretrained(str(model), resolved, labels)
@@ -97,6 +99,7 @@ def load_source(
         tokenizer=text.tokenizer,
         max_length=min(lengths),
         shipped=shipped,
+        quantized=quantized,
     )
     generation_settings(source)  # which refuses what the runtime does not do, before any work is done
     return source
@@ -135,6 +138,7 @@ def _load_adapted(
             labels = [f"LABEL_{number}" for number in range(adapter.classes)]
     source = load_source(adapter.base, task=task, labels=labels, seed=seed)
     source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
+    source.quantized = {}  # of which the adapter has changed some
     source.name = _name(adapter.path)
     if (adapter.path / "tokenizer.json").is_file():
         source.use_tokenizer(str(adapter.path))

