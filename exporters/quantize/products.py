@@ -30,12 +30,12 @@ class QuantizedConstant:
             order = initializer(self._graph, f"{self._name}.order", weight.order)
             x = append(self._graph, "Gather", [x, order], {"axis": -1}, shape=x.shape)
         blocks = columns // weight.block_size
+        scales = self._numbers("scales", weight.scales)
         codes = initializer(
             self._graph,
             f"{self._name}.q{weight.bits}",
             weight.packed.reshape(rows, blocks, weight.block_size * weight.bits // 8),
         )
-        scales = self._numbers("scales", weight.scales)
         zero_points, minimums = self._zero_points(), self._minimums(scales)
         inputs = [x, codes, scales, zero_points, None, None, minimums]
         while inputs[-1] is None:
@@ -46,8 +46,8 @@ class QuantizedConstant:
     def look_up(self, ids: ir.Value, shape: ir.Shape) -> ir.Value:
         """Rows of the weight."""
         weight, graph, (_, columns) = self._weight, self._graph, self._weight.shape
-        table = initializer(graph, f"{self._name}.q{weight.bits}.rows", weight.packed)
         scales = self._numbers("scales", weight.scales)
+        table = initializer(graph, f"{self._name}.q{weight.bits}.rows", weight.packed)
         zero_points, minimums = self._zero_points(), self._minimums(scales)
         inputs = [table, ids, scales, *([] if zero_points is None else [zero_points])]
         attributes = {"gather_axis": 0, "quantize_axis": 1, **self._attributes}
