@@ -1,6 +1,7 @@
 """A transformers model that is to be exported, with what its folder says."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,13 +11,15 @@ from transformers.pytorch_utils import Conv1D
 from edgepeft.bundle.manifest import TextSettings
 
 from .base import Pooling
+from .quantized.layout import StoredWeight
 
 
 @dataclass
 class LoadedModel:
     """A model ready to be traced: float32, on the CPU, in evaluation mode, nothing requiring gradients.
 
-    `shipped` is the folder or hub id that it came from.
+    `shipped` is the folder or hub id that it came from; `quantized` has the weights that came quantized, by
+    state-dict key, with outputs as rows: the model's parameters are what they stand for.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
@@ -28,6 +31,7 @@ class LoadedModel:
     tokenizer: Any = None  # transformers' own, to compare with
     max_length: int = 0
     shipped: str | None = None
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:
