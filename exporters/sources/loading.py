@@ -163,9 +163,8 @@ def _load_pretrained(
 ) -> tuple[Any, Mapping[str, StoredWeight]]:
     """A folder's or hub id's model, and its weights that are quantized already."""
     heads: dict[str, Any] = {}
-    quantized = is_quantized(read_json(model, "config.json") or {})
     if labels is not None and task == "text-classification" and is_sentence_encoder(model):
-        if quantized:
+        if is_quantized(read_json(model, "config.json") or {}):
             raise ExportError(
                 f"{model}: a new classifier goes with sentence encoders of floats, and its weights are "
                 "quantized already: export the float model that it was made of"
@@ -183,7 +182,7 @@ def _load_pretrained(
     if folder.is_dir() and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise ExportError(f"{model}: holds no weights (model.safetensors): copy all files of the model")
     try:
-        if quantized:
+        if is_quantized(read_json(model, "config.json") or {}):
             files = folder if folder.is_dir() else Path(snapshot_download(model, allow_patterns=_QUANTIZED))
             return load_quantized(files, task, heads)
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)

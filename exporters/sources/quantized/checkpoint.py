@@ -73,7 +73,7 @@ def quantized_layout(folder: Path, config: Mapping[str, Any]) -> Layout | None:
     if not found.modules():
         raise ExportError(
             f"{folder}: config.json says that its weights are quantized already ({method}), but no module "
-            f"has a {found.marker}: take quantization_config out of it if they are floats, or export the float "
+            f"has a {found.marker}: take that out of config.json if they are floats, or export the float "
             "model that it was made of"
         )
     return found
@@ -186,16 +186,16 @@ def _check_complete(layout: Layout, model: Any, report: Mapping[str, Any], *, ha
     base = f"{model.base_model_prefix}."
     if has_new_head:
         drawn = [name for name in drawn if name.startswith(base)]
-    if drawn:
-        name = min(drawn)
-        stored = name if name in layout.tensors else None
-        raise layout.tensors.error(
-            name,
-            f"is not there as {type(model).__name__} has it"
-            if stored is None
-            else f"is stored as {layout.tensors.dtype(name)} {list(layout.tensors.shape(name))}, expected "
-            f"{list(model.get_parameter(name).shape)} floats",
-        )
+    if not drawn:
+        return
+    name = next((name for name in drawn if name in layout.tensors), min(drawn))
+    if name not in layout.tensors:
+        raise layout.tensors.error(name, f"is not there as {type(model).__name__} has it")
+    raise layout.tensors.error(
+        name,
+        f"is stored as {layout.tensors.dtype(name)} {list(layout.tensors.shape(name))}, expected "
+        f"{list(model.get_parameter(name).shape)} floats",
+    )
 
 
 def _by_parameter(

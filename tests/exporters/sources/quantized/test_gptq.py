@@ -101,9 +101,7 @@ def test_descriptions_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], 
         ("g_idx", None, "is not there, and desc_act says"),
     ],
 )
-def test_tensors_that_do_not_fit(
-    tmp_path: Path, part: str, tensor: torch.Tensor | None, reason: str
-) -> None:
+def test_tensors_that_do_not_fit(tmp_path: Path, part: str, tensor: torch.Tensor | None, reason: str) -> None:
     tensors = drawn().tensors
     del tensors[part]
     if tensor is not None:

@@ -1,6 +1,6 @@
 """Quantized checkpoints as their own libraries write them, made of codes that are drawn.
 
-What a code stands for is computed of the drawn numbers by each format's formula; nothing of the exporter is used.
+What a code stands for is computed of the drawn numbers by each format's formula, with nothing of the exporter.
 """
 
 import json
@@ -146,8 +146,13 @@ def quantized_llama(
         del stored[f"{name}.weight"]
         stored |= {f"{name}.{part}": tensor.contiguous() for part, tensor in drawn.tensors.items()}
         expected[f"{name}.weight"] = drawn.weight
-    write(folder, stored, model.config.to_dict() | {key: dict(settings)}, shard=shard)
+    write(folder, stored, described(model) | {key: dict(settings)}, shard=shard)
     return expected
+
+
+def described(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """config.json of a model."""
+    return model.config.to_dict() | {"architectures": [type(model).__name__]}
 
 
 def write(
@@ -155,7 +160,7 @@ def write(
 ) -> None:
     """A folder with config.json and safetensors, in two files with an index where it is to be sharded."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, default=str), "utf-8")
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
     if not shard:
         save_file(dict(tensors), folder / "model.safetensors")
         return
