@@ -183,7 +183,9 @@ def _load_pretrained(
         raise ExportError(f"{model}: holds no weights (model.safetensors): copy all files of the model")
     try:
         if is_quantized(read_json(model, "config.json") or {}):
-            files = folder if folder.is_dir() else Path(snapshot_download(model, allow_patterns=_QUANTIZED))
+            files = folder
+            if not folder.is_dir():
+                files = Path(snapshot_download(model, allow_patterns=_QUANTIZED, ignore_patterns="*/*"))
             return load_quantized(files, task, heads)
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         cls: Any = model_class(task, config.model_type)

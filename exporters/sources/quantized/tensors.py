@@ -51,7 +51,7 @@ class CheckpointTensors:
             isinstance(named, dict) and all(isinstance(name, str) for name in named.values())
         ):
             raise self.error(INDEX, "has no weight_map")
-        files = sorted({folder / name for name in named.values()} if named else folder.glob("*.safetensors"))
+        files = sorted({folder / name for name in named.values()} if named else self._unindexed(folder))
         if not files:
             raise self.error("*.safetensors", "are not there, and other files of weights are not read")
         for file in files:
@@ -60,6 +60,12 @@ class CheckpointTensors:
             if not file.is_file():
                 raise self.error(file.name, "is not there")
             self._note(file)
+
+    @staticmethod
+    def _unindexed(folder: Path) -> list[Path]:
+        """Mistral's folders hold the same weights by other names, too."""
+        file = folder / "model.safetensors"
+        return [file] if file.is_file() else list(folder.glob("*.safetensors"))
 
     def _note(self, path: Path) -> None:
         try:

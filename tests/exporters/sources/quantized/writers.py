@@ -1,6 +1,6 @@
 """Quantized checkpoints as their own libraries write them, made of codes that are drawn.
 
-What a code stands for is computed of the drawn numbers by each format's formula, with nothing of the exporter.
+What a code stands for is computed of the drawn numbers by each format's formula, without the exporter.
 """
 
 import json
