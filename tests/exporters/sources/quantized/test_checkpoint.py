@@ -18,6 +18,8 @@ from edgepeft.exporters.sources.quantized.checkpoint import quantized_layout
 from ... import models
 from . import writers
 
+pytestmark = pytest.mark.versions
+
 GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
 MLX: dict[str, Any] = {"group_size": 32, "bits": 4}
@@ -238,3 +240,15 @@ def test_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["somebody/model"]
     assert len(quantized) == 14
     check_values(model, expected)
+
+
+def test_an_output_layer_that_the_description_ties_and_the_file_does_not(tmp_path: Path) -> None:
+    model = models.llama(tied=False)
+    expected = writers.quantized_llama(
+        tmp_path, writers.draw_mlx(), MLX, model, key="quantization", also=(EMBEDDING, HEAD)
+    )
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    source = load_source(str(tmp_path))
+    check_values(source.model, expected)
+    assert {f"{EMBEDDING}.weight", f"{HEAD}.weight"} <= source.quantized.keys()

@@ -63,7 +63,8 @@ def draw_gptq(
         count = -(-columns // size)
         groups = np.arange(columns) // size
         if act_order:
-            groups = rng.permutation(groups)
+            # By what the columns read: linears of one input have one order.
+            groups = np.random.default_rng(columns).permutation(groups)
         codes = rng.integers(0, 2**bits, (rows, columns))
         scales = rng.uniform(0.01, 0.02, (rows, count)).astype(np.float16)
         zeros = np.full((rows, count), 2 ** (bits - 1))
