@@ -116,7 +116,7 @@ def load_quantized(folder: Path, task: str, heads: Mapping[str, Any]) -> tuple[A
     auto: Any = model_class(task, config.model_type)
     with quiet():
         with torch.device("meta"):
-            skeleton = auto.from_config(config)
+            skeleton = auto.from_config(config, trust_remote_code=False)
         weights, names = _read_weights(layout, skeleton)
         state = _decoded(layout, weights, names, skeleton)
         model, report = type(skeleton).from_pretrained(
