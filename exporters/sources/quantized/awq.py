@@ -4,7 +4,7 @@
 
 with `qweight` int32 `[K, N / 8]`, `qzeros` int32 `[groups, N / 8]` and `scales` float16 `[groups, N]`. Of
 eight codes that follow each other along N, a word holds, from the lowest four bits up, those at 0 2 4 6 1 3 5
-7.
+7. Zeros are there where they are symmetric (`zero_point` false), too.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,6 @@ class AwqLayout(Layout):
     def __init__(self, tensors: CheckpointTensors, settings: Mapping[str, Any]) -> None:
         super().__init__(tensors, settings)
         self.choice("bits", (4,))
-        self.choice("zero_point", (True,), True)
         name = "version" if "version" in settings else "format"
         self.choice(name, ("gemm", "GEMM"), "gemm")
 

@@ -22,10 +22,12 @@ def drawn(group_size: int = 32) -> writers.Drawn:
     return writers.draw_awq(group_size)(ROWS, COLUMNS, np.random.default_rng(0))
 
 
+@pytest.mark.parametrize("zero_point", [False, True])
 @pytest.mark.parametrize("group_size", [32, 64, 128])
-def test_every_weight(tmp_path: Path, group_size: int) -> None:
+def test_every_weight(tmp_path: Path, group_size: int, zero_point: bool) -> None:
+    """Zeros are read whatever the description says of them."""
     made = drawn(group_size)
-    weight = read(tmp_path, made.tensors, SETTINGS | {"group_size": group_size})
+    weight = read(tmp_path, made.tensors, SETTINGS | {"group_size": group_size, "zero_point": zero_point})
     assert isinstance(weight, QuantizedWeight)
     assert torch.equal(weight.dequantize(), made.weight)
     assert weight.block_size == group_size
@@ -47,7 +49,6 @@ def test_the_order_in_a_word(tmp_path: Path) -> None:
     ("settings", "reason"),
     [
         ({"version": "gemv"}, "has version 'gemv', edgepeft reads gemm"),
-        ({"zero_point": False}, "has zero_point False"),
         ({"bits": 8}, "has bits 8, edgepeft reads 4"),
         ({"group_size": 64}, r"part\.qzeros has the shape \[4, 3\], expected \[2, 3\]"),
     ],
