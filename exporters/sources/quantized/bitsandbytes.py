@@ -97,5 +97,5 @@ class BitsAndBytesLayout(Layout):
         codes = self.tensors.array(name, ["U8"], [count])
         table = self.tensors.array(f"{module}.weight.nested_quant_map", ["F32"], [256])
         factors = self.tensors.array(f"{module}.weight.nested_absmax", ["F32"], [-(-count // size)])
-        values = table[codes] * factors.repeat(size)[:count] + np.float32(offset)
+        values = table[codes] * factors[np.arange(count) // size] + np.float32(offset)
         return np.asarray(values)

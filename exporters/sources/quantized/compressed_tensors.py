@@ -120,10 +120,12 @@ class CompressedTensorsLayout(Layout):
     def _groups(self, module: str, columns: int, count: int) -> tuple[np.ndarray, np.ndarray | None]:
         """The group of each column, sorted, and the order that sorts them where it is not theirs."""
         name = f"{module}.weight_g_idx"
-        groups = equal_groups(columns, columns // count)
+        in_order = equal_groups(columns, columns // count)
         if name not in self.tensors:
-            return groups, None
+            return in_order, None
         groups = self.tensors.array(name, ["I32", "I64"], [columns]).astype(np.int64)
+        if (groups == -1).all():  # nothing was noted
+            return in_order, None
         if groups.min() < 0 or groups.max() >= count:
             raise self.tensors.error(name, f"names groups outside 0…{count - 1}")
         order = np.argsort(groups, kind="stable")

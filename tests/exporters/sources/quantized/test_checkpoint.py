@@ -252,3 +252,10 @@ def test_an_output_layer_that_the_description_ties_and_the_file_does_not(tmp_pat
     source = load_source(str(tmp_path))
     check_values(source.model, expected)
     assert {f"{EMBEDDING}.weight", f"{HEAD}.weight"} <= source.quantized.keys()
+
+
+def test_a_sentence_encoder_gets_no_new_classes(tmp_path: Path) -> None:
+    writers.quantized_llama(tmp_path, writers.draw_gptq(), GPTQ, models.llama(tied=True))
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(ExportError, match="a new classifier goes with sentence encoders of floats"):
+        load_source(str(tmp_path), task="text-classification", labels=["a", "b"])

@@ -86,6 +86,12 @@ def test_one_scale_for_all(tmp_path: Path) -> None:
     assert torch.equal(weight.dequantize(), made.tensors["weight"].float() * 0.5)
 
 
+def test_groups_that_were_never_noted(tmp_path: Path) -> None:
+    made = drawn()
+    made.tensors["weight_g_idx"] = torch.full((COLUMNS,), -1, dtype=torch.int32)
+    assert torch.equal(read(tmp_path, made.tensors, settings()).dequantize(), made.weight)
+
+
 def test_zero_points_that_are_not_packed(tmp_path: Path) -> None:
     """Older versions of the library left them as int8."""
     made = drawn(sym=False)
@@ -124,7 +130,7 @@ def test_descriptions_that_do_not_fit(tmp_path: Path, changed: dict[str, Any], r
         ("weight_shape", torch.tensor([8, 8]), r"is \[8, 8\], expected \[24, 128\]"),
         ("weight_shape", None, r"part\.weight_shape is not there"),
         ("weight_packed", None, r"part\.weight is not there"),
-        ("weight_g_idx", torch.full((COLUMNS,), -1, dtype=torch.int32), "names groups outside 0…3"),
+        ("weight_g_idx", torch.arange(COLUMNS, dtype=torch.int32) - 1, "names groups outside 0…3"),
         ("weight_zero_point", torch.zeros(3, dtype=torch.int8), r"has the shape \[3\], expected \[24, 4\]"),
     ],
 )
