@@ -19,7 +19,8 @@ from ..passes.weights.linears import find_embeddings, linear_products
 from ..scratch import converted, spooled
 from .blockwise import can_quantize, quantize
 from .layouts import QuantizedWeight, concatenate
-from .products import QuantizedConstant
+from .products import QuantizedConstant, TableConstant
+from .table_weight import StoredWeight, TableWeight
 
 #: Of a matrix that are looked at together.
 _ROWS = 4096
@@ -29,17 +30,15 @@ class Reference(Mapping[str, torch.Tensor]):
     """The values that the graphs compute with, float32 by state-dict key, decoded when they are asked for."""
 
     def __init__(self) -> None:
-        self._stored: dict[str, QuantizedWeight | torch.Tensor] = {}
+        self._stored: dict[str, StoredWeight | torch.Tensor] = {}
 
-    def add(self, name: str, stored: QuantizedWeight | torch.Tensor) -> None:
+    def add(self, name: str, stored: StoredWeight | torch.Tensor) -> None:
         """Note what the graphs hold of a weight."""
         self._stored[name] = stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._stored[name]
-        return (
-            stored.dequantize() if isinstance(stored, QuantizedWeight) else converted(stored, torch.float32)
-        )
+        return converted(stored, torch.float32) if isinstance(stored, torch.Tensor) else stored.dequantize()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._stored)
@@ -65,10 +64,10 @@ class Freezer:
 
     bits: int
     block_size: int
-    given: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    given: Mapping[str, StoredWeight] = field(default_factory=dict)
     reference: Reference = field(default_factory=Reference)
     exceptions: dict[str, int] = field(default_factory=dict)
-    quantized: dict[str, QuantizedWeight] = field(default_factory=dict)
+    quantized: dict[str, StoredWeight] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
 
     def freeze(
@@ -99,7 +98,7 @@ class Freezer:
                 stored = self.exceptions.get(made_of[0], 32)
             else:
                 stored = self._bits_for(name, value, tensor, is_largest=name == largest)
-            kept: QuantizedWeight | torch.Tensor
+            kept: StoredWeight | torch.Tensor
             if stored in (4, 8):
                 kept = self._quantize(name, tensor, stored, made_of)
                 _use_quantized(graph, value, kept)
@@ -129,10 +128,12 @@ class Freezer:
 
     def can_join(self, names: Sequence[str]) -> bool:
         """Whether these weights, which have been frozen, can stand one below the other as one."""
-        kinds = {
-            self.quantized[name].kind if name in self.quantized else self.exceptions.get(name)
-            for name in names
-        }
+        kinds: set[object] = set()
+        for name in names:
+            weight = self.quantized.get(name)
+            if isinstance(weight, TableWeight):
+                return False
+            kinds.add(self.exceptions.get(name) if weight is None else weight.kind)
         return len(kinds) == 1
 
     def _whole(self, tensor: torch.Tensor, parts: Sequence[str]) -> torch.Tensor:
@@ -140,12 +141,13 @@ class Freezer:
             return tensor
         return spooled(tensor.shape, torch.float32, (self.reference[part] for part in parts))
 
-    def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> QuantizedWeight:
+    def _quantize(self, name: str, tensor: torch.Tensor, bits: int, parts: Sequence[str]) -> StoredWeight:
         if name not in self.quantized:
             if parts:
-                self.quantized[name] = concatenate([self.quantized[part] for part in parts])
-            elif name in self.given:
-                self.quantized[name] = self.given[name]
+                joined = [self.quantized[part] for part in parts]
+                self.quantized[name] = concatenate(
+                    [weight for weight in joined if isinstance(weight, QuantizedWeight)]
+                )
             else:
                 self.quantized[name] = quantize(tensor, bits, self.block_size)
                 self.rounded.append(name)
@@ -153,7 +155,10 @@ class Freezer:
 
     def _bits_for(self, name: str, value: ir.Value, tensor: torch.Tensor, *, is_largest: bool) -> int:
         if name in self.given and _is_quantizable(value):
-            return self.given[name].bits
+            if name not in self.quantized:
+                self.quantized[name] = self.given[name]
+            weight = self.quantized[name]
+            return 32 if isinstance(weight, TableWeight) and find_embeddings([value]) else weight.bits
         if self.given:
             return 16 if tensor.ndim == 2 and _is_half(tensor) else 32
         if tensor.ndim != 2 or self.bits == 32:
@@ -190,12 +195,16 @@ def _feeds_only(node: ir.Node, consumers: set[ir.Node]) -> bool:
     return all(consumer in consumers for consumer, _ in node.outputs[0].uses())
 
 
-def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: QuantizedWeight) -> None:
+def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: StoredWeight) -> None:
     products = linear_products(weight)
     lookups = find_embeddings([weight])
     transposes = {node for node, _ in weight.uses() if node.op_type == "Transpose"}
     assert weight.name is not None
-    constant = QuantizedConstant(graph, weight.name, quantized)
+    constant: QuantizedConstant | TableConstant
+    if isinstance(quantized, TableWeight):
+        constant = TableConstant(graph, weight.name, quantized)
+    else:
+        constant = QuantizedConstant(graph, weight.name, quantized)
     for node, x in products:
         y = node.outputs[0]
         product = constant.multiply(x, y.shape)
@@ -210,6 +219,7 @@ def _use_quantized(graph: ir.Graph, weight: ir.Value, quantized: QuantizedWeight
         ids = lookup.node.inputs[1]
         assert rows.shape is not None
         assert ids is not None
+        assert isinstance(constant, QuantizedConstant)
         _replace(graph, lookup.node, constant.look_up(ids, rows.shape))
     for node in transposes:
         graph.remove(node, safe=True)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from ..graph import FLOAT, MICROSOFT, append, initializer
 from .layouts import BlockValues, QuantizedWeight, pack
+from .table_weight import TableWeight
 
 #: Inputs of `MatMulNBits`: the bias is its last one, minimums are ours.
 ZERO_POINTS, GROUP_INDEX, BIAS, MINIMUMS = 3, 4, 5, 6
@@ -88,6 +89,28 @@ class QuantizedConstant:
 
     def _numbers(self, kind: str, numbers: BlockValues) -> ir.Value:
         return block_values(self._graph, f"{self._name}.{kind}", numbers)
+
+
+class TableConstant:
+    """A weight of bitsandbytes' 4-bit codes among the constants of a graph; no operator looks rows up in it."""
+
+    def __init__(self, graph: ir.Graph, name: str, weight: TableWeight) -> None:
+        self._graph, self._name, self._weight = graph, name, weight
+
+    def multiply(self, x: ir.Value, shape: ir.Shape | None) -> ir.Value:
+        """`x @ Wᵀ`, of that shape."""
+        weight, (rows, columns) = self._weight, self._weight.shape
+        codes = initializer(self._graph, f"{self._name}.bnb4", weight.packed)
+        absmax = initializer(self._graph, f"{self._name}.absmax", weight.absmax)
+        attributes = {
+            "K": columns,
+            "N": rows,
+            "block_size": weight.block_size,
+            "quant_type": weight.quant_type,
+        }
+        return append(
+            self._graph, "MatMulBnb4", [x, codes, absmax], attributes, shape=shape, domain=MICROSOFT
+        )
 
 
 def block_values(graph: ir.Graph, name: str, numbers: BlockValues) -> ir.Value:

@@ -10,7 +10,7 @@ import torch
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, Quantization, TextSettings
 
-from ..quantize.layouts import QuantizedWeight
+from ..quantize.table_weight import StoredWeight
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ModelSource(Protocol):
     text_settings: TextSettings
     tokenizer: Any
     max_length: int
-    quantized: Mapping[str, QuantizedWeight]
+    quantized: Mapping[str, StoredWeight]
 
     @property
     def config(self) -> Any:

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from edgepeft.bundle.manifest import TextSettings
 
-from ..quantize.layouts import QuantizedWeight
+from ..quantize.table_weight import StoredWeight
 from .base import Pooling
 
 
@@ -32,7 +32,7 @@ class LoadedModel:
     tokenizer: Any = None  # transformers' own, to compare with
     max_length: int = 0
     shipped: str | None = None
-    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     @property
     def config(self) -> Any:

@@ -9,11 +9,12 @@ from typing import Any
 import peft
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 
 from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.errors import EdgePeftError, ExportError, UsageError
 
-from ..quantize.layouts import QuantizedWeight
+from ..quantize.table_weight import StoredWeight
 from .context import keep_angles, usable_positions
 from .generation_settings import generation_settings
 from .gguf import is_gguf_file, load_gguf
@@ -21,6 +22,7 @@ from .last_token import pool_by_mask
 from .model_files import read_json, read_max_seq_length, read_pooling
 from .parameters import has_rounded_buffers, stored_dtype, to_float32, with_own_parameters
 from .peft_model import AdapterFolder, is_adapter_folder, merged
+from .quantized.checkpoint import is_quantized, load_quantized
 from .quiet import quiet
 from .sentence_classifier import is_sentence_encoder, load_sentence_classifier
 from .tasks import CLASSIFICATION, infer_task, model_class, resolve_task
@@ -32,6 +34,8 @@ DEFAULT_MAX_LENGTH = 2048
 #: Longest recording in samples, half a minute at 16 kHz: models of waveforms name none.
 MAX_SAMPLES = 30 * 16_000
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+#: Files of a hub id whose weights are quantized.
+_QUANTIZED = ["*.json", "*.safetensors"]
 
 
 def load_source(
@@ -65,14 +69,14 @@ def load_source(
         raise UsageError(f"labels must be two or more different names, got {list(labels)}")
     torch.manual_seed(seed)
     text = TokenizerFiles()
-    quantized: Mapping[str, QuantizedWeight] = {}
+    quantized: Mapping[str, StoredWeight] = {}
     if isinstance(model, transformers.PreTrainedModel):
         module, shipped, name = model, None, model.config.name_or_path or type(model).__name__
     elif is_gguf_file(model):
         module, text, quantized = load_gguf(Path(model))
         shipped, name = None, Path(model).stem
     else:
-        module = _load_pretrained(str(model), resolved, labels)
+        module, quantized = _load_pretrained(str(model), resolved, labels)
         shipped, name = str(model), _name(Path(model))
         if resolved not in TOKENLESS:
             text = read_text(shipped, resolved, module)
@@ -137,8 +141,12 @@ def _load_adapted(
         if config.num_labels != adapter.classes:
             labels = [f"LABEL_{number}" for number in range(adapter.classes)]
     source = load_source(adapter.base, task=task, labels=labels, seed=seed)
+    if source.quantized:
+        raise ExportError(
+            f"{adapter.path}: its base {adapter.base} is quantized already, and merging would round that "
+            "again: export the base with --adapter NAME=DIR"
+        )
     source.model = adapter.merge_into(source.model).eval().requires_grad_(False)
-    source.quantized = {}  # of which the adapter has changed some
     source.name = _name(adapter.path)
     if (adapter.path / "tokenizer.json").is_file():
         source.use_tokenizer(str(adapter.path))
@@ -150,11 +158,19 @@ def _name(model: Path) -> str:
     return os.path.basename(os.path.abspath(model)) if model.is_dir() else str(model)  # noqa: PTH100, PTH119
 
 
-def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any:
+def _load_pretrained(
+    model: str, task: str, labels: Sequence[str] | None
+) -> tuple[Any, Mapping[str, StoredWeight]]:
+    """A folder's or hub id's model, and its weights that are quantized already."""
     heads: dict[str, Any] = {}
     if labels is not None and task == "text-classification" and is_sentence_encoder(model):
+        if is_quantized(read_json(model, "config.json") or {}):
+            raise ExportError(
+                f"{model}: a new classifier goes with sentence encoders of floats, and its weights are "
+                "quantized already: export the float model that it was made of"
+            )
         with quiet():
-            return load_sentence_classifier(model, labels)
+            return load_sentence_classifier(model, labels), {}
     if labels is not None:
         heads = {
             "num_labels": len(labels),
@@ -166,38 +182,24 @@ def _load_pretrained(model: str, task: str, labels: Sequence[str] | None) -> Any
     if folder.is_dir() and not any(path for pattern in _WEIGHTS for path in folder.glob(pattern)):
         raise ExportError(f"{model}: holds no weights (model.safetensors): copy all files of the model")
     try:
+        if is_quantized(read_json(model, "config.json") or {}):
+            files = folder
+            if not folder.is_dir():
+                files = Path(snapshot_download(model, allow_patterns=_QUANTIZED, ignore_patterns="*/*"))
+            return load_quantized(files, task, heads)
         config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
-        _check_not_quantized(model, config)
         cls: Any = model_class(task, config.model_type)
         with quiet():
             # In the file's own type its pages are mapped, not read; each weight is converted by itself.
             loaded = cls.from_pretrained(model, dtype=stored_dtype(model), trust_remote_code=False, **heads)
             if has_rounded_buffers(loaded):
                 loaded = cls.from_pretrained(model, dtype=torch.float32, trust_remote_code=False, **heads)
-            return loaded
+            return loaded, {}
     except EdgePeftError:
         raise
     except Exception as error:  # readers of checkpoints, and packages that they want, raise what they like
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ExportError(f"cannot load {model!r} for {task}: {reason}") from error
-
-
-def _check_not_quantized(model: str, config: Any) -> None:
-    """Refuse a model whose weights are rounded already.
-
-    Raises:
-        ExportError: they are, and how.
-    """
-    # The latter is mlx-lm's.
-    settings = getattr(config, "quantization_config", None) or getattr(config, "quantization", None)
-    if not settings:
-        return
-    settings = settings if isinstance(settings, dict) else settings.to_dict()
-    method = settings.get("quant_method", "mlx" if "group_size" in settings else "quantization_config")
-    raise ExportError(
-        f"{model}: its weights are quantized already ({method}), and rounding them again would lose more: "
-        "export the float model that it was made of, or this one as saved after model.dequantize()"
-    )
 
 
 def read_max_length(task: str, config: Any, model: str | None) -> int:

@@ -25,7 +25,7 @@ from ..passes.shapes.position_ids import derive_position_ids
 from ..passes.weights.lift import Weights, find_weights, lift, lift_weights, to_torch
 from ..passes.weights.linears import Linear, find_embeddings, find_linears, find_marked_linears, unpack
 from ..quantize.exact_products import use_exact_products
-from ..quantize.layouts import QuantizedWeight
+from ..quantize.table_weight import StoredWeight
 from .base import Pooling, Traced
 from .file_config import FileConfig, genai_type, looked_up_rows, read_config
 from .loading import read_max_length
@@ -70,7 +70,7 @@ class OnnxFile:
     max_length: int = 0
     widened: bool = False
     #: Its own quantized products stay in the graph.
-    quantized: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     @property
     def image_preprocessing(self) -> None:

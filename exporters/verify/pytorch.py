@@ -45,7 +45,7 @@ from .reference import (
     torch_gradients,
     torch_output,
 )
-from .stages import verify_stages
+from .stages import SMALLEST_NORM, STAGE_TOLERANCE, verify_stages
 from .streamed import verify_streamed
 from .text import TEXTS
 
@@ -246,7 +246,7 @@ class _Check:
                 f"the loss with adapter {name!r} is {float(outputs['loss']):.6f}, PyTorch's is "
                 f"{loss.item():.6f}: nothing was written"
             )
-        worst_cosine, worst_norm = 1.0, 0.0
+        worst_cosine, worst_norm, farthest = 1.0, 0.0, STAGE_TOLERANCE
         inputs = self.bundle.manifest.adapter_inputs
         for key, expected in torch_gradients(model).items():
             if key not in trainable:
@@ -255,6 +255,7 @@ class _Check:
             got = got.T if inputs[key].transposed else got
             cosine, norm = _compare(got, expected)
             worst_cosine, worst_norm = min(worst_cosine, cosine), max(worst_norm, norm)
+            farthest = max(farthest, _relative_distance(got, expected))
             if not (cosine >= GRADIENT_COSINE and norm <= GRADIENT_NORM_TOLERANCE):
                 raise VerificationError(
                     f"the gradient of {key} with adapter {name!r} has cosine {cosine:.6f} with PyTorch's "
@@ -267,8 +268,11 @@ class _Check:
             "largest_norm_difference": worst_norm,
         }
         if self.bundle.manifest.partition is not None:
+            # What rounding alone does to a model's gradients, PyTorch's differ from the graph's by, too: in
+            # real language models, a few activations of which are a thousand times the others, more than in
+            # models of random weights.
             self.figures["gradients"][name]["stage_difference"] = verify_stages(
-                self.bundle, self._model_feeds("train"), self._adapter_feeds(adapter), outputs
+                self.bundle, self._model_feeds("train"), self._adapter_feeds(adapter), outputs, farthest
             )
 
     def _torch_output(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,6 +283,12 @@ class _Check:
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))
+
+
+def _relative_distance(got: np.ndarray, expected: np.ndarray) -> float:
+    """How far a gradient is from PyTorch's, by its L2 norm; 0 for one that vanishes."""
+    norm = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(got - expected)) / norm if norm >= SMALLEST_NORM else 0.0
 
 
 def _compare(got: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -20,6 +20,7 @@ def verify_stages(
     batch: Mapping[str, np.ndarray],
     inputs: Mapping[str, np.ndarray],
     expected: Mapping[str, np.ndarray],
+    tolerance: float = STAGE_TOLERANCE,
 ) -> float:
     """The largest relative difference between the chain's results and the training graph's.
 
@@ -28,6 +29,7 @@ def verify_stages(
         batch: the model's inputs and those of the loss.
         inputs: all adapter inputs.
         expected: `loss` and `grad.NAME` of the training graph on both.
+        tolerance: largest relative difference of the loss and of a gradient.
 
     Raises:
         VerificationError: it is above the tolerance.
@@ -42,9 +44,9 @@ def verify_stages(
         norm = max(float(np.linalg.norm(other)), SMALLEST_NORM)
         differences[f"the gradient of {name}"] = float(np.linalg.norm(gradient - other)) / norm
     worst = max(differences, key=lambda name: differences[name])
-    if not differences[worst] <= STAGE_TOLERANCE:
+    if not differences[worst] <= tolerance:
         raise VerificationError(
             f"{worst} differs by {differences[worst]:.2e} between the training graph and its stages, "
-            f"tolerance {STAGE_TOLERANCE:.0e}: nothing was written"
+            f"tolerance {tolerance:.1e}: nothing was written"
         )
     return differences[worst]

@@ -1,1 +1,1 @@
-"""Weights that a file holds in blocks already, read as they are: nothing is rounded a second time."""
+"""Weights that were quantized already, of checkpoints and files, with the codes that they hold."""
