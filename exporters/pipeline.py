@@ -88,7 +88,8 @@ def export(
         saved = saved_module_names(source, adapters.loaded.values())
         if records:
             report("calibrating")
-            freezer.quantized = calibrated(source, records, scratch / "calibration", freezer, saved, progress)
+            found = calibrated(source, records, scratch / "calibration", freezer, saved, progress)
+            freezer.quantized.update(found)
         report("tracing and quantizing the inference graph")
         modules = _modules(adapters, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)

@@ -92,7 +92,7 @@ class QuantizedConstant:
 
 
 class TableConstant:
-    """A weight of bitsandbytes' 4-bit codes among the constants of a graph; no operator looks rows up in it."""
+    """A weight of bitsandbytes' 4-bit codes among the constants of a graph; no operator looks up its rows."""
 
     def __init__(self, graph: ir.Graph, name: str, weight: TableWeight) -> None:
         self._graph, self._name, self._weight = graph, name, weight

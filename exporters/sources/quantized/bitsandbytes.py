@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ...quantize.layouts import QuantizedWeight, kept
-from ...quantize.table_weight import FP4, NF4, TABLES, TableWeight
+from ...quantize.table_weight import FP4, NF4, TABLES, StoredWeight, TableWeight
 from .blocks import equal_groups, in_blocks, packed_signed
 from .layout import Layout
 from .tensors import CheckpointTensors

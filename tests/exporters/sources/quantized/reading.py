@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from edgepeft.exporters.sources.quantized.checkpoint import quantized_layout
 from edgepeft.exporters.quantize.table_weight import StoredWeight
+from edgepeft.exporters.sources.quantized.checkpoint import quantized_layout
 
 from . import writers
 
