@@ -25,14 +25,16 @@ def of_text(value: Any) -> torch.Tensor:
     return torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def drawn_table(kind: str = "nf4", *, nested: bool = False) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+def drawn_table(
+    kind: str = "nf4", *, nested: bool = False, rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """The tensors and the weight, value by value: the first code of a byte is in its high half."""
     rng = np.random.default_rng(0)
-    count = ROWS * COLUMNS
+    count = rows * columns
     codes = rng.integers(0, 16, count)
     table = TABLES[{"nf4": NF4, "fp4": FP4}[kind]]
     state: dict[str, Any] = {"quant_type": kind, "blocksize": 64, "dtype": "bfloat16"}
-    state["shape"] = [ROWS, COLUMNS]
+    state["shape"] = [rows, columns]
     tensors = {
         "weight": torch.tensor([[16 * a + b] for a, b in codes.reshape(-1, 2).tolist()], dtype=torch.uint8),
         "weight.quant_map": torch.from_numpy(table),
@@ -54,7 +56,7 @@ def drawn_table(kind: str = "nf4", *, nested: bool = False) -> tuple[dict[str, t
         tensors["weight.absmax"] = torch.from_numpy(absmax)
     tensors[f"{STATE}{kind}"] = of_text(state)
     weight = np.array([table[code] * absmax[place // 64] for place, code in enumerate(codes)], np.float32)
-    return tensors, weight.reshape(ROWS, COLUMNS)
+    return tensors, weight.reshape(rows, columns)
 
 
 @pytest.mark.parametrize("nested", [False, True])
