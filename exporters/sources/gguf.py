@@ -6,6 +6,7 @@ Source: GGUF, version 3; `transformers.modeling_gguf_pytorch_utils`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from edgepeft.files import temporary_folder
 
 from .model_files import read_copied_files
 from .quiet import quiet
+from .tied_weights import canonical_names
 from .tokenizer import TokenizerFiles, described
 
 if TYPE_CHECKING:
@@ -55,9 +57,10 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
 
         tensors = read_tensors(path)
         with quiet():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, dtype=torch.float32, **place, **whole
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, dtype=torch.float32, output_loading_info=True, **place, **whole
             )
+            _check_whole(path, model, found["missing_keys"])
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **place)
     except EdgePeftError:
         raise
@@ -73,3 +76,19 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
         tokenizer.save_pretrained(folder)
         text = described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
     return model, text, GgufWeights(path, tensors, model)
+
+
+def _check_whole(path: Path, model: Any, missing: Iterable[str]) -> None:
+    """Refuse a file that lacks weights, for which transformers has drawn others.
+
+    Raises:
+        ExportError: names one.
+    """
+    canonical = canonical_names(model)
+    lacking = sorted({canonical.get(name, name) for name in missing})
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ExportError(
+            f"{path}: has no weights for {lacking[0]}{more}: it is one of several files (join them with "
+            "llama.cpp's gguf-split --merge), or of another architecture than it says"
+        )

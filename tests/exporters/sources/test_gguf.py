@@ -20,10 +20,10 @@ from .. import models
 pytestmark = pytest.mark.versions
 
 
-def write(path: Path, *kinds: gguf.GGMLQuantizationType) -> transformers.PreTrainedModel:
+def write(path: Path, *kinds: gguf.GGMLQuantizationType, without: str = "") -> transformers.PreTrainedModel:
     """A tiny Llama with tied embeddings as a GGUF file with a tokenizer; returns the model.
 
-    Its matrices are float32, or of `kinds`, in turn.
+    Its matrices are float32, or of `kinds`, in turn; it lacks the weight `without`.
     """
     model = models.llama(tied=True)
     config = model.config
@@ -54,7 +54,7 @@ def write(path: Path, *kinds: gguf.GGMLQuantizationType) -> transformers.PreTrai
             rows = array.reshape(heads[kind], 2, -1, array.shape[1])
             array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
         found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        if not found or name == "lm_head.weight":
+        if not found or name in ("lm_head.weight", without):
             continue
         if kinds and array.ndim == 2:
             kinds = (*kinds[1:], kinds[0])
@@ -96,15 +96,13 @@ def test_a_file_of_floats_has_no_quantized_weights(tmp_path: Path) -> None:
     assert not load_source(str(tmp_path / "tiny.gguf")).quantized
 
 
-def test_weights_with_an_adapter_in_them_are_not_the_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_adapter_is_not_merged_into_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
     model.name_or_path = "tiny.gguf"
     adapter = models.save_adapter(model, tmp_path / "adapter", 0, r=2, target_modules=["q_proj"])
     monkeypatch.chdir(tmp_path)
-    source = load_source(str(adapter), task="text-generation")
-    assert not source.quantized
+    with pytest.raises(ExportError, match="merging would round that again: export the base with --adapter"):
+        load_source(str(adapter), task="text-generation")
 
 
 def test_a_bundle_of_it_is_verified(tmp_path: Path) -> None:
@@ -150,3 +148,12 @@ def test_a_published_file_is_read_as_transformers_reads_it() -> None:
     assert quantized.left_out == ()
     for name, weight in quantized.items():
         assert torch.equal(weight.dequantize(), parameters[name]), name
+
+
+def test_a_file_without_some_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would draw them: the first part of a split file would answer with noise."""
+    write(tmp_path / "part.gguf", without="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(
+        ExportError, match=r"no weights for model\.layers\.1\.mlp\.up_proj\.weight: it is one"
+    ):
+        load_gguf(tmp_path / "part.gguf")
