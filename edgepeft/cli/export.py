@@ -42,7 +42,8 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 )
 @click.option("--task", help=f"{', '.join(TASKS)}. [default: the model's]")
 @click.option("--bits", type=click.Choice(["4", "8", "16", "32"]),
-              help="Bits of a frozen weight. [default: 4; what is quantized already keeps its own]")  # fmt: skip
+              help="Bits of a frozen weight. [default: 4; what is quantized already "
+                   "keeps its own]")  # fmt: skip
 @click.option(
     "--block-size", type=int, default=32, show_default=True, help="Weights that share a scale (4 and 8 bits)."
 )

@@ -57,9 +57,10 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
 
         tensors = read_tensors(path)
         with quiet():
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: tuple[Any, Any] = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, output_loading_info=True, **place, **whole
             )
+            model, found = loaded
             _check_whole(path, model, found["missing_keys"])
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **place)
     except EdgePeftError:

@@ -268,8 +268,8 @@ class _Check:
             "largest_norm_difference": worst_norm,
         }
         if self.bundle.manifest.partition is not None:
-            # Where the graph and PyTorch differ by e, float32 allows that much: in real language models, a few
-            # activations of which are a thousand times the others, more than in models of random weights.
+            # Where the graph and PyTorch differ by e, float32 allows that much: in real language models, of
+            # which a few activations are a thousand times the others, more than in models of random weights.
             # Stages that err as much as the graph does are at most 2 e from it.
             self.figures["gradients"][name]["stage_difference"] = verify_stages(
                 self.bundle, self._model_feeds("train"), self._adapter_feeds(adapter), outputs, tolerance
