@@ -57,7 +57,7 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
 
         tensors = read_tensors(path)
         with quiet():
-            loaded: tuple[Any, Any] = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, output_loading_info=True, **place, **whole
             )
             model, found = loaded
