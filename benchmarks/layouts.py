@@ -53,7 +53,7 @@ def layouts(rows: int, columns: int) -> dict[str, QuantizedWeight]:
     single = BlockValues(halves(small).astype(np.float32))
     return {
         OURS: of(codes(4), single, 4, 32),
-        "Q4_0, IQ4_NL at 4 bits": of(codes(4), BlockValues(halves(small)), 4, 32),
+        "Q4_0": of(codes(4), BlockValues(halves(small)), 4, 32),
         "Q4_1": of(
             codes(4),
             BlockValues(halves(small)),
@@ -90,7 +90,7 @@ def layouts(rows: int, columns: int) -> dict[str, QuantizedWeight]:
             order=rng.permutation(columns).astype(np.int64),
         ),
         "AWQ, zero points": of(codes(4), BlockValues(halves(large)), 4, 128, zero_points=middle(128)),
-        "HQQ, MLX (float minimums, 64)": of(
+        "MLX (float minimums, 64)": of(
             codes(4),
             BlockValues(halves(columns // 64)),
             4,
