@@ -20,7 +20,7 @@ class ExportOptions:
     Attributes:
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
-            where None. An ONNX file that is quantized already keeps its weights as they are.
+            where None. Weights that are quantized already stay as they are then.
         block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
@@ -35,6 +35,8 @@ class ExportOptions:
             hundred: at 4 and 8 bits the linears are quantized so that what they compute of these comes
             nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8.
             None: each weight is rounded to the nearest.
+        max_length: tokens that the bundle reads at most, prompt and answer together; the model's where None.
+            Tables of positions are as long, which is most of what a long context takes in the file.
         train: also write the training graphs.
         verify: compare logits, losses, gradients and what is generated with PyTorch (of an ONNX file:
             outputs with the file's, gradients with finite differences), and refuse a bundle that differs.
@@ -57,6 +59,7 @@ class ExportOptions:
     loss: str | None = None
     drift_penalty: bool = False
     calibration: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
+    max_length: int | None = None
     train: bool = True
     verify: bool = True
     seed: int = 0
@@ -68,6 +71,8 @@ class ExportOptions:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise UsageError(f"block_size must be one of {sizes}, got {self.block_size}")
+        if self.max_length is not None and self.max_length < 1:
+            raise UsageError(f"max_length must be one token or more, got {self.max_length}")
         if self.rank is not None and STARTING_ADAPTER in (self.adapters or {}):
             raise UsageError(
                 f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"

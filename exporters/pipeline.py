@@ -8,6 +8,7 @@ from typing import Any
 
 from edgepeft.adapters import fit
 from edgepeft.bundle.manifest import Calibration, Manifest
+from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
@@ -74,6 +75,8 @@ def export(
         source = stack.enter_context(
             opened_source(model, task=chosen.task, labels=chosen.labels, seed=chosen.seed)
         )
+        if chosen.max_length is not None:
+            source.max_length = _shorter(source, chosen.max_length)
         if chosen.targets is not None:
             chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
         if records and source.quantized and chosen.bits is None:
@@ -116,6 +119,21 @@ def export(
             manifest = dataclasses.replace(manifest, verification=figures)
             write_manifest(manifest, folder)
         return manifest
+
+
+def _shorter(source: ModelSource, max_length: int) -> int:
+    """`max_length`, where the source reads as many tokens.
+
+    Raises:
+        UsageError: it reads fewer, or none.
+    """
+    if source.task in TOKENLESS:
+        raise UsageError(
+            f"--max-length counts tokens, and a model for {source.task} reads none: leave it out"
+        )
+    if max_length > source.max_length:
+        raise UsageError(f"--max-length {max_length}: {source.name} reads at most {source.max_length} tokens")
+    return max_length
 
 
 def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, list[str]] | None:

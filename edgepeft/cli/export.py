@@ -64,6 +64,9 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
               help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
                    "rounded to suit them (GPTQ), which takes minutes; - reads them from standard "
                    "input.")  # fmt: skip
+@click.option("--max-length", type=click.IntRange(min=1),
+              help="Tokens that the bundle reads at most, prompt and answer together: a shorter context "
+                   "makes a smaller file. [default: the model's]")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
@@ -86,6 +89,7 @@ def export(
     loss: str | None,
     drift_penalty: bool,
     calibration: str | None,
+    max_length: int | None,
     no_train: bool,
     no_verify: bool,
     seed: int,
@@ -126,6 +130,7 @@ def export(
         loss=loss,
         drift_penalty=drift_penalty,
         calibration=calibration,
+        max_length=max_length,
         train=not no_train,
         verify=not no_verify,
         seed=seed,
