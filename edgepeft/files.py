@@ -76,12 +76,22 @@ def locked(folder: Path) -> Iterator[None]:
         _release(descriptor)
 
 
-def _abandoned(path: Path) -> bool:
-    """Whether nobody is writing this any more."""
-    descriptor = _locked(path, wait=False)
-    if descriptor is not None:
-        os.close(descriptor)
-        return True
+def _new_sibling(path: Path, make: Callable[[Path], object]) -> tuple[Path, int | None]:
+    """Make a sibling of `path`, and hold it: its path and its lock, None where there are none.
+
+    Between the two another process may take it for what a process that died has left, and remove it.
+    """
+    while True:
+        temporary = _sibling(path)
+        make(temporary)
+        lock = _locked(temporary, wait=True)
+        if temporary.exists():
+            return temporary, lock
+        _release(lock)
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nobody can be writing this any more, where there are no locks."""
     if sys.platform != "win32":
         return False
     try:
@@ -96,8 +106,13 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
     with contextlib.suppress(OSError):
         for path in sorted(folder.iterdir()):
             found = _SIBLING.fullmatch(path.name)
-            if found is not None and name in (None, found[1]) and not path.is_symlink() and _abandoned(path):
+            if found is None or name not in (None, found[1]) or path.is_symlink():
+                continue
+            # Held until it is gone: who has just made it waits, and makes another.
+            lock = _locked(path, wait=False)
+            if lock is not None or _is_old(path):
                 _remove(path)
+            _release(lock)
 
 
 def _remove(path: Path) -> None:
@@ -156,12 +171,10 @@ def atomic_path(path: Path, check: Check | None = None) -> Iterator[Path]:
     """
     path = Path(path)
     remove_leftovers(path.parent, path.name)
-    temporary = _sibling(path)
-    lock = None
+    temporary, lock = None, None
     try:
         try:
-            temporary.open("xb").close()
-            lock = _locked(temporary, wait=False)
+            temporary, lock = _new_sibling(path, lambda new: new.open("xb").close())
             yield temporary
             _sync_file(temporary)
             if check is not None:
@@ -174,8 +187,9 @@ def atomic_path(path: Path, check: Check | None = None) -> Iterator[Path]:
             raise _write_error(path, error) from error
     finally:
         _release(lock)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -257,9 +271,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
     """Give a new folder beside `path`, named after it, that is gone when the block ends; or when the next one
     is made there, should this process die."""
     remove_leftovers(path.parent, path.name)
-    temporary = _sibling(path)
-    temporary.mkdir()
-    lock = _locked(temporary, wait=False)
+    temporary, lock = _new_sibling(path, Path.mkdir)
     try:
         yield temporary
     finally:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from edgepeft import files
 from edgepeft.errors import EdgePeftError, UsageError
 from edgepeft.files import (
     _exchange,
@@ -290,3 +291,30 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path
     with pytest.raises(UsageError, match=r"cannot be written, .*file is no folder: give another path"):
         check_replaceable(tmp_path / "file" / "below" / "out", "manifest.json")
     check_replaceable(tmp_path / "new" / "out", "manifest.json")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks, and what is young is left alone")
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_was_just_made_and_is_not_held_yet_may_be_taken_for_a_leftover(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two exports at once: one cleans up at the moment at which the other has made its folder."""
+    lock, removed = files._locked, []
+
+    def late(path: Path, *, wait: bool) -> int | None:
+        if not removed and path.parent == tmp_path:
+            removed.append(path)
+            files.remove_leftovers(tmp_path, "it")
+            assert not path.exists()
+        return lock(path, wait=wait)
+
+    monkeypatch.setattr(files, "_locked", late)
+    if kind == "file":
+        with files.atomic_file(tmp_path / "it") as file:
+            file.write(b"whole")
+        assert (tmp_path / "it").read_bytes() == b"whole"
+    else:
+        with files.scratch_folder(tmp_path / "it") as folder:
+            (folder / "inside").write_bytes(b"whole")
+    assert removed
+    assert [path.name for path in tmp_path.iterdir()] == (["it"] if kind == "file" else [])
