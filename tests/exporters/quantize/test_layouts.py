@@ -210,11 +210,16 @@ def given(quantized: dict[str, QuantizedWeight]) -> Iterator[None]:
 
 
 MIXED = [symmetric, small_blocks, minimums, two_levels, zero_points]
+#: The mixture has all but the order.
+FAST = ("ordered", "mixed")
 
 
 @pytest.mark.parametrize(
     "layouts",
-    [pytest.param([layout], id=name) for name, layout in LAYOUTS.items()] + [pytest.param(MIXED, id="mixed")],
+    [
+        pytest.param(layouts, id=name, marks=[] if name in FAST else pytest.mark.slow)
+        for name, layouts in {**{name: [one] for name, one in LAYOUTS.items()}, "mixed": MIXED}.items()
+    ],
 )
 def test_bundles_compute_with_the_codes_that_they_were_given(layouts: list[Layout], tmp_path: Path) -> None:
     model, quantized = quantized_llama(layouts)

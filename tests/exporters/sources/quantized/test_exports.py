@@ -37,7 +37,12 @@ CASES: dict[str, tuple[writers.Draw, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+FAST = ("gptq, act-order", "mlx", "nf4")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES]
+)
 def test_a_bundle_answers_and_learns_as_pytorch_does(name: str, tmp_path: Path) -> None:
     draw, settings, options = CASES[name]
     model = models.llama(tied="also" not in options or HEAD not in options["also"])
