@@ -122,8 +122,9 @@ def write_graph(
         _strip_metadata(model)
         run_in_order(model.graph)
         proto = ir.to_proto(model)
+        open_inputs = {*unshaped, *_tables_of_open_length(model.graph)}
         for value in proto.graph.input:
-            if value.name in {*unshaped, *_tables_of_open_length(model.graph)}:
+            if value.name in open_inputs:
                 value.type.tensor_type.ClearField("shape")
         path.write_bytes(proto.SerializeToString(deterministic=True))
     finally:

@@ -5,8 +5,6 @@ output layer is the largest and comes last, beside everything that is packed alr
 million weights, was 66 MiB of a peak of 563. A slice adds its own share only.
 """
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from ..graph import MICROSOFT, append, initializer
@@ -30,7 +28,7 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
     rows, columns = (product.attributes[name].as_int() for name in ("N", "K"))
     x, *weights = product.inputs
     count = -(-rows * columns // SLICE_WEIGHTS)
-    constants = _constants(weights)
+    constants = constants_of(weights)
     if count == 1 or constants is None or not all(_is_by_rows(value, rows) for value in constants):
         return {}
     step = -(-rows // (count * _ROWS_TOGETHER)) * _ROWS_TOGETHER
@@ -62,12 +60,6 @@ def slice_output_layer(graph: ir.Graph) -> dict[str, tuple[ir.TensorProtocol, li
         for value in constants
         if value.name is not None and value.const_value is not None
     }
-
-
-def _constants(weights: Sequence[ir.Value | None]) -> list[ir.Value] | None:
-    """What the operands of a product are made of; None where one is no constant."""
-    found = [constants_of(value) for value in weights if value is not None]
-    return None if None in found else [value for values in found for value in values or ()]
 
 
 def _is_by_rows(weight: ir.Value, rows: int) -> bool:

@@ -65,12 +65,9 @@ def find_output_layer(piece: Sequence[Segment], weight_names: set[str]) -> Outpu
     x, rows = node.inputs[0], node.attributes["N"].as_int()
     if x is None or any(value is not None for value in node.inputs[GROUP_INDEX:MINIMUMS]):
         return None
-    weights: list[ir.Value] = []
-    for operand in node.inputs[1:]:
-        constants = [] if operand is None else constants_of(operand)
-        if constants is None:
-            return None
-        weights += [value for value in constants if value not in weights]
+    weights = constants_of(node.inputs[1:])
+    if weights is None:
+        return None
     by_rows = all(value.shape is not None and value.shape[0] == rows for value in weights)
     if not by_rows or {value.name for value in weights} - weight_names:
         return None

@@ -5,11 +5,10 @@
 `MatMulNBits` takes no minimums; float zero points, which it takes, make it 250 times as slow.
 """
 
-import numpy as np
 import onnx_ir as ir
 
-from ..graph import MICROSOFT, append, initializer
-from .products import BIAS, MINIMUMS, ZERO_POINTS
+from ..graph import MICROSOFT, append, take_place
+from .products import BIAS, MINIMUMS, ZERO_POINTS, sizes
 
 
 def lower_minimums(graph: ir.Graph) -> int:
@@ -32,12 +31,9 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
     columns, block_size = node.attributes["K"].as_int(), node.attributes["block_size"].as_int()
     rows, blocks = node.attributes["N"].as_int(), columns // block_size
     lead = list(x.shape)[:-1]
-    split = initializer(
-        graph, f"int64_blocks_{len(lead)}_{blocks}", np.array([0] * len(lead) + [blocks, block_size])
-    )
-    last = initializer(graph, "int64_-1", np.array([-1], np.int64))
+    split = sizes(graph, *[0] * len(lead), blocks, block_size)
     parts = append(graph, "Reshape", [x, split], shape=[*lead, blocks, block_size])
-    sums = append(graph, "ReduceSum", [parts, last], {"keepdims": 0}, shape=[*lead, blocks])
+    sums = append(graph, "ReduceSum", [parts, sizes(graph, -1)], {"keepdims": 0}, shape=[*lead, blocks])
     bias = node.inputs[BIAS]
     inputs = list(node.inputs[: BIAS + 1 if bias is not None else ZERO_POINTS + 1])
     while inputs and inputs[-1] is None:
@@ -59,8 +55,5 @@ def _lower(graph: ir.Graph, node: ir.Node) -> None:
         turned = append(graph, "Transpose", [minimums], {"perm": [1, 0]}, shape=[blocks, rows])
         rest = append(graph, "MatMul", [sums, turned], shape=y.shape)
         total = append(graph, "Add", [product, rest], shape=y.shape)
-    name, is_output = y.name, y.is_graph_output()
-    y.replace_all_uses_with(total, replace_graph_outputs=True)
-    if is_output:
-        y.name, total.name = None, name
+    take_place(total, y)
     graph.remove(node, safe=True)

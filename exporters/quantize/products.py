@@ -5,6 +5,8 @@ operator does not have: `lower_minimums` takes it off. Scales and minimums that 
 in two levels, are computed by a few nodes, which onnxruntime folds where they are constants.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -122,14 +124,11 @@ def block_values(graph: ir.Graph, name: str, numbers: BlockValues) -> ir.Value:
         return values
     groups = numbers.factors.shape[1]
     factors = _as_float(graph, initializer(graph, f"{name}.factors", numbers.factors))
-    each, whole, last = (
-        initializer(graph, f"int64_{'_'.join(map(str, dims))}", np.array(dims, np.int64))
-        for dims in ([0, groups, blocks // groups], [0, blocks], [2])
-    )
+    each = sizes(graph, 0, groups, blocks // groups)
     grouped = append(graph, "Reshape", [values, each], shape=[rows, groups, blocks // groups])
-    spread = append(graph, "Unsqueeze", [factors, last], shape=[rows, groups, 1])
+    spread = append(graph, "Unsqueeze", [factors, sizes(graph, 2)], shape=[rows, groups, 1])
     scaled = append(graph, "Mul", [grouped, spread], shape=[rows, groups, blocks // groups])
-    return append(graph, "Reshape", [scaled, whole], shape=[rows, blocks])
+    return append(graph, "Reshape", [scaled, sizes(graph, 0, blocks)], shape=[rows, blocks])
 
 
 def add_to_blocks(graph: ir.Graph, weight: ir.Value, minimums: ir.Value, block_size: int) -> ir.Value:
@@ -137,28 +136,33 @@ def add_to_blocks(graph: ir.Graph, weight: ir.Value, minimums: ir.Value, block_s
     assert minimums.shape is not None
     *lead, blocks = minimums.shape
     assert isinstance(blocks, int)
-    split, joined = (
-        initializer(graph, f"int64_{'_'.join(map(str, dims))}", np.array(dims, np.int64))
-        for dims in ([*[0] * len(lead), blocks, block_size], [*[0] * len(lead), blocks * block_size])
-    )
-    last = initializer(graph, "int64_-1", np.array([-1], np.int64))
+    same = [0] * len(lead)
+    split, joined = sizes(graph, *same, blocks, block_size), sizes(graph, *same, blocks * block_size)
     parts = append(graph, "Reshape", [weight, split], shape=[*lead, blocks, block_size])
-    wide = append(graph, "Unsqueeze", [minimums, last], shape=[*lead, blocks, 1])
+    wide = append(graph, "Unsqueeze", [minimums, sizes(graph, -1)], shape=[*lead, blocks, 1])
     moved = append(graph, "Add", [parts, wide], shape=[*lead, blocks, block_size])
     return append(graph, "Reshape", [moved, joined], shape=weight.shape)
 
 
-def constants_of(value: ir.Value) -> list[ir.Value] | None:
-    """The constants with more than one axis that a value is computed from, in the order in which it reads
-    them, the value itself where it is one; None where it needs something else."""
-    if value.is_initializer():
-        return [value] if value.shape is not None and value.shape.rank() > 1 else []
-    node = value.producer()
-    if node is None:
-        return None
+def sizes(graph: ir.Graph, *values: int) -> ir.Value:
+    """The int64 constant `[len(values)]` of these sizes or axes; 0 keeps a size in a `Reshape`."""
+    return initializer(graph, f"int64_{'_'.join(map(str, values))}", np.array(values, np.int64))
+
+
+def constants_of(values: Iterable[ir.Value | None]) -> list[ir.Value] | None:
+    """The constants with more than one axis that values are or are computed from, in the order in which they
+    are read; None where one needs something else."""
     found: list[ir.Value] = []
-    for operand in node.inputs:
-        constants = [] if operand is None else constants_of(operand)
+    for value in values:
+        if value is None:
+            continue
+        if value.is_initializer():
+            constants: list[ir.Value] | None = (
+                [value] if value.shape is not None and value.shape.rank() > 1 else []
+            )
+        else:
+            node = value.producer()
+            constants = None if node is None else constants_of(node.inputs)
         if constants is None:
             return None
         found += [constant for constant in constants if constant not in found]

@@ -6,34 +6,13 @@ import onnx_ir as ir
 
 from ...graph import MICROSOFT
 from ...quantize.products import BIAS, MINIMUMS, ZERO_POINTS, add_to_blocks, constants_of
+from ...quantize.table_weight import NF4, TABLES
 from ..context import RuleContext
 from ..emitter import Emitter
 from ..registry import RULES, RuleResult
 
 rule = RULES.rule
 INT64 = ir.DataType.INT64
-
-# Values of the 16 codes of bitsandbytes' 4-bit types. Source: onnxruntime's MatMulBnb4.
-_FP4 = (0, 5.208333333e-03, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25)
-FP4_TABLE = [*_FP4, *(-value for value in _FP4)]
-NF4_TABLE = [
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
-]
 
 
 def _attribute(node: ir.Node, name: str, default: int) -> int:
@@ -52,7 +31,7 @@ def _matmul_nbits_refusal(node: ir.Node) -> str | None:
     zero_points = _input(node, 3)
     if zero_points is not None and zero_points.dtype != ir.DataType.UINT8:
         return f"its zero points are {zero_points.dtype}, expected packed uint8"
-    if any(value is not None and constants_of(value) is None for value in node.inputs[1:4]):
+    if constants_of(node.inputs[1:4]) is None:
         return "its packed weight, scales or zero points are not constants"
     return None
 
@@ -144,7 +123,7 @@ def matmul_bnb4(c: RuleContext) -> RuleResult:
     """ā = ȳ w, where w `[N, K]` is looked up code by code and scaled by each block's largest value"""
     e, block = c.emit, c.attr_int("block_size", 64)
     rows, columns = c.attr_int("N", 0), c.attr_int("K", 0)
-    table = NF4_TABLE if c.attr_int("quant_type", 1) == 1 else FP4_TABLE
+    table = TABLES[c.attr_int("quant_type", NF4)].tolist()
 
     def activations() -> ir.Value:
         largest = c.input(2)

@@ -7,7 +7,7 @@ the same scale.
 import numpy as np
 
 from ...quantize.blockwise import BLOCK_SIZES
-from ...quantize.layouts import BlockValues, QuantizedWeight, kept, pack
+from ...quantize.layouts import BlockValues, QuantizedWeight, kept, pack, unpack
 
 #: Of groups larger than all blocks: the size with the fastest kernel.
 _LARGE = 128
@@ -53,17 +53,19 @@ def in_blocks(
     """A weight whose codes stay as they are, in scratch files.
 
     Args:
-        packed: as in `QuantizedWeight`.
+        packed: as in `QuantizedWeight`, with the columns at their places.
         bits: 4 or 8.
-        groups: the group of each column in `packed`.
+        groups: the group of each column, sorted.
         block_size: see `block_size_of`.
         scales: float16 or float32 `[rows, groups]`.
         zero_points: the codes that stand for 0, uint8 `[rows, groups]`; where all are the middle one, none
             are stored. None: the middle one.
         biases: float16 or float32 `[rows, groups]`, added to codes times scales. The code in the middle then
             stands for a value that is computed in float32, for which the operator is fastest.
-        order: as in `QuantizedWeight`.
+        order: the order that sorts the columns by group, as in `QuantizedWeight`; None: they are sorted.
     """
+    if order is not None:
+        packed = pack(unpack(packed, bits)[:, order], bits)
     group = groups[::block_size]
     middle = 2 ** (bits - 1)
     if zero_points is not None and (zero_points == middle).all():

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantize.layouts import QuantizedWeight, pack, unpack
+from ...quantize.layouts import QuantizedWeight
 from .blocks import equal_groups, in_blocks, packed_signed, signed_codes, unpack_words
 from .layout import Layout
 from .tensors import FLOATS, CheckpointTensors
@@ -81,8 +81,6 @@ class CompressedTensorsLayout(Layout):
             # All integers of fewer bits are some of 8, too.
             bits, packed = 8, packed_signed(self.tensors.array(f"{module}.weight", ["I8"], shape), 8)
         groups, order = self._groups(module, columns, count)
-        if order is not None:
-            packed = pack(unpack(packed, bits)[:, order], bits)
         return in_blocks(
             packed,
             bits,

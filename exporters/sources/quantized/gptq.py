@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...quantize.layouts import QuantizedWeight, pack, unpack
+from ...quantize.layouts import QuantizedWeight
 from .blocks import equal_groups, in_blocks, unpack_words
 from .layout import Layout
 from .tensors import FLOATS, CheckpointTensors
@@ -44,8 +44,6 @@ class GptqLayout(Layout):
         # The bytes of a word are what four columns (8 bits) or eight are packed to here.
         packed = words.view(np.uint8).reshape(len(words), rows, 4).transpose(1, 0, 2).reshape(rows, -1)
         groups, order = self._groups(module, columns, size, count)
-        if order is not None:
-            packed = pack(unpack(packed, bits)[:, order], bits)
         return in_blocks(
             packed,
             bits,

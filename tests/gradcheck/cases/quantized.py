@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgepeft.exporters.autodiff.rules.quantized import FP4_TABLE, NF4_TABLE
+from edgepeft.exporters.quantize.table_weight import TABLES
 
 from ..harness import Array, Case
 from .arrays import integers, normal
@@ -108,14 +108,14 @@ def cases() -> Iterator[Case]:
 
 
 def _bnb4() -> Iterator[Case]:
-    for quant_type, table in ((0, FP4_TABLE), (1, NF4_TABLE)):
+    for quant_type, table in TABLES.items():
         for rows, columns, block_size in ((4, 32, 16), (3, 32, 64), (3, 16, 32)):
             codes = integers(0, 16, rows, columns)
             line = codes.ravel()
             packed = ((line[0::2] << 4) | line[1::2]).astype(np.uint8)
             blocks = -(-line.size // block_size)
             largest = np.abs(normal(blocks, seed=1)).astype(np.float32)
-            values = np.array(table)[line] * np.repeat(largest, block_size)[: line.size]
+            values = np.array(table, np.float64)[line] * np.repeat(largest, block_size)[: line.size]
             yield Case(
                 "com.microsoft::MatMulBnb4",
                 (normal(2, columns), packed, largest),
