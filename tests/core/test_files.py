@@ -293,12 +293,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path: Path
     check_replaceable(tmp_path / "new" / "out", "manifest.json")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there are no locks, and what is young is left alone")
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_what_was_just_made_and_is_not_held_yet_may_be_taken_for_a_leftover(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two exports at once: one cleans up at the moment at which the other has made its folder."""
+    pytest.importorskip("fcntl", reason="there are no such locks, and what is young is left alone")
     lock, removed = files._locked, []
 
     def late(path: Path, *, wait: bool) -> int | None:
