@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from edgepeft.errors import UsageError
+from edgepeft.sizes import parse_size
 
 from .quantize.blockwise import BLOCK_SIZES
 
@@ -20,7 +21,12 @@ class ExportOptions:
     Attributes:
         task: one of `edgepeft.bundle.validation.TASKS`; inferred from the model where None.
         bits: 4 or 8 (blockwise), 16 (float16) or 32 (float32) for the frozen matrices and the embedding; 4
-            where None. Weights that are quantized already stay as they are then.
+            where None. Weights that are quantized already stay as they are then. At 4 bits those that matter
+            most have 8, and the weights 5 bits on average, scales included (in blocks of 32).
+        quick: round each weight to the nearest, all with `bits`. Otherwise, at 4 bits, a language model is
+            calibrated on text that it writes itself, which takes minutes.
+        size: bytes of the quantized weights (such as "100MB"), at 4 bits; more of them have 8 bits then, or
+            fewer.
         block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
@@ -33,8 +39,7 @@ class ExportOptions:
         drift_penalty: let the loss also count how far the logits drift from the base model's.
         calibration: records (a JSONL file by path, or mappings) that are like what the model will read, a few
             hundred: at 4 and 8 bits the linears are quantized so that what they compute of these comes
-            nearest (GPTQ), which takes minutes, and an embedding that is not the output layer too has 8.
-            None: each weight is rounded to the nearest.
+            nearest (GPTQ), which takes minutes. None: see `quick`.
         max_length: tokens that the bundle reads at most, prompt and answer together; the model's where None.
             Tables of positions are as long, which is most of what a long context takes in the file.
         train: also write the training graphs.
@@ -50,6 +55,8 @@ class ExportOptions:
 
     task: str | None = None
     bits: int | None = None
+    quick: bool = False
+    size: int | str | None = None
     block_size: int = 32
     adapters: Mapping[str, str | Path] | None = None
     labels: Sequence[str] | None = None
@@ -68,6 +75,12 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.bits not in (None, 4, 8, 16, 32):
             raise UsageError(f"bits must be 4, 8, 16 or 32, got {self.bits}")
+        if self.quick and self.calibration is not None:
+            raise UsageError("quick rounds to the nearest, calibration for records: leave one of them out")
+        if self.size_bytes is not None and (self.quick or self.bits not in (None, 4)):
+            raise UsageError(
+                "size says which weights have 4 bits and which 8: it goes with 4 bits, and not with quick"
+            )
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise UsageError(f"block_size must be one of {sizes}, got {self.block_size}")
@@ -77,6 +90,11 @@ class ExportOptions:
             raise UsageError(
                 f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"
             )
+
+    @property
+    def size_bytes(self) -> int | None:
+        """`size` as a number."""
+        return None if self.size is None else parse_size(self.size)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:

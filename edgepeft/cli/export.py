@@ -13,7 +13,7 @@ from ..files import check_replaceable
 from ..sizes import format_size
 from ..slots import LORA
 from .console import Console
-from .options import force_option, json_option, missing_ways, slots_beside
+from .options import calibrated_on, force_option, json_option, missing_ways, slots_beside
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -44,6 +44,12 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--bits", type=click.Choice(["4", "8", "16", "32"]),
               help="Bits of a frozen weight. [default: 4; what is quantized already "
                    "keeps its own]")  # fmt: skip
+@click.option("--quick", is_flag=True,
+              help="Round each weight to the nearest. [default: at 4 bits a language model is calibrated on "
+                   "text that it writes itself, which takes minutes]")  # fmt: skip
+@click.option("--size", metavar="SIZE",
+              help="Bytes of the quantized weights, such as 100MB: the weights that matter most have 8 bits, "
+                   "the others 4. [default: 5 bits a weight, scales included]")  # fmt: skip
 @click.option(
     "--block-size", type=int, default=32, show_default=True, help="Weights that share a scale (4 and 8 bits)."
 )
@@ -62,8 +68,7 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
               help="Let training also count how far the logits drift from the base model's.")  # fmt: skip
 @click.option("--calibration", metavar="FILE.jsonl",
               help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
-                   "rounded to suit them (GPTQ), which takes minutes; - reads them from standard "
-                   "input.")  # fmt: skip
+                   "rounded to suit them (GPTQ); - reads them from standard input.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=1),
               help="Tokens that the bundle reads at most, prompt and answer together: a shorter context "
                    "makes a smaller file. [default: the model's]")  # fmt: skip
@@ -80,6 +85,8 @@ def export(
     output: Path,
     task: str | None,
     bits: str | None,
+    quick: bool,
+    size: str | None,
     block_size: int,
     adapters: dict[str, str],
     rank: int | None,
@@ -121,6 +128,8 @@ def export(
         output,
         task=task,
         bits=None if bits is None else int(bits),
+        quick=quick,
+        size=size,
         block_size=block_size,
         adapters=adapters,
         labels=labels,
@@ -143,6 +152,7 @@ def export(
         "bundle": str(output),
         "task": manifest.task,
         "bits": manifest.quantization.bits,
+        "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
@@ -189,8 +199,8 @@ def _text(summary: dict[str, Any]) -> str:
     lines += [f"without {line}" for line in missing_ways(summary["missing"])]
     if calibrated is not None:
         lines.append(
-            f"calibrated on {calibrated['records']} records; rounded to the nearest: "
-            f"{', '.join(calibrated['rounded']) or 'none'}"
+            f"calibrated on {calibrated_on(calibrated)}, {summary['bits_a_weight']:.2f} bits a weight; "
+            f"rounded to the nearest: {', '.join(calibrated['rounded']) or 'none'}"
         )
     if verification:
         worst = max(verification["outputs"].values())

@@ -9,7 +9,7 @@ from ..bundle.manifest import RESIDENT
 from ..sizes import format_size
 from ..slots import LORA, WHOLE
 from .console import Console
-from .options import bundle_argument, json_option, missing_ways, slots_beside, table
+from .options import bundle_argument, calibrated_on, json_option, missing_ways, slots_beside, table
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -45,6 +45,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "problem_type": manifest.model.problem_type,
         "labels": list(manifest.model.labels),
         "bits": manifest.quantization.bits,
+        "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibration is None else dataclasses.asdict(calibration),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
@@ -97,6 +98,7 @@ def _longest(summary: dict[str, Any]) -> str:
 
 def _table(summary: dict[str, Any]) -> str:
     labels, calibration = summary["labels"], summary["calibration"]
+    bits_a_weight = summary["bits_a_weight"]
     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
     limits = {
         name: value for name, value in summary["policy"].items() if value is not None and name != "trainable"
@@ -117,7 +119,8 @@ def _table(summary: dict[str, Any]) -> str:
         [
             "weights",
             f"{format_size(summary['weights_bytes'])} at {summary['bits']} bits"
-            + (f", calibrated on {calibration['records']} records" if calibration else ""),
+            + (f", {bits_a_weight:.2f} a weight with scales" if bits_a_weight else "")
+            + (f", calibrated on {calibrated_on(calibration)}" if calibration else ""),
         ],
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [

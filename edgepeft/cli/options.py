@@ -224,6 +224,13 @@ def slots_beside(manifest: "Manifest") -> dict[str, int]:
     return dict(Counter(found))
 
 
+def calibrated_on(calibration: Mapping[str, Any]) -> str:
+    """What a bundle was calibrated on, by its manifest."""
+    if calibration["inputs"] == "records":
+        return f"{calibration['records']} records"
+    return f"{calibration['records']} texts of the model's own"
+
+
 def missing_ways(missing: Mapping[str, str]) -> list[str]:
     """What a bundle cannot do, `NAME, NAME: REASON` for each reason of `Manifest.missing`."""
     reasons = dict.fromkeys(missing.values())

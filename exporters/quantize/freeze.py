@@ -116,15 +116,18 @@ class Freezer:
 
     def described(self) -> Quantization:
         """How the weights are stored, after all were frozen; of given ones, how most of them are."""
+        named = [weight for name, weight in self.quantized.items() if name in self.reference]
+        weights = sum(weight.shape[0] * weight.shape[1] for weight in named)
+        each = 8 * sum(weight.nbytes for weight in named) / weights if weights else None
         if not self.given:
-            return Quantization(self.bits, self.block_size, dict(self.exceptions))
+            return Quantization(self.bits, self.block_size, dict(self.exceptions), bits_a_weight=each)
         sizes: Counter[tuple[int, int]] = Counter()
         for name in self.exceptions.keys() & self.quantized.keys():
             weight = self.quantized[name]
             sizes[weight.bits, weight.block_size] += weight.packed.size
         bits, block_size = max(sizes, key=lambda kind: (sizes[kind], kind), default=(32, 0))
         others = {name: stored for name, stored in self.exceptions.items() if stored != bits}
-        return Quantization(bits, block_size, others)
+        return Quantization(bits, block_size, others, bits_a_weight=each)
 
     def can_join(self, names: Sequence[str]) -> bool:
         """Whether these weights, which have been frozen, can stand one below the other as one."""

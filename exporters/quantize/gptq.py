@@ -13,14 +13,17 @@ first moved towards the weight that is best for X_q, by as much as holds on reco
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from .blockwise import quantize_blocks, round_to_levels
-from .layouts import BlockValues, QuantizedWeight
+from .blockwise import fit_blocks, scale_dtype
+from .layouts import BlockValues, QuantizedWeight, concatenate
 
 #: Added to the diagonal of a Hessian, as a fraction of its mean (the paper's): directions that the records
 #: hardly have must not take over whole weights.
 DAMPING = 0.01
+#: Rows are rounded independently of one another; so many weights in a few copies are in memory at once.
+_WEIGHTS_AT_A_TIME = 2**22
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class InputStatistics:
 def gptq(
     weights: Sequence[torch.Tensor],
     halves: tuple[InputStatistics, InputStatistics],
-    bits: int,
+    bits: Sequence[int],
     block_size: int,
 ) -> list[QuantizedWeight]:
     """Quantize the weights of linears that read the same values.
@@ -61,26 +64,37 @@ def gptq(
     Args:
         weights: float32 `[out_features, in_features]` each, of the same `in_features`.
         halves: what they read in one half of the records and in the other; not all zeros.
-        bits: 4 or 8.
+        bits: 4 or 8, of each weight.
         block_size: weights that share a scale; divides `in_features`.
     """
-    weight = torch.cat(list(weights)).float()
     inputs = halves[0] + halves[1]
     hessian = _damped(inputs.hessian)
-    correction = _correction(weight, inputs)
-    weight = weight + _holding(weight, *halves) * correction
     order = _order(hessian.diagonal(), block_size)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    ordered = hessian[order][:, order]
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
-    ordered_codes, ordered_scales = _round(weight[:, order], upper, bits, block_size)
-    codes, scales = torch.empty_like(ordered_codes), torch.empty_like(ordered_scales)
-    codes[:, order] = ordered_codes
-    scales[:, order[::block_size] // block_size] = ordered_scales
-    heights = [len(one) for one in weights]
-    return [
-        QuantizedWeight.of_codes(part.numpy(), BlockValues(part_scales.numpy()), bits, block_size)
-        for part, part_scales in zip(codes.split(heights), scales.split(heights), strict=True)
-    ]
+    found = []
+    for weight, kept_bits in zip(_corrected(weights, halves), bits, strict=True):
+        rows = max(1, _WEIGHTS_AT_A_TIME // weight.shape[1])
+        parts = [
+            _round(part[:, order].float(), upper, ordered.diagonal().float(), order, kept_bits, block_size)
+            for part in weight.split(rows)
+        ]
+        found.append(concatenate(parts))
+    return found
+
+
+def _corrected(
+    weights: Sequence[torch.Tensor], halves: tuple[InputStatistics, InputStatistics]
+) -> Sequence[torch.Tensor]:
+    """The weights that are to be rounded: moved towards those which are best for X_q."""
+    inputs = halves[0] + halves[1]
+    if not inputs.shift.any():  # nothing is quantized before these
+        return weights
+    weight = torch.cat(list(weights)).float()
+    moved = weight + _holding(weight, *halves) * _correction(weight, inputs)
+    parts: Sequence[torch.Tensor] = moved.split([len(one) for one in weights])
+    return parts
 
 
 def _damped(hessian: torch.Tensor) -> torch.Tensor:
@@ -118,27 +132,39 @@ def _order(diagonal: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 def _round(
-    weight: torch.Tensor, upper: torch.Tensor, bits: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes uint8 `[rows, columns]` and scales float32 `[rows, blocks]` of `weight` `[rows, columns]`, which
-    is changed.
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    importance: torch.Tensor,
+    order: torch.Tensor,
+    bits: int,
+    block_size: int,
+) -> QuantizedWeight:
+    """Round `weight` `[rows, columns]`, whose columns are in `order` and which is changed.
 
     Args:
         upper: the Cholesky factor U of the Hessian's inverse, `Uᵀ U`. Its row j says how the columns after j
             make up for an error of j once those before it are fixed.
+        importance: the Hessian's diagonal, float32 `[columns]`, in that order too.
     """
-    zero_point = 2 ** (bits - 1)
-    codes, scales = torch.empty(weight.shape, dtype=torch.uint8), []
-    for start in range(0, weight.shape[1], block_size):
+    rows, columns = weight.shape
+    dtype = scale_dtype(weight, bits)
+    codes = np.empty((rows, columns), np.uint8)
+    scales = np.empty((rows, columns // block_size), np.float16 if dtype == torch.float16 else np.float32)
+    zero_points = np.empty((rows, columns // block_size), np.uint8)
+    for start in range(0, columns, block_size):
         stop = start + block_size
-        _, scale = quantize_blocks(weight[:, start:stop], bits)
-        scales.append(scale)
-        errors = torch.empty(len(weight), block_size)
-        for column in range(start, stop):
-            found = round_to_levels(weight[:, column], scale, bits)
-            codes[:, column] = (found + zero_point).to(torch.uint8)
-            error = (weight[:, column] - found * scale) / upper[column, column]
-            weight[:, column:stop] -= torch.outer(error, upper[column, column:stop])
-            errors[:, column - start] = error
-        weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return codes, torch.stack(scales, 1)
+        scale, zero_point = fit_blocks(weight[:, start:stop], bits, dtype, importance[start:stop])
+        left = weight[:, start:stop].T.contiguous()  # a column of the weight is a row here
+        errors, own = torch.empty_like(left), upper[start:stop, start:stop]
+        inverse = torch.where(scale == 0, 0, 1 / scale)
+        for column in range(block_size):
+            code = (left[column] * inverse).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+            codes[:, order[start + column]] = code.to(torch.uint8).numpy()
+            errors[column] = (left[column] - (code - zero_point) * scale) / own[column, column]
+            left[column + 1 :].addr_(own[column, column + 1 :], errors[column], alpha=-1)
+        block = int(order[start]) // block_size
+        scales[:, block], zero_points[:, block] = scale.numpy(), zero_point.numpy()
+        weight[:, stop:].addmm_(errors.T, upper[start:stop, stop:], alpha=-1)
+    return QuantizedWeight.of_codes(
+        codes, BlockValues(scales), bits, block_size, zero_points=zero_points if bits == 4 else None
+    )

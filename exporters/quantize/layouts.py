@@ -42,6 +42,11 @@ class BlockValues:
         return np.asarray(values * factors.repeat(values.shape[1] // factors.shape[1], axis=1))
 
     @property
+    def nbytes(self) -> int:
+        """What is stored."""
+        return self.values.nbytes + (0 if self.factors is None else self.factors.nbytes)
+
+    @property
     def kind(self) -> tuple[object, ...]:
         """Equal for numbers that can stand one below the other."""
         factors = self.factors
@@ -90,6 +95,14 @@ class QuantizedWeight:
         """Rows and columns of the weight."""
         rows, packed_columns = self.packed.shape
         return rows, packed_columns * 8 // self.bits
+
+    @property
+    def nbytes(self) -> int:
+        """What is stored, but for an order of the columns."""
+        rows, blocks = self.scales.values.shape
+        zero_points = 0 if self.zero_points is None else rows * -(-blocks * self.bits // 8)
+        minimums = 0 if self.minimums is None else self.minimums.nbytes
+        return self.packed.nbytes + self.scales.nbytes + zero_points + minimums
 
     @property
     def middle(self) -> int:

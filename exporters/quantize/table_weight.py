@@ -53,6 +53,11 @@ class TableWeight:
     block_size: int
     quant_type: int
 
+    @property
+    def nbytes(self) -> int:
+        """What is stored."""
+        return self.packed.nbytes + self.absmax.nbytes
+
     def dequantize(self) -> torch.Tensor:
         """float32 `[rows, columns]`, as onnxruntime computes it."""
         table = TABLES[self.quant_type]

@@ -21,7 +21,7 @@ from .test_commands import run
 EXPORTED = SimpleNamespace(
     task="fill-mask",
     files={},
-    quantization=SimpleNamespace(bits=4, calibration=None),
+    quantization=SimpleNamespace(bits=4, calibration=None, bits_a_weight=5.0),
     adapters=(),
     slots=(),
     slots_of=lambda _: (),

@@ -66,7 +66,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> sharing.Shared:
 
 @pytest.fixture(scope="package", autouse=True)
 def _quick_exports(shared: sharing.Shared) -> Iterator[None]:
-    with sharing.traces_shared(shared), sharing.unmeasured():
+    with sharing.traces_shared(shared), sharing.unmeasured(), sharing.uncalibrated():
+        yield
+
+
+@pytest.fixture
+def calibrated() -> Iterator[None]:
+    """What the test exports is calibrated as it is by default."""
+    with sharing.calibrated():
         yield
 
 

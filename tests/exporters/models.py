@@ -67,8 +67,8 @@ def save_adapter(
 def read_reference(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Decode the frozen matrices of a bundle from the bytes of `weights.bin`, by the formats' definitions.
 
-    Not with the exporter's code: q4 holds `[N, K / block, block / 2]` bytes, low half first, zero point 8; q8
-    holds bytes with zero point 128; f16 holds halves; anything else is float32.
+    Not with the exporter's code: q4 holds `[N, K / block, block / 2]` bytes, low half first, with zero points
+    laid out alike; q8 holds bytes with zero point 128; f16 holds halves; anything else is float32.
     """
     data = (folder / manifest.weights_file).read_bytes()
 
@@ -83,12 +83,17 @@ def read_reference(folder: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         if suffix in ("q4", "q8") or (suffix == "rows" and stem.rpartition(".")[2] in ("q4", "q8")):
             if suffix == "rows":
                 stem, _, suffix = stem.rpartition(".")
-            scales = raw(f"{stem}.scales")
+            scales = raw(f"{stem}.scales").astype(np.float32)
+
+            def halves(packed: np.ndarray) -> np.ndarray:
+                return np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+
             codes = raw(name).reshape(scales.shape[0], -1)
+            zero_points = np.full((*scales.shape, 1), 128)
             if suffix == "q4":
-                codes = np.stack([codes & 15, codes >> 4], axis=-1).reshape(scales.shape[0], -1)
-            zero_point = {"q4": 8, "q8": 128}[suffix]
-            blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - zero_point
+                codes = halves(codes)
+                zero_points = halves(raw(f"{stem}.zero_points"))[:, : scales.shape[1], None]
+            blocks = codes.reshape(*scales.shape, -1).astype(np.float32) - zero_points
             found[stem] = torch.from_numpy((blocks * scales[..., None]).reshape(codes.shape))
         elif suffix == "f16":
             found[stem] = torch.from_numpy(raw(name).astype(np.float32))

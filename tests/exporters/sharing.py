@@ -6,7 +6,7 @@ Tracing takes most of an export of a tiny model, and measuring memory most of th
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -16,10 +16,12 @@ import torch
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.exporters import pipeline
+from edgepeft.exporters.calibration import rounding
 from edgepeft.exporters.measure import bundle as memory
 from edgepeft.exporters.sources import tracing, transformers_model
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.transformers_model import Source
+from edgepeft.runtime.records import Record
 
 Make = Callable[[Path], object]
 #: Settings that a trace does not depend on: where a model comes from, how its weights were drawn, what its
@@ -111,6 +113,26 @@ def unmeasured() -> Iterator[None]:
         return manifest
 
     with patch.object(pipeline, "with_memory", without):
+        yield
+
+
+@contextmanager
+def uncalibrated() -> Iterator[None]:
+    """Round language models to the nearest, as `quick` does, unless there are records: what they would write
+    themselves takes longer than the rest of an export of a tiny model."""
+
+    def with_records(source: Source, records: Sequence[Record], options: object, bits: int) -> bool:
+        del source, options, bits
+        return bool(records)
+
+    with patch.object(pipeline, "is_calibrated", with_records):
+        yield
+
+
+@contextmanager
+def calibrated() -> Iterator[None]:
+    """Let what is exported be calibrated as it is by default."""
+    with patch.object(pipeline, "is_calibrated", rounding.is_calibrated):
         yield
 
 

@@ -16,15 +16,12 @@ from edgepeft.runtime.records import Record
 from edgepeft.runtime.records import records as as_records
 from edgepeft.runtime.tasks import task_for
 
-from .options import ExportOptions
-from .quantize.calibrate import Feeds, Progress, calibrate
-from .quantize.freeze import Freezer
-from .quantize.layouts import QuantizedWeight
-from .sources.base import ModelSource
-from .sources.model_info import model_info
-from .sources.onnx_file import is_onnx_file
-from .sources.samples import sample_inputs
-from .sources.transformers_model import Source
+from ..options import ExportOptions
+from ..sources.model_info import model_info
+from ..sources.onnx_file import is_onnx_file
+from ..sources.samples import sample_inputs
+from ..sources.transformers_model import Source
+from .groups import Feeds
 
 #: Longer records are cut: attention's cost grows with the square, what is learned of the inputs does not.
 MAX_TOKENS = 512
@@ -49,37 +46,6 @@ def usable_records(options: ExportOptions, model: Any) -> list[Record]:
             "out"
         )
     return list(as_records(options.calibration))
-
-
-def calibrated(
-    source: ModelSource,
-    records: Sequence[Record],
-    folder: Path,
-    freezer: Freezer,
-    saved: Sequence[str],
-    progress: Progress,
-) -> dict[str, QuantizedWeight]:
-    """The source's linears, rounded for what they read of the records; see `calibrate`.
-
-    Args:
-        folder: a new one, for the tokenizer's files.
-        freezer: knows the bits and the block size.
-        saved: modules that are not quantized.
-
-    Raises:
-        DataError: a record cannot be used; the message says where it stands.
-        UsageError: records are texts and the model has no tokenizer.
-    """
-    assert isinstance(source, Source)
-    feeds = read_feeds(source, records, folder)
-    return calibrate(
-        source.model,
-        feeds,
-        bits=freezer.bits,
-        block_size=freezer.block_size,
-        kept=saved,
-        progress=progress,
-    )
 
 
 def read_feeds(source: Source, records: Sequence[Record], folder: Path) -> list[Feeds]:

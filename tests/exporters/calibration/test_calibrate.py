@@ -1,4 +1,4 @@
-"""Calibrated quantization: the algorithm against plain numpy, models and bundles against PyTorch."""
+"""Calibrated quantization: models and bundles against PyTorch."""
 
 import copy
 import json
@@ -15,91 +15,13 @@ from click.testing import CliRunner
 
 import edgepeft
 from edgepeft import cli
-from edgepeft.exporters.quantize import calibrate as calibration_module
+from edgepeft.exporters.calibration import groups
+from edgepeft.exporters.calibration.calibrate import Sizes, calibrate
 from edgepeft.exporters.quantize.blockwise import quantize
-from edgepeft.exporters.quantize.calibrate import calibrate
-from edgepeft.exporters.quantize.gptq import DAMPING, InputStatistics, gptq
 
 from .. import models, task_models
 
 Feeds = dict[str, torch.Tensor]
-
-
-def correlated(rows: int, columns: int, seed: int) -> torch.Tensor:
-    """Values of which some directions hold most, and some columns much more than others."""
-    mixture = torch.randn(columns, columns, generator=torch.Generator().manual_seed(7))
-    mixture *= torch.logspace(0, -2, columns)[:, None] * torch.linspace(0.3, 3, columns)
-    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) @ mixture
-
-
-def by_hand(weight: np.ndarray, exact: np.ndarray, read: np.ndarray, block_size: int) -> np.ndarray:
-    """The paper's method a column at a time, in float64: the inverse of what is left of the Hessian is
-    computed anew for each. Only the scales of a block are the exporter's own."""
-
-    def damped(rows: slice) -> np.ndarray:
-        hessian = read[rows].T @ read[rows]
-        return np.asarray(hessian + DAMPING * np.diag(hessian).mean() * np.eye(len(hessian)))
-
-    def least_squares(rows: slice) -> np.ndarray:
-        wanted = (exact[rows] - read[rows]) @ weight.T
-        return np.linalg.solve(damped(rows), read[rows].T @ wanted).T
-
-    half, others = slice(len(read) // 2), slice(len(read) // 2, None)
-    effect = (read[others] @ least_squares(half).T).ravel()
-    wanted = ((exact[others] - read[others]) @ weight.T).ravel()
-    fraction = np.clip(effect @ wanted / (effect @ effect), 0, 1)
-    assert 0.1 < fraction < 1
-    hessian = damped(slice(None))
-    left = weight + fraction * least_squares(slice(None))
-    importance = np.diag(hessian).reshape(-1, block_size)
-    columns = [
-        block * block_size + column
-        for block in np.argsort(-importance.sum(1))
-        for column in np.argsort(-importance[block])
-    ]
-    result = np.zeros_like(weight)
-    for position, column in enumerate(columns):
-        if position % block_size == 0:
-            block = sorted(columns[position : position + block_size])
-            found = quantize(torch.from_numpy(left[:, block]), 4, block_size)
-            scales = found.scales.values[:, 0].astype(np.float64)
-        rest = columns[position:]
-        inverse = np.linalg.inv(hessian[np.ix_(rest, rest)])
-        result[:, column] = np.clip(np.round(left[:, column] / scales), -8, 7) * scales
-        error = (left[:, column] - result[:, column]) / inverse[0, 0]
-        left[:, rest] -= np.outer(error, inverse[0])
-    return result
-
-
-def test_it_is_the_papers_method() -> None:
-    weight = torch.randn(12, 64, generator=torch.Generator().manual_seed(0))
-    exact = correlated(300, 64, seed=1)
-    read = 0.95 * exact + 0.05 * correlated(300, 64, seed=2)
-    halves = InputStatistics.empty(64), InputStatistics.empty(64)
-    for part in range(0, 300, 50):
-        halves[part // 150].add(exact[part : part + 50], read[part : part + 50])
-    parts = gptq([weight[:5], weight[5:]], halves, 4, 16)
-    assert [part.shape for part in parts] == [(5, 64), (7, 64)]
-    got = np.concatenate([part.dequantize().numpy() for part in parts])
-    expected = by_hand(*(value.double().numpy() for value in (weight, exact, read)), block_size=16)
-    # A value between two codes may go either way in float32, and changes those after it in its row.
-    same = [np.allclose(*rows, atol=1e-4) for rows in zip(got, expected, strict=True)]
-    assert sum(same) >= 10
-
-
-@pytest.mark.parametrize("bits", [4, 8])
-def test_outputs_on_other_inputs_are_nearer_than_by_rounding(bits: int) -> None:
-    weight = torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
-    halves = InputStatistics.empty(128), InputStatistics.empty(128)
-    rows = correlated(600, 128, seed=1)
-    halves[0].add(rows, rows)
-    others = correlated(200, 128, seed=2)
-    (calibrated,) = gptq([weight], halves, bits, 32)
-    errors = [
-        float((others @ (found.dequantize() - weight).T).square().mean())
-        for found in (calibrated, quantize(weight, bits, 32))
-    ]
-    assert errors[0] < 0.5 * errors[1]
 
 
 def token_feeds(count: int, seed: int, **more: Callable[[], torch.Tensor]) -> list[Feeds]:
@@ -159,7 +81,7 @@ def test_a_calibrated_model_is_nearer_to_the_float_one(name: str) -> None:
     model, feeds, others = build(), make(32, 1), make(8, 2)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     told: list[tuple[int, int]] = []
-    found = calibrate(model, feeds, bits=4, block_size=32, progress=lambda *counts: told.append(counts))
+    found = calibrate(model, feeds, Sizes(4, 32), progress=lambda *counts: told.append(counts)).weights
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert told[-1] == (len(found), len(found))
 
@@ -184,26 +106,26 @@ def test_a_calibrated_model_is_nearer_to_the_float_one(name: str) -> None:
 def test_blocks_that_are_done_need_not_run_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they returned is kept, and the result is the same to the bit."""
     build, make = CASES[name]
-    found = calibrate(build(), make(6, 1), bits=4, block_size=32)
+    found = calibrate(build(), make(6, 1), Sizes(4, 32)).weights
     answers: list[bool] = []
-    can_replay = calibration_module._can_replay
+    can_replay = groups._can_replay
 
     def no(*arguments: Any) -> bool:
         answers.append(can_replay(*arguments))
         return False
 
-    monkeypatch.setattr(calibration_module, "_can_replay", no)
-    again = calibrate(build(), make(6, 1), bits=4, block_size=32)
+    monkeypatch.setattr(groups, "_can_replay", no)
+    again = calibrate(build(), make(6, 1), Sizes(4, 32)).weights
     assert answers == [True]
     assert list(again) == list(found)
     assert all(np.array_equal(again[key].packed, found[key].packed) for key in found)
 
 
-def test_what_is_kept_and_what_is_looked_up_is_left_out() -> None:
+def test_what_is_kept_is_left_out() -> None:
     found = calibrate(
-        models.llama(tied=True), token_feeds(4, 0), bits=4, block_size=32, kept=["model.layers.1.mlp"]
-    )
-    assert not {"lm_head.weight", "model.embed_tokens.weight"} & found.keys()
+        models.llama(tied=True), token_feeds(4, 0), Sizes(4, 32), kept=["model.layers.1.mlp"]
+    ).weights
+    assert "lm_head.weight" not in found
     assert "model.layers.0.mlp.up_proj.weight" in found
     assert not any(name.startswith("model.layers.1.mlp") for name in found)
 
@@ -224,15 +146,20 @@ def test_an_encoder_by_the_command(tmp_path: Path) -> None:
     assert "calibrating" in result.stderr
     summary = json.loads(result.stdout)
     assert summary["verification"]["outputs"]["no adapter"] < 1e-3
-    assert summary["calibration"] == {
+    calibration = summary["calibration"]
+    assert {key: calibration[key] for key in ("method", "records", "rounded", "inputs")} == {
         "method": "gptq",
         "records": 32,
         "rounded": [],
+        "inputs": "records",
     }
-    exceptions = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["quantization"]["exceptions"]
-    assert exceptions["embeddings.word_embeddings.weight"] == 8
+    errors = calibration["errors"]
+    assert "encoder.layer.0.attention.self.query.weight" in errors
+    assert all(0 < error < 0.5 for error in errors.values())
+    assert 4.625 <= summary["bits_a_weight"] <= 5
     shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "bundle")], catch_exceptions=False)
-    assert "at 4 bits, calibrated on 32 records" in shown.stdout
+    assert f"at 4 bits, {summary['bits_a_weight']:.2f} a weight with scales" in shown.stdout
+    assert "calibrated on 32 records" in shown.stdout
 
 
 @pytest.mark.slow
@@ -245,14 +172,14 @@ def test_a_decoder_from_python(tmp_path: Path, bits: int, train: bool) -> None:
         models.llama(tied=False), tmp_path / "bundle", bits=bits, rank=2, calibration=records, train=train
     )
     assert manifest.quantization.calibration is not None
-    assert manifest.quantization.calibration.rounded == (() if bits == 4 else ("model.embed_tokens.weight",))
+    assert manifest.quantization.calibration.rounded == ()
     assert max(manifest.verification["decoder_outputs"].values()) < 1e-3
     if train:
         assert manifest.verification["gradients"]["default"]["smallest_cosine"] > 0.9999
     found = calibrate(
         models.llama(tied=False), [{"input_ids": torch.tensor([r["input_ids"]])} for r in records],
-        bits=bits, block_size=32,
-    )  # fmt: skip
+        Sizes(bits, 32),
+    ).weights  # fmt: skip
     stored = models.read_reference(tmp_path / "bundle", manifest)
     for name, weight in found.items():
         np.testing.assert_array_equal(stored[name].numpy(), weight.dequantize())
@@ -283,3 +210,37 @@ def test_records_that_cannot_be_used(tmp_path: Path) -> None:
     onnx.save(onnx.ModelProto(), str(tmp_path / "model.onnx"))
     with pytest.raises(edgepeft.UsageError, match="needs a transformers model"):
         edgepeft.export(tmp_path / "model.onnx", tmp_path / "bundle", calibration=[{"text": "w1"}])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("calibrated")
+def test_a_language_model_without_records(tmp_path: Path) -> None:
+    """Verified against PyTorch on what the bundle holds: weights of 4 and of 8 bits side by side."""
+    manifest = edgepeft.export(models.llama(tied=True), tmp_path / "bundle", rank=2)
+    quantization = manifest.quantization
+    assert quantization.calibration is not None
+    assert (quantization.calibration.inputs, quantization.calibration.records) == ("own text", 64)
+    assert 8 in quantization.exceptions.values()
+    assert manifest.verification["gradients"]["default"]["smallest_cosine"] > 0.9999
+    assert max(manifest.verification["decoder_outputs"].values()) < 1e-3
+    again = edgepeft.export(models.llama(tied=True), tmp_path / "again", rank=2)
+    assert again.files[again.weights_file] == manifest.files[manifest.weights_file]
+    quick = edgepeft.export(models.llama(tied=True), tmp_path / "quick", rank=2, quick=True)
+    assert quick.quantization.calibration is None
+    assert set(quick.quantization.exceptions.values()) <= {32}
+    smaller = edgepeft.export(models.llama(tied=True), tmp_path / "small", size="64kB", train=False)
+    assert smaller.quantization.bits_a_weight < quantization.bits_a_weight
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_sizes_that_cannot_be(tmp_path: Path) -> None:
+    def refuse(match: str, **options: Any) -> None:
+        with pytest.raises(edgepeft.UsageError, match=match):
+            edgepeft.export(models.llama(tied=True), tmp_path / "bundle", **options)
+        assert not (tmp_path / "bundle").exists()
+
+    refuse("goes with 4 bits, and not with quick", size="1MB", bits=8)
+    refuse("goes with 4 bits, and not with quick", size="1MB", quick=True)
+    refuse("leave one of them out", quick=True, calibration=[{"input_ids": [1]}])
+    refuse("not a size", size="one")
+    refuse(r"--size 0\.0 MB: the weights take at least 0\.\d MB", size=1000)
