@@ -40,16 +40,23 @@ def base_model(labels: Sequence[str]) -> Any:
 
 
 def load_stored_weights(model: Any, bundle: Bundle) -> None:
-    """Give a model the very weights that a bundle holds: 4-bit codes times their scales."""
+    """Give a model the very weights that a bundle holds: 4-bit codes less their zero points, times scales."""
     state = model.state_dict()
     for name in bundle.manifest.weights:
         key, _, stored = name.partition(".weight.")
         if stored in ("q4", "q4.rows"):
-            packed = bundle.read_weight(name).astype(np.uint8).reshape(len(state[f"{key}.weight"]), -1)
-            codes = np.stack([packed & 15, packed >> 4], axis=2).astype(np.float32) - 8
-            scales = bundle.read_weight(f"{key}.weight.scales").reshape(len(packed), -1)
-            blocks = codes.reshape(*scales.shape, -1) * scales[:, :, None]
-            state[f"{key}.weight"] = torch.from_numpy(blocks.reshape(len(packed), -1))
+            rows = len(state[f"{key}.weight"])
+            packed, zero_points = (
+                bundle.read_weight(part).astype(np.uint8).reshape(rows, -1)
+                for part in (name, f"{key}.weight.zero_points")
+            )
+            scales = bundle.read_weight(f"{key}.weight.scales").reshape(rows, -1).astype(np.float32)
+            codes, zeros = (
+                np.stack([part & 15, part >> 4], axis=2).reshape(rows, -1).astype(np.float32)
+                for part in (packed, zero_points)
+            )
+            blocks = codes.reshape(*scales.shape, -1) - zeros[:, : scales.shape[1], None]
+            state[f"{key}.weight"] = torch.from_numpy((blocks * scales[:, :, None]).reshape(rows, -1))
         elif stored == "f16":
             state[f"{key}.weight"] = torch.from_numpy(bundle.read_weight(name)).float()
     model.load_state_dict(state)

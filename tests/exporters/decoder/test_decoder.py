@@ -235,7 +235,10 @@ def test_weights_are_stored_once_and_nodes_are_few(decoders: Make) -> None:
         first += part.nbytes
     assert first == joined.offset + joined.nbytes
     graph = bundle.path / manifest.graphs["decoder"].file
-    kinds = [node.op_type for node in onnx.load(graph, load_external_data=False).graph.node]
+    model = onnx.load(graph, load_external_data=False).graph
+    constants = {tensor.name for tensor in model.initializer}
+    # What reads constants alone (scales that are cast) is computed when a session is opened.
+    kinds = [node.op_type for node in model.node if not set(node.input) <= constants]
     layers = manifest.model.num_layers
     assert kinds.count("MatMulNBits") == 4 * layers + 1
     assert kinds.count("GroupQueryAttention") == layers
@@ -261,7 +264,11 @@ def test_a_large_output_layer_in_slices_gives_the_same_logits_from_the_same_byte
     for role in ("decoder", "decoder.plain", "decoder.int8", "decoder.int8.plain"):
         graph = sliced.bundle.path / sliced.bundle.manifest.graphs[role].file
         nodes = onnx.load(graph, load_external_data=False).graph.node
-        heads = [node.output[0] for node in nodes if ".slice" in "".join(node.input)]
+        heads = [
+            node.output[0]
+            for node in nodes
+            if node.op_type == "MatMulNBits" and ".slice" in "".join(node.input)
+        ]
         assert len(heads) == 3
     stored = [(each.bundle.path / "weights.bin").stat().st_size for each in (whole, sliced)]
     assert stored[0] == stored[1]
