@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -88,8 +89,14 @@ def _parsed_once() -> Iterator[None]:
     which it asks for at every module, is made once, too."""
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        """Numpy's own arrays of the mapped file: a part of a `memmap` takes three times as long to make."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
     found = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, found)
+    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (Reader, gguf.get_tensor_name_map))
     try:
         yield
     finally:
