@@ -95,12 +95,13 @@ def _parsed_once() -> Iterator[None]:
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, np.asarray(value) if name == "data" else value)
 
-    found = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = map(functools.cache, (Reader, gguf.get_tensor_name_map))
+    package: Any = gguf
+    found = package.GGUFReader, package.get_tensor_name_map
+    package.GGUFReader, package.get_tensor_name_map = functools.cache(Reader), functools.cache(found[1])
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = found
+        package.GGUFReader, package.get_tensor_name_map = found
 
 
 def _check_whole(path: Path, model: Any, missing: Iterable[str]) -> None:
