@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 
 from edgepeft.bundle.manifest import Manifest
-from edgepeft.bundle.memory_formula import MemoryFormula
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.wiring import Stage, StreamedInference
 from edgepeft.files import temporary_folder
@@ -15,15 +14,16 @@ from edgepeft.runtime.key_value_cache import cache_specs
 from edgepeft.runtime.streamed_model import StreamedModel, output_rows
 
 from .feeds import axis_sizes, sample_feeds
-from .probe import STREAMED, sample_run, with_session
-from .tensors import Grid, fit_peaks, grid_of, read_profile
+from .probe import sample_run
+from .tensors import Grid, Peaks, fit_peaks, grid_of, read_profile
 
 #: Lengths of the cache on the grid of sizes: what a run holds is linear in them.
 PASTS = (3, 8)
 
 
-def measure_streamed(folder: Path, length_unit: int = 1) -> MemoryFormula:
-    """What streamed inference of the bundle in `folder` needs; sequences are multiples of `length_unit`."""
+def measure_streamed_peaks(folder: Path, length_unit: int = 1) -> Peaks:
+    """The sums of live tensors of the streamed inference of the bundle in `folder` that are the largest for
+    some batch, sequence, rank and cache; sequences are multiples of `length_unit`."""
     bundle = open_bundle(folder)
     streamed = bundle.manifest.streamed_inference
     assert streamed is not None
@@ -32,8 +32,7 @@ def measure_streamed(folder: Path, length_unit: int = 1) -> MemoryFormula:
         grid = dataclasses.replace(grid, pasts=PASTS)
     short = _one_of_each_kind(bundle.manifest, streamed)
     in_use = np.hstack(list(_bytes_in_use(bundle, short, grid, length_unit)))
-    tensors = MemoryFormula(session_bytes=0, peaks=fit_peaks(in_use, grid, length_unit))
-    return with_session(folder, STREAMED, tensors, length_unit, bundle.manifest.model.max_length)
+    return fit_peaks(in_use, grid, length_unit)
 
 
 def _bytes_in_use(

@@ -5,6 +5,7 @@ node's figure is a polynomial of the sizes, so solving for the coefficients give
 size; the nodes that are the worst for some size make the formula.
 """
 
+import dataclasses
 import itertools
 import json
 import re
@@ -34,6 +35,8 @@ _TIME, _HELD = re.compile(rb'"ts" ?: ?(\d+)'), re.compile(rb'"mem_bytes_requeste
 _WITH_SCRATCH = (b'"Attention"', b'"GroupQueryAttention"')
 
 Peaks = tuple[tuple[MemoryTerm, ...], ...]
+#: Batch, sequence, rank and length of the cache; or the powers of these.
+Size = tuple[int, int, int, int]
 
 
 def measure_peaks(
@@ -53,12 +56,21 @@ def measure_peaks(
         ExportError: the graph does not run.
     """
     grid = grid_of(spec, batch_unit)
-    runs = [
-        sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
-        for batch, sequence, rank, _ in grid.sizes
-    ]
+    few = dataclasses.replace(grid, is_sparse=True)
+
+    def at(sizes: Sequence[Size]) -> np.ndarray:
+        runs = [
+            sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
+            for batch, sequence, rank, _ in sizes
+        ]
+        return bytes_in_use(graph, folder, runs)
+
     try:
-        in_use = bytes_in_use(graph, folder, runs)
+        last = grid.sizes[-1]
+        in_use = at([*few.sizes, last])
+        if few.foretells(in_use[:-1], last, in_use[-1]):
+            return fit_peaks(in_use[:-1], few, length_unit)
+        in_use = at(grid.sizes)
     except Exception as error:  # onnxruntime's are of several kinds
         raise ExportError(
             f"{spec.file}: onnxruntime {ort.__version__} does not run this graph, whose memory was to be "
@@ -85,7 +97,7 @@ def fit_peaks(in_use: np.ndarray, grid: "Grid", length_unit: int = 1) -> Peaks:
         grid: the sizes.
         length_unit: of the grid's sequences.
     """
-    coefficients = np.linalg.solve(grid.design(grid.sizes), in_use).T  # [nodes, powers]
+    coefficients = grid.coefficients(in_use).T  # [nodes, powers]
     coefficients[np.abs(coefficients) < SHAPE_ERROR_BYTES] = 0.0
     # What is in use at every size are initializers and prepacked weights, which the session itself accounts
     # for.
@@ -135,25 +147,45 @@ def grid_of(spec: GraphSpec, batch_unit: int = 1) -> "Grid":
 
 @dataclass(frozen=True)
 class Grid:
-    """Sizes that determine a polynomial of batch, sequence, rank and what the key/value cache holds."""
+    """Sizes that determine a polynomial of batch, sequence, rank and what the key/value cache holds.
+
+    With `is_sparse` only such monomials have a coefficient as tensors of most models have: a batch counts
+    once, a sequence twice at most (scores of attention), and once beside a rank. What a batch counts twice
+    for (a loss that compares every text with every other) needs the whole grid.
+    """
 
     batches: tuple[int, ...]
     sequences: tuple[int, ...]
     ranks: tuple[int, ...]
     pasts: tuple[int, ...] = (0,)
+    is_sparse: bool = False
 
     @property
-    def sizes(self) -> list[tuple[int, int, int, int]]:
-        """Every combination."""
-        return list(itertools.product(self.batches, self.sequences, self.ranks, self.pasts))
+    def sizes(self) -> list[Size]:
+        """As many as there are monomials, and such that they determine each."""
+        return [
+            (self.batches[b], self.sequences[s], self.ranks[r], self.pasts[p]) for b, s, r, p in self.powers
+        ]
 
     @property
-    def powers(self) -> list[tuple[int, int, int, int]]:
+    def powers(self) -> list[Size]:
         """Exponents of every monomial."""
         b, s, r, p = (range(len(axis)) for axis in (self.batches, self.sequences, self.ranks, self.pasts))
-        return list(itertools.product(b, s, r, p))
+        every = itertools.product(b, s, r, p)
+        return [power for power in every if not self.is_sparse or (power[0] < 2 and power[1] + power[2] < 3)]
 
-    def design(self, sizes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    def coefficients(self, values: np.ndarray) -> np.ndarray:
+        """Of every monomial, float64 `[powers, columns]`, of what has these values, float64 `[sizes,
+        columns]`, at the grid's sizes."""
+        return np.linalg.solve(self.design(self.sizes), values)
+
+    def foretells(self, values: np.ndarray, size: Size, there: np.ndarray) -> bool:
+        """Whether the polynomials of these values, float64 `[sizes, columns]`, have the values `there`,
+        float64 `[columns]`, at one more size."""
+        found = self.design([size])[0] @ self.coefficients(values)
+        return bool((np.abs(found - there) < SHAPE_ERROR_BYTES).all())
+
+    def design(self, sizes: Sequence[Size]) -> np.ndarray:
         """Every monomial at every size, float64 `[sizes, powers]`."""
         return np.array(
             [[float(b**i * s**j * r**k * p**m) for i, j, k, m in self.powers] for b, s, r, p in sizes]

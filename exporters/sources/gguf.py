@@ -6,10 +6,13 @@ Source: GGUF, version 3; `transformers.modeling_gguf_pytorch_utils`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -56,7 +59,7 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
         from .quantized.gguf_weights import GgufWeights
 
         tensors = read_tensors(path)
-        with quiet():
+        with quiet(), _parsed_once():
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, dtype=torch.float32, output_loading_info=True, **place, **whole
             )
@@ -77,6 +80,28 @@ def load_gguf(path: Path) -> tuple[Any, TokenizerFiles, GgufWeights]:
         tokenizer.save_pretrained(folder)
         text = described(path.name, tokenizer, read_copied_files(str(folder)), writes=True)
     return model, text, GgufWeights(path, tensors, model)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have transformers parse a file once: it does so for the configuration, for the weights and for the
+    tokenizer, each time with an array for every token of the vocabulary. The table of llama.cpp's names,
+    which it asks for at every module, is made once, too."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        """Numpy's own arrays of the mapped file: a part of a `memmap` takes three times as long to make."""
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    package: Any = gguf
+    found = package.GGUFReader, package.get_tensor_name_map
+    package.GGUFReader, package.get_tensor_name_map = functools.cache(Reader), functools.cache(found[1])
+    try:
+        yield
+    finally:
+        package.GGUFReader, package.get_tensor_name_map = found
 
 
 def _check_whole(path: Path, model: Any, missing: Iterable[str]) -> None:

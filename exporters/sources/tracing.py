@@ -23,6 +23,7 @@ from ..passes.drop_cache import PAST, PRESENT
 from ..versions import range_run
 from .base import Traced
 from .loaded_model import LoadedModel
+from .quick_trace import quick_trace
 from .samples import Samples, sample_inputs
 from .tied_weights import canonical_names
 
@@ -43,7 +44,7 @@ def trace(source: LoadedModel, *, with_past: bool = False) -> Traced:
     module.config.use_cache = with_past
     config = OnnxConfig(dynamic=True, dynamic_shapes=samples.shapes, opset_version=23, optimize=False)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), quick_trace(), torch.no_grad():
             # transformers 5.23 wraps what older ones return, torch's ONNXProgram.
             exported: Any = OnnxExporter().export(module, samples.inputs, config=config)
     except Exception as error:  # torch.export raises whatever the model's own code raised

@@ -20,6 +20,7 @@ from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT, IGNORED_LABEL, has_drift_penalty
 from edgepeft.runtime.key_value_cache import cache_specs
+from edgepeft.runtime.memory.process import release_freed_memory
 from edgepeft.runtime.session import GraphSession
 
 from ..options import STARTING_ADAPTER
@@ -80,6 +81,7 @@ def verify_against_pytorch(
     weights = BundleWeights(source.model, bundle, reference)
     weights.freeze()
     weights.reset()  # PEFT writes into them, and they may be in the memory of somebody's model
+    release_freed_memory()  # of the model's own weights, which malloc keeps
     source.model.config.use_cache = False
     batch = sample_batch(bundle, source)
     check = _Check(bundle, source, batch)

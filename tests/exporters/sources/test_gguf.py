@@ -105,6 +105,24 @@ def test_an_adapter_is_not_merged_into_codes(tmp_path: Path, monkeypatch: pytest
         load_source(str(adapter), task="text-generation")
 
 
+def test_a_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers asks for it three times, and the reader makes arrays of every token. Both are as they were
+    afterwards."""
+    write(tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.Q8_0)
+    parsed = []
+    build = gguf.GGUFReader._build_fields
+
+    def counted(self: gguf.GGUFReader, *place: int) -> int:
+        parsed.append(type(self.data))
+        return build(self, *place)
+
+    monkeypatch.setattr(gguf.GGUFReader, "_build_fields", counted)
+    before = gguf.GGUFReader, gguf.get_tensor_name_map
+    load_gguf(tmp_path / "tiny.gguf")
+    assert parsed == [np.ndarray]  # no `memmap`, whose parts take their time
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == before
+
+
 def test_a_bundle_of_it_is_verified(tmp_path: Path) -> None:
     write(tmp_path / "tiny.gguf")
     manifest = edgepeft.export(tmp_path / "tiny.gguf", tmp_path / "tiny.edge", bits=32, rank=2)

@@ -1,13 +1,16 @@
 """One trace gives a decoder's graph to generate with and its graph to train."""
 
+import gc
 from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
 
 from edgepeft.exporters.sources import transformers_model
 from edgepeft.exporters.sources.base import Traced
 from edgepeft.exporters.sources.loading import load_source
+from edgepeft.exporters.sources.quick_trace import quick_trace
 from edgepeft.exporters.sources.transformers_model import Source
 
 from .. import models
@@ -37,3 +40,20 @@ def test_a_decoder_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
         }
         assert axes == {"batch", "sequence"}
     assert traced == 1
+
+
+def test_settings_are_as_they_were_after_a_trace() -> None:
+    """Also where it fails."""
+
+    def fail() -> None:
+        with quick_trace():
+            assert settings() != before
+            raise KeyError
+
+    def settings() -> tuple[object, ...]:
+        return gc.get_threshold(), getattr(torch.fx.config, "do_not_emit_stack_traces", None)
+
+    before = settings()
+    with pytest.raises(KeyError):
+        fail()
+    assert settings() == before
