@@ -1,0 +1,87 @@
+"""What `benchmarks.quality` stands on: weights that move while the function stays, and llama.cpp's files."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from benchmarks.llama_cpp_files import Names, importance_matrix, tensor_bytes, write_float16
+from benchmarks.moved_model import docstrings, move, of_transformers
+from edgepeft.exporters.sources.gguf import load_gguf
+
+from .exporters import models
+from .exporters.sources.test_gguf import write
+
+IDS = list(range(3, 19))
+
+
+def gemma() -> transformers.PreTrainedModel:
+    """Norms of 1 + w after each layer and of the heads, heads wider than the hidden size has room for."""
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        **models.SIZES, num_key_value_heads=2, head_dim=32, max_position_embeddings=64, initializer_range=0.2
+    )
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith("norm.weight"):
+                tensor.normal_(std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("make", [lambda: models.llama(tied=True), lambda: models.llama(tied=False), gemma])
+def test_moved_weights_are_others_and_the_function_is_the_same(make: object) -> None:
+    assert callable(make)
+    model, other = make(), make()
+    move(other)
+    parameters = dict(other.named_parameters())
+    for name, tensor in model.named_parameters():
+        if tensor.ndim == 2:
+            assert (parameters[name] != tensor).float().mean() > 0.9, name
+    assert torch.equal(other.get_input_embeddings().weight, other.get_output_embeddings().weight) == bool(
+        model.config.tie_word_embeddings
+    )
+    torch.testing.assert_close(of_transformers(other)(IDS), of_transformers(model)(IDS), atol=1e-4, rtol=0)
+
+
+def test_a_float16_file_of_moved_weights_is_read_as_they_are(tmp_path: Path) -> None:
+    write(tmp_path / "tiny.gguf")
+    model, _, _ = load_gguf(tmp_path / "tiny.gguf")
+    move(model)
+    write_float16(model, tmp_path / "tiny.gguf", tmp_path / "moved.gguf")
+    read, _, _ = load_gguf(tmp_path / "moved.gguf")
+    for name, tensor in model.named_parameters():
+        expected = tensor.half().float() if tensor.ndim == 2 else tensor
+        assert torch.equal(read.state_dict()[name], expected), name
+    matrices = sum(tensor.numel() for tensor in model.parameters() if tensor.ndim == 2)
+    vectors = sum(tensor.numel() for tensor in model.parameters() if tensor.ndim == 1)
+    assert tensor_bytes(tmp_path / "moved.gguf") == 2 * matrices + 4 * vectors
+
+
+def test_names_are_the_architectures() -> None:
+    assert Names("llama", 2)["model.layers.1.mlp.down_proj.weight"] == "blk.1.ffn_down.weight"
+    assert (
+        Names("gemma3", 2)["model.layers.0.post_feedforward_layernorm.weight"] == "blk.0.post_ffw_norm.weight"
+    )
+
+
+def test_importance_is_the_mean_square_of_each_input() -> None:
+    model = models.llama(tied=True)
+    found = importance_matrix(model, "llama", [IDS, IDS[:8]])
+    assert len(found) == 2 * 7
+    inputs = []
+    norm = model.model.layers[0].input_layernorm
+    for ids in (IDS, IDS[:8]):
+        inputs.append(norm(model.get_input_embeddings()(torch.tensor(ids))).detach().numpy())
+    for name in ("blk.0.attn_q.weight", "blk.0.attn_v.weight"):
+        np.testing.assert_allclose(found[name], (np.concatenate(inputs) ** 2).mean(0), rtol=1e-5)
+
+
+def test_docstrings_are_found_without_an_import(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        '"""One."""\nraise SystemExit\n\nclass A:\n    """Two."""\n    def b(self): ...\n', "utf-8"
+    )
+    assert docstrings([path]) == ["One.", "Two."]
