@@ -18,7 +18,7 @@ import torch
 FloatArray = npt.NDArray[np.float32]
 
 #: `llama_ftype` of each kind of file.
-KINDS = {"Q4_0": 2, "Q4_K_S": 14, "Q4_K_M": 15, "Q8_0": 7}
+KINDS = {"Q4_0": 2, "IQ4_NL": 25, "Q4_K_S": 14, "Q4_K_M": 15, "Q8_0": 7}
 _FLOAT16 = 1
 #: Architectures of which llama.cpp orders the rows of queries and keys in pairs, for its rotary embedding.
 _PAIRED = ("llama",)
@@ -58,6 +58,10 @@ class _Parameters(ctypes.Structure):
     ]
 
 
+#: `ggml_log_callback`.
+_Log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+
+
 class Quantizer:
     """llama.cpp's quantizer.
 
@@ -78,10 +82,12 @@ class Quantizer:
                 ctypes.POINTER(_Parameters),
             ]
             self._library.llama_model_quantize.restype = ctypes.c_uint32
+            self._silent = _Log(lambda *_: None)  # it says a line a tensor
+            self._library.llama_log_set(self._silent, None)
         except (OSError, AttributeError) as error:
             raise LlamaCppError(f"{library}: {error}: it is not llama.cpp's library") from error
         default = self._defaults()
-        switches = [getattr(default, name) for name, kind in _Parameters._fields_ if kind is ctypes.c_bool]
+        switches = [getattr(default, field[0]) for field in _Parameters._fields_ if field[1] is ctypes.c_bool]
         if switches != [False, True, *[False] * 4] or default.imatrix or default.kv_overrides:
             raise LlamaCppError(
                 f"{library}: llama_model_quantize_params has other members: take a build of 2026"

@@ -72,7 +72,8 @@ class Workplace:
     @property
     def reference(self) -> np.ndarray:
         """The float model's log-probabilities, float32 `[windows, tokens - 1, vocabulary]`, mapped."""
-        return np.load(self.folder / "reference.npy", mmap_mode="r")
+        found: np.ndarray = np.load(self.folder / "reference.npy", mmap_mode="r")
+        return found
 
     def float16(self) -> Path:
         """The moved model as a GGUF file, written where it is not there yet."""

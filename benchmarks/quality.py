@@ -12,7 +12,8 @@ float32, which judges the weights alone: llama.cpp itself rounds activations too
 onnxruntime do (`accuracy_level` 4). What is calibrated, and the importance matrix, has seen 64 docstrings of
 modules that are not in text A.
 
-DIR keeps the moved model, its log-probabilities and every file that was made; results are merged into
+DIR keeps the moved model, its log-probabilities and every file that was made. A file is `weights.bin` of a
+bundle, and of llama.cpp a GGUF file, which has the tokenizer too. Results are merged into
 benchmarks/results/quality.json. One bundle of the moved model that is there already is judged by
 
     python -m benchmarks.quality --work DIR --bundle NAME=BUNDLE
@@ -58,11 +59,11 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "default": {"bits": 4},
     "records": {"bits": 4, "calibration": RECORDS_FILE},
 }
-FLOAT16, IMPORTANCE = "llama.cpp F16", " imatrix"
+FLOAT16 = "llama.cpp F16"
 #: llama.cpp's files: the kind, and whether the importance matrix of the records is given.
 PEERS = {
     **{f"llama.cpp {kind}": (kind, False) for kind in KINDS},
-    f"llama.cpp Q4_K_M{IMPORTANCE}": ("Q4_K_M", True),
+    **{f"llama.cpp {kind} imatrix": (kind, True) for kind in ("IQ4_NL", "Q4_K_S", "Q4_K_M")},
 }
 
 
@@ -152,9 +153,9 @@ def peer_row(name: str, work: Workplace, quantizer: Quantizer | None) -> dict[st
     path, quantize_s = work.float16(), 0.0
     if name in PEERS and quantizer is not None:
         kind, weighted = PEERS[name]
-        began_s = time.perf_counter()
         found = importance(work) if weighted else None
-        output = work.folder / f"{name.split(' ', 1)[1].replace(' ', '-')}.gguf"
+        began_s = time.perf_counter()
+        output = work.folder / f"{kind}{'-imatrix' * weighted}.gguf"
         quantizer(path, output, kind, found)
         path, quantize_s = output, time.perf_counter() - began_s
     model, _, _ = load_gguf(path)
@@ -168,14 +169,19 @@ def peer_row(name: str, work: Workplace, quantizer: Quantizer | None) -> dict[st
 
 
 def importance(work: Workplace) -> dict[str, np.ndarray]:
-    """The importance matrix of the records: as `llama-imatrix` reads a text, in windows of 512 tokens."""
+    """The importance matrix of the records, read in windows of 512 tokens as `llama-imatrix` reads a text."""
+    path = work.folder / "importance.npz"
+    if path.exists():
+        return dict(np.load(path))
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
     start = tokenizer("").input_ids
     records = [json.loads(line)["text"] for line in work.records.read_text("utf-8").splitlines()]
     read = tokenizer("\n\n".join(records), add_special_tokens=False).input_ids
     length = TOKENS - len(start)
     windows = [start + read[at : at + length] for at in range(0, len(read) - length + 1, length)]
-    return importance_matrix(work.load(), architecture(work.source), windows)
+    found = importance_matrix(work.load(), architecture(work.source), windows)
+    np.savez(path, **found)
+    return found
 
 
 def float_row(work: Workplace) -> dict[str, Any]:
@@ -183,7 +189,7 @@ def float_row(work: Workplace) -> dict[str, Any]:
     rows, found = iter(work.reference), {}
     for name, windows in work.windows.items():
         nll = [
-            -float(row[np.arange(TOKENS - 1), ids[1:]].mean())
+            -float(row[np.arange(len(ids) - 1), ids[1:]].mean())
             for ids, row in zip(windows, rows, strict=False)
         ]
         if windows:
