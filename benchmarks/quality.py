@@ -35,6 +35,7 @@ import numpy as np
 import onnx
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import edgepeft
 from benchmarks.compare import machine
@@ -170,9 +171,9 @@ def peer_row(name: str, work: Workplace, quantizer: Quantizer | None) -> dict[st
 
 def importance(work: Workplace) -> dict[str, np.ndarray]:
     """The importance matrix of the records, read in windows of 512 tokens as `llama-imatrix` reads a text."""
-    path = work.folder / "importance.npz"
+    path = work.folder / "importance.safetensors"
     if path.exists():
-        return dict(np.load(path))
+        return load_file(path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(work.model)
     start = tokenizer("").input_ids
     records = [json.loads(line)["text"] for line in work.records.read_text("utf-8").splitlines()]
@@ -180,7 +181,7 @@ def importance(work: Workplace) -> dict[str, np.ndarray]:
     length = TOKENS - len(start)
     windows = [start + read[at : at + length] for at in range(0, len(read) - length + 1, length)]
     found = importance_matrix(work.load(), architecture(work.source), windows)
-    np.savez(path, **found)
+    save_file(found, path)
     return found
 
 
