@@ -212,7 +212,7 @@ def table(rows: dict[str, dict[str, Any]], parameters: int) -> str:
         for text in "AB":
             found = row["judged"].get(text)
             cells += (
-                [f"{found['perplexity']:9.2f}", f"{found['kl']:9.4f}", f"{found['top1']:9.3f}"]
+                [f"{found['perplexity']:9.2f}", f"{max(found['kl'], 0):9.4f}", f"{found['top1']:9.3f}"]
                 if found
                 else [" " * 9] * 3
             )
