@@ -57,8 +57,11 @@ RESULTS = Path(__file__).parent / "results" / "quality.json"
 RECORDS_FILE = "records.jsonl"
 CANDIDATES: dict[str, dict[str, Any]] = {
     "float32": {"bits": 32},
+    "quick": {"bits": 4, "quick": True},
     "default": {"bits": 4},
     "records": {"bits": 4, "calibration": RECORDS_FILE},
+    # As many bytes as llama.cpp's Q4_K_M has for this width.
+    "large": {"bits": 4, "size": "103.6MB"},
 }
 FLOAT16 = "llama.cpp F16"
 #: llama.cpp's files: the kind, and whether the importance matrix of the records is given.
