@@ -116,6 +116,7 @@ def write_contents(
             models |= stages.graphs
     row_scalings = _row_scalings(inference, None if streamed is None else streamed.wiring)
     (folder / "graphs").mkdir()
+    served = {"inference", *({} if inference.decoder is None else inference.decoder.graphs)}
     graphs = {}
     with (folder / WEIGHTS_FILE).open("wb") as file:
         weights = WeightWriter(file)
@@ -124,7 +125,7 @@ def write_contents(
         for role, graph in models.items():
             path = f"graphs/{role}.onnx"
             write_graph(graph, folder / path, weights, WEIGHTS_FILE, row_scalings.get(role, ()))
-            graphs[role] = graph_spec(graph, path)
+            graphs[role] = graph_spec(graph, path, serves=role in served)
         if training is not None and partition is not None:
             wiring = partition.wiring
             _write_small(weights, training.model.graph, wiring.context_weights, wiring.stages_and_head)

@@ -145,12 +145,28 @@ def _tables_of_open_length(graph: ir.Graph) -> set[str]:
     }
 
 
-def graph_spec(model: ir.Model, file: str) -> GraphSpec:
-    """The signature of `model` for the manifest."""
+def graph_spec(model: ir.Model, file: str, *, serves: bool) -> GraphSpec:
+    """The signature of `model` for the manifest.
+
+    Args:
+        model: the graph.
+        file: its path in the bundle.
+        serves: it is run again and again in one session, token by token or text by text.
+    """
     return GraphSpec(
         file=file,
         inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
         outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+        folds=serves and _computes_constants(model.graph),
+    )
+
+
+def _computes_constants(graph: ir.Graph) -> bool:
+    """Whether codes or scales of a product are computed. Without folding that would be done at every run, and
+    onnxruntime 1.32 multiplies rounded activations by scales that are no constants wrongly."""
+    products = (node for node in graph if node.op_type == "MatMulNBits")
+    return any(
+        value is not None and value.producer() is not None for node in products for value in node.inputs[1:]
     )
 
 

@@ -33,9 +33,10 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 """What onnxruntime raises: its exceptions have no common base of their own."""
 
-# Folding would expand int4 and float16 weights to float32, and merging equal nodes would keep what a training
-# graph means to compute twice; the exporter has done what is to be done of both.
-_DISABLED_OPTIMIZERS = ["ConstantFolding", "CommonSubexpressionElimination"]
+# Merging equal nodes would keep what a training graph means to compute twice; folding would expand int4 and
+# float16 weights to float32, but for graphs that say there is something else to fold. The exporter has done
+# what is to be done of both otherwise.
+MERGING, FOLDING = "CommonSubexpressionElimination", "ConstantFolding"
 
 
 def _options(threads: int, shared_arena: bool) -> ort.SessionOptions:
@@ -104,9 +105,10 @@ class GraphSession:
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(bundle.path.absolute())
         )
+        disabled = [MERGING] if spec.folds else [MERGING, FOLDING]
         try:
             session = ort.InferenceSession(
-                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=_DISABLED_OPTIMIZERS
+                data, options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
             )
         except ORT_ERRORS as error:
             raise BundleError(

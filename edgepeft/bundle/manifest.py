@@ -25,11 +25,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphSpec:
-    """One ONNX file of the bundle and its signature, adapter inputs included."""
+    """One ONNX file of the bundle and its signature, adapter inputs included.
+
+    `folds`: what is computed of constants alone (scales of products, halves of bytes) is to be computed once,
+    when a session is opened. onnxruntime does, unless it is told not to.
+    """
 
     file: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    folds: bool = False
 
 
 #: Output of a graph that holds what a linear head reads, and the axis that has an entry for each label.

@@ -26,6 +26,7 @@ from edgepeft.errors import UsageError
 from ..quantize.blockwise import can_quantize, quantize, stored_bytes
 from ..quantize.gptq import InputStatistics, gptq
 from ..quantize.layouts import QuantizedWeight
+from ..sources.tied_weights import canonical_names
 from .allocate import Choice, allocate
 from .groups import Feeds, Group, plan
 from .passes import Passes, ReachedError, fast_products
@@ -124,7 +125,8 @@ def calibrate(
             for block in planned.blocks[: quantized.done]:  # they do not run any more
                 _share(model, rounded, block)
         progress(len(names), len(names))
-    return Calibrated(found, errors)
+    names_of = canonical_names(model)  # a tied embedding goes by its output layer's
+    return Calibrated({names_of[key]: weight for key, weight in found.items()}, errors)
 
 
 def _sharing(model: Any) -> Any:

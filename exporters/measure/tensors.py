@@ -21,6 +21,7 @@ from edgepeft.bundle.manifest import GraphSpec
 from edgepeft.bundle.memory_formula import MemoryTerm
 from edgepeft.errors import ExportError
 from edgepeft.files import temporary_folder
+from edgepeft.runtime.session import FOLDING, MERGING
 
 from .feeds import axis_sizes, sample_feeds
 
@@ -63,7 +64,7 @@ def measure_peaks(
             sample_feeds(spec, axis_sizes(batch, sequence * length_unit), rank)
             for batch, sequence, rank, _ in sizes
         ]
-        return bytes_in_use(graph, folder, runs)
+        return bytes_in_use(graph, folder, runs, folds=spec.folds)
 
     try:
         last = grid.sizes[-1]
@@ -80,10 +81,13 @@ def measure_peaks(
     return fit_peaks(in_use, grid, length_unit)
 
 
-def bytes_in_use(graph: bytes, folder: Path, runs: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Run a graph and read what it holds after each node: bytes, float64 `[runs, nodes]`."""
+def bytes_in_use(
+    graph: bytes, folder: Path, runs: Sequence[Mapping[str, np.ndarray]], *, folds: bool = False
+) -> np.ndarray:
+    """Run a graph and read what it holds after each node: bytes, float64 `[runs, nodes]`; `folds` as
+    `GraphSpec` has it."""
     with temporary_folder() as scratch:
-        session = _profiled_session(graph, folder, scratch)
+        session = _profiled_session(graph, folder, scratch, folds)
         for feeds in runs:
             session.run(None, dict(feeds))
         return read_profile(Path(session.end_profiling()), len(runs))
@@ -192,7 +196,7 @@ class Grid:
         )
 
 
-def _profiled_session(graph: bytes, folder: Path, scratch: Path) -> ort.InferenceSession:
+def _profiled_session(graph: bytes, folder: Path, scratch: Path, folds: bool) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = True
@@ -204,7 +208,7 @@ def _profiled_session(graph: bytes, folder: Path, scratch: Path) -> ort.Inferenc
         graph,
         options,
         providers=["CPUExecutionProvider"],
-        disabled_optimizers=["ConstantFolding", "CommonSubexpressionElimination"],
+        disabled_optimizers=[MERGING] if folds else [MERGING, FOLDING],
     )
 
 

@@ -125,7 +125,7 @@ def test_what_is_kept_is_left_out() -> None:
     found = calibrate(
         models.llama(tied=True), token_feeds(4, 0), Sizes(4, 32), kept=["model.layers.1.mlp"]
     ).weights
-    assert "lm_head.weight" not in found
+    assert "lm_head.weight" in found  # as the embedding goes by, whose rows are looked up
     assert "model.layers.0.mlp.up_proj.weight" in found
     assert not any(name.startswith("model.layers.1.mlp") for name in found)
 
@@ -220,6 +220,7 @@ def test_a_language_model_without_records(tmp_path: Path) -> None:
     quantization = manifest.quantization
     assert quantization.calibration is not None
     assert (quantization.calibration.inputs, quantization.calibration.records) == ("own text", 64)
+    assert quantization.calibration.rounded == ()
     assert 8 in quantization.exceptions.values()
     assert manifest.verification["gradients"]["default"]["smallest_cosine"] > 0.9999
     assert max(manifest.verification["decoder_outputs"].values()) < 1e-3

@@ -27,7 +27,7 @@ from edgepeft.bundle.manifest import DECODER
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.errors import AdapterError, BudgetError, BundleError, UpdateRejectedError, UsageError
-from edgepeft.exporters.measure import probe
+from edgepeft.exporters.measure import processes
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
 from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter
 from edgepeft.runtime.inputs import check_batch, model_inputs
@@ -54,22 +54,16 @@ Make = Callable[[str], Path]
 
 @pytest.fixture(scope="module", autouse=True)
 def _added() -> Iterator[None]:
-    """This process knows the technique, and so does the one that measures memory."""
+    """This process knows the technique, and so do those that measure memory."""
 
-    program = f"""
-from {bias_vector.__name__} import added
-from {probe.__name__} import main
-with added():
-    main()
-"""
-
-    def run(command: Sequence[str], **options: bool) -> "subprocess.CompletedProcess[str]":
-        python, _, _, *arguments = command
+    def popen(command: Sequence[str], **options: Any) -> "subprocess.Popen[str]":
+        python, _, module, *arguments = command
+        program = f"from {bias_vector.__name__} import added\nfrom {module} import main\nwith added(): main()"
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        return subprocess.run([python, "-c", program, *arguments], env=environment, **options)  # type: ignore
+        return subprocess.Popen([python, "-c", program, *arguments], env=environment, **options)
 
     with bias_vector.added(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "subprocess", SimpleNamespace(run=run))
+        patch.setattr(processes, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         yield
 
 
