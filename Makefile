@@ -8,13 +8,10 @@ BIN := $(VENV)/bin
 # The exact versions that were run, for what is installed and for what builds it.
 PINNED := PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt)
 
-.PHONY: demo demo-chat test test-device test-oldest test-newest lint types packages docs docs-memory docs-site wheel constraints
+.PHONY: demo test test-device test-oldest test-newest lint types packages docs docs-memory docs-site wheel constraints
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
-
-demo-chat: $(STAMP)
-	$(BIN)/python samples/chat_demo.py
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -46,7 +46,7 @@ class Demo:
             {json.loads(line)["label"] for line in self.train.read_text("utf-8").splitlines()}
         )
         self.results: dict[str, Any] = {}
-        self._device = device_environment(out / "device")
+        self._device = _device_environment(out / "device")
 
     def run(self) -> None:
         """Do it all."""
@@ -111,7 +111,7 @@ class Demo:
         report = self.out / "lora-adapter" / "adapt_report.json"
         script = Path(__file__).with_name("torch_side.py")
         start = self.out / "head-adapter"
-        run(sys.executable, script, self.bundle, self.train, self.test, report, start, figures)
+        _run(sys.executable, script, self.bundle, self.train, self.test, report, start, figures)
         baseline = json.loads(figures.read_text("utf-8"))
         self.results["torch"] = {name: baseline[name] for name in ("accuracy", "seconds", "peak_bytes")}
 
@@ -142,10 +142,10 @@ class Demo:
 
     def _edgepeft(self, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Run a command that prints JSON; its progress is shown."""
-        return dict(json.loads(run(EDGEPEFT, *arguments, environment=environment)))
+        return dict(json.loads(_run(EDGEPEFT, *arguments, environment=environment)))
 
 
-def device_environment(folder: Path) -> dict[str, str]:
+def _device_environment(folder: Path) -> dict[str, str]:
     """An environment in which importing what a device does not have fails."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ABSENT_ON_DEVICE:
@@ -153,7 +153,7 @@ def device_environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
+def _run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
     """Print and run a command; returns its standard output. A failure ends the demo with its exit code."""
     shown = [str(part) for part in command]
     print("\n$ " + shlex.join([Path(shown[0]).name, *shown[1:]]), file=sys.stderr, flush=True)
