@@ -104,6 +104,8 @@ def calibrate(
         planned = plan(model, feeds[0], _calibrated(model, sizes.block_size, kept))
         linears = [name for group in planned.groups for name in group.modules]
         names = linears if table is None else [table, *linears]
+        if not names:
+            return Calibrated({}, {})
         bits = _bits(model, feeds, names, sizes, seed)
         found, errors = dict[str, QuantizedWeight](), dict[str, float]()
         if table is not None:

@@ -32,7 +32,7 @@ def calibrated(
     freezer: Freezer,
     saved: Sequence[str],
     progress: Progress,
-) -> Calibration:
+) -> Calibration | None:
     """Round the source's weights into `freezer`; see `calibrate`.
 
     Args:
@@ -45,7 +45,8 @@ def calibrated(
         progress: is told how many weights of how many are done.
 
     Returns:
-        What the manifest says of it; `rounded` is known when the weights have been written.
+        What the manifest says of it; `rounded` is known when the weights have been written. None where no
+        weight can be quantized.
 
     Raises:
         DataError: a record cannot be used; the message says where it stands.
@@ -61,6 +62,8 @@ def calibrated(
         seed=options.seed,
         progress=progress,
     )
+    if not found.weights:
+        return None
     freezer.quantized.update(found.weights)
     count = sum(len(next(iter(each.values()))) for each in feeds)
     return Calibration("gptq", count, (), "records" if records else "own text", found.errors)

@@ -234,6 +234,23 @@ def test_a_language_model_without_records(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("calibrated")
+def test_a_model_without_a_weight_to_quantize(tmp_path: Path) -> None:
+    """No block divides its rows: nothing is calibrated, and nothing is said to be."""
+    sizes = {"hidden_size": 60, "intermediate_size": 100, "num_attention_heads": 3, "head_dim": 20}
+    config = transformers.LlamaConfig(
+        **sizes, vocab_size=320, num_hidden_layers=2, num_key_value_heads=3, max_position_embeddings=64
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(str(tmp_path / "model"))
+    command = ["export", str(tmp_path / "model"), "-o", str(tmp_path / "bundle"), "--no-train", "--no-verify"]
+    result = CliRunner().invoke(cli.main, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "calibrated" not in result.stdout
+    shown = CliRunner().invoke(cli.main, ["inspect", str(tmp_path / "bundle")], catch_exceptions=False)
+    assert "at 4 bits\n" in shown.stdout
+
+
+@pytest.mark.usefixtures("calibrated")
 def test_sizes_that_cannot_be(tmp_path: Path) -> None:
     def refuse(match: str, **options: Any) -> None:
         with pytest.raises(edgepeft.UsageError, match=match):
