@@ -62,6 +62,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "records": {"bits": 4, "calibration": RECORDS_FILE},
     # As many bytes as llama.cpp's Q4_K_M has for this width.
     "large": {"bits": 4, "size": "103.6MB"},
+    "large records": {"bits": 4, "size": "103.6MB", "calibration": RECORDS_FILE},
 }
 FLOAT16 = "llama.cpp F16"
 #: llama.cpp's files: the kind, and whether the importance matrix of the records is given.
