@@ -119,11 +119,11 @@ def calibrate(
                 continue
             weights = [_weight(model.get_submodule(name)) for name in group.modules]
             results = gptq(weights, halves, [bits[name] for name in group.modules], sizes.block_size)
-            for name, weight in zip(group.modules, results, strict=True):
-                key = f"{name}.weight"
-                found[key] = weight
-                errors[key] = _error(_weight(model.get_submodule(name)), weight, halves)
-                _write(rounded, name, weight)
+            hessian = halves[0].hessian + halves[1].hessian
+            for name, weight, result in zip(group.modules, weights, results, strict=True):
+                found[f"{name}.weight"] = result
+                errors[f"{name}.weight"] = _error(weight, result, hessian)
+                _write(rounded, name, result)
             for block in planned.blocks[: quantized.done]:  # they do not run any more
                 _share(model, rounded, block)
         progress(len(names), len(names))
@@ -164,11 +164,8 @@ def _statistics(exact: Passes, quantized: Passes, group: Group) -> tuple[InputSt
     return halves[0], halves[1]
 
 
-def _error(
-    weight: torch.Tensor, quantized: QuantizedWeight, halves: tuple[InputStatistics, InputStatistics]
-) -> float:
+def _error(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor) -> float:
     """Of the root of the mean square of what a linear makes, the fraction that rounding changes."""
-    hessian = halves[0].hessian + halves[1].hessian
     difference = quantized.dequantize().sub_(weight)
     lost, made = (float(((one @ hessian) * one).sum()) for one in (difference, weight))
     return (lost / made) ** 0.5 if made > 0 else 0.0
@@ -281,13 +278,14 @@ def _rounded_table(
     products = _products_of(model, table)
     if bits == 8 or not products:
         return quantize(weight, bits, block_size)
-    statistics = InputStatistics.empty(weight.shape[1])
-    rows = 0
+    nothing = InputStatistics.empty(weight.shape[1])
+    hessian, rows = torch.zeros_like(nothing.hessian), 0
 
     def read(_: Any, args: tuple[torch.Tensor, ...]) -> None:
         nonlocal rows
-        statistics.add(args[0].float(), args[0].float())
-        rows += args[0].shape[:-1].numel()
+        x = args[0].reshape(-1, len(hessian)).float()
+        hessian.addmm_(x.T, x)
+        rows += len(x)
         raise ReachedError
 
     with ExitStack() as hooks:
@@ -297,10 +295,10 @@ def _rounded_table(
                 model(**each)
             if rows >= _HEAD_ROWS:
                 break
-    hessian = statistics.hessian
     if not hessian.any():
         return quantize(weight, bits, block_size)
     hessian /= hessian.diagonal().mean()
     hessian.diagonal().add_(1)
-    (found,) = gptq([weight], (statistics, InputStatistics.empty(len(hessian))), [bits], block_size)
+    exact = InputStatistics(hessian, nothing.shift)  # nothing is quantized before it
+    (found,) = gptq([weight], (exact, nothing), [bits], block_size)
     return found

@@ -14,7 +14,7 @@ import transformers
 
 from ..sources.transformers_model import Source
 from .groups import Feeds
-from .passes import fast_products
+from .passes import fast_products, requiring_gradients
 
 #: Texts, and tokens that are written of each.
 TEXTS, TOKENS = 64, 144
@@ -81,12 +81,10 @@ def _continued(model: Any, begun: Sequence[Sequence[int]], length: int, seed: in
         return scores
 
     first = torch.tensor([one[:1] for one in begun])
-    weights, own = list(model.parameters()), model.generation_config
     with ExitStack() as stack:
-        for weight in weights:  # only of such autocast keeps what it has cast
-            stack.callback(weight.requires_grad_, weight.requires_grad)
-            weight.requires_grad_(True)
-        stack.callback(setattr, model, "generation_config", own)  # what is not given is taken from there
+        stack.enter_context(requiring_gradients(model, True))  # only of such autocast keeps what it has cast
+        # What is not given is taken from there.
+        stack.callback(setattr, model, "generation_config", model.generation_config)
         model.generation_config = chosen
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.no_grad())

@@ -5,7 +5,7 @@ read is then known to three digits, which is more than a sum over thousands of t
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,16 @@ def fast_products(*, cache_enabled: bool = False) -> torch.autocast:
     # One that computes it by float32 is slower for it, which is what torch's own question answers yes to.
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.autocast("cpu", torch.bfloat16, enabled=supported, cache_enabled=cache_enabled)
+
+
+@contextmanager
+def requiring_gradients(model: Any, required: bool) -> Iterator[None]:
+    """Let all weights of a model require gradients, or none."""
+    with ExitStack() as stack:
+        for weight in model.parameters():
+            stack.callback(weight.requires_grad_, weight.requires_grad)
+            weight.requires_grad_(required)
+        yield
 
 
 @dataclass

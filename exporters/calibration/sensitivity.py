@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..quantize.layouts import QuantizedWeight
 from .groups import Feeds
-from .passes import fast_products
+from .passes import fast_products, requiring_gradients
 
 #: Rounds a weight `[out_features, in_features]`, given the mean square of what each of its columns is
 #: multiplied with (None: alike).
@@ -91,12 +91,9 @@ def sensitivities(
     """
     generator = torch.Generator().manual_seed(seed)
     losses, firsts = _Losses(rounded), dict[int, str]()
-    kept = [weight for weight in model.parameters() if weight.requires_grad]
     tokens = 0
     with ExitStack() as stack:
-        for weight in kept:  # only what layers make is asked for
-            weight.requires_grad_(False)
-            stack.callback(weight.requires_grad_)
+        stack.enter_context(requiring_gradients(model, False))  # only what layers make is asked for
         stack.enter_context(torch.enable_grad())
         for module in model.modules():  # where gradients begin
             if isinstance(module, torch.nn.Embedding | torch.nn.Conv1d | torch.nn.Conv2d):

@@ -48,7 +48,7 @@ def quantize(
     count = columns // block_size
     step = max(1, CHUNK_VALUES // columns)
     dtype = scale_dtype(weight, bits)
-    scales = np.empty((rows, count), np.float16 if dtype == torch.float16 else np.float32)
+    scales = torch.empty(rows, count, dtype=dtype).numpy()
     zero_points = np.empty((rows, count), np.uint8)
     each = None if importance is None else importance.reshape(1, count, block_size)
 
@@ -58,7 +58,7 @@ def quantize(
             blocks = weight[part].float().reshape(-1, count, block_size)
             scale, zero_point = fit_blocks(blocks, bits, dtype, each)
             scales[part], zero_points[part] = scale.numpy(), zero_point.numpy()
-            codes = to_codes(blocks, scale[..., None], zero_point[..., None], bits)
+            codes = to_codes(blocks, inverse_of(scale)[..., None], zero_point[..., None], bits)
             yield torch.from_numpy(pack(codes.to(torch.uint8).reshape(-1, columns).numpy(), bits))
 
     packed = spooled((rows, columns * bits // 8), torch.uint8, packed_chunks())
@@ -122,7 +122,13 @@ def fit_blocks(
     return best[1].to(dtype).float(), best[2]
 
 
-def to_codes(weights: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """The nearest codes, as floats, of weights in blocks with these scales and zero points."""
-    inverse = torch.where(scale == 0, 0, 1 / scale)
+def inverse_of(scale: torch.Tensor) -> torch.Tensor:
+    """What weights are multiplied with on the way to their codes; 0 where the scale is."""
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def to_codes(
+    weights: torch.Tensor, inverse: torch.Tensor, zero_point: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """The nearest codes, as floats, of weights in blocks with these inverse scales and zero points."""
     return (weights * inverse).round_().add_(zero_point).clamp_(0, 2**bits - 1)

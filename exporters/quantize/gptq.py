@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .blockwise import fit_blocks, scale_dtype
+from .blockwise import fit_blocks, inverse_of, scale_dtype, to_codes
 from .layouts import BlockValues, QuantizedWeight, concatenate
 
 #: Added to the diagonal of a Hessian, as a fraction of its mean (the paper's): directions that the records
@@ -73,11 +73,12 @@ def gptq(
     ordered = hessian[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
     upper = torch.linalg.cholesky(inverse, upper=True).float()
+    importance = ordered.diagonal().float()
     found = []
-    for weight, kept_bits in zip(_corrected(weights, halves), bits, strict=True):
+    for weight, kept_bits in zip(_corrected(weights, inputs, halves), bits, strict=True):
         rows = max(1, _WEIGHTS_AT_A_TIME // weight.shape[1])
         parts = [
-            _round(part[:, order].float(), upper, ordered.diagonal().float(), order, kept_bits, block_size)
+            _round(part[:, order].float(), upper, importance, order, kept_bits, block_size)
             for part in weight.split(rows)
         ]
         found.append(concatenate(parts))
@@ -85,10 +86,12 @@ def gptq(
 
 
 def _corrected(
-    weights: Sequence[torch.Tensor], halves: tuple[InputStatistics, InputStatistics]
+    weights: Sequence[torch.Tensor],
+    inputs: InputStatistics,
+    halves: tuple[InputStatistics, InputStatistics],
 ) -> Sequence[torch.Tensor]:
-    """The weights that are to be rounded: moved towards those which are best for X_q."""
-    inputs = halves[0] + halves[1]
+    """The weights that are to be rounded: moved towards those which are best for X_q. `inputs` is the sum of
+    both halves."""
     if not inputs.shift.any():  # nothing is quantized before these
         return weights
     weight = torch.cat(list(weights)).float()
@@ -149,16 +152,16 @@ def _round(
     rows, columns = weight.shape
     dtype = scale_dtype(weight, bits)
     codes = np.empty((rows, columns), np.uint8)
-    scales = np.empty((rows, columns // block_size), np.float16 if dtype == torch.float16 else np.float32)
+    scales = torch.empty(rows, columns // block_size, dtype=dtype).numpy()
     zero_points = np.empty((rows, columns // block_size), np.uint8)
     for start in range(0, columns, block_size):
         stop = start + block_size
         scale, zero_point = fit_blocks(weight[:, start:stop], bits, dtype, importance[start:stop])
         left = weight[:, start:stop].T.contiguous()  # a column of the weight is a row here
         errors, own = torch.empty_like(left), upper[start:stop, start:stop]
-        inverse = torch.where(scale == 0, 0, 1 / scale)
+        inverse = inverse_of(scale)
         for column in range(block_size):
-            code = (left[column] * inverse).round_().add_(zero_point).clamp_(0, 2**bits - 1)
+            code = to_codes(left[column], inverse, zero_point, bits)
             codes[:, order[start + column]] = code.to(torch.uint8).numpy()
             errors[column] = (left[column] - (code - zero_point) * scale) / own[column, column]
             left[column + 1 :].addr_(own[column, column + 1 :], errors[column], alpha=-1)

@@ -50,6 +50,16 @@ def llama(*, tied: bool) -> transformers.PreTrainedModel:
     return transformers.LlamaForCausalLM(config).eval()
 
 
+def gpt2(*, layers: int = 2, width: int = 64) -> transformers.PreTrainedModel:
+    """Linears that keep their weights as `[in, out]`, positions that are looked up, and an output layer that
+    is the embedding."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_embd=width, n_layer=layers, n_head=4, n_positions=64, vocab_size=320, initializer_range=0.2
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
 def save_adapter(
     model: transformers.PreTrainedModel, folder: Path, seed: int, *, embeddings: bool = False, **config: Any
 ) -> Path:

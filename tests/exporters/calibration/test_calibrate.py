@@ -36,15 +36,6 @@ def token_feeds(count: int, seed: int, **more: Callable[[], torch.Tensor]) -> li
     ]
 
 
-def gpt2() -> transformers.PreTrainedModel:
-    """Its linears keep their weights as `[in, out]`."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=64, n_layer=3, n_head=4, vocab_size=320, n_positions=64, initializer_range=0.2
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def albert() -> transformers.PreTrainedModel:
     """All its layers are one, which runs three times."""
     torch.manual_seed(0)
@@ -65,7 +56,7 @@ def pairs(count: int, seed: int) -> list[Feeds]:
 CASES: dict[str, tuple[Callable[[], Any], Callable[[int, int], list[Feeds]]]] = {
     "bert": (models.bert_encoder, token_feeds),
     "llama": (lambda: models.llama(tied=False), token_feeds),
-    "gpt2": (gpt2, token_feeds),
+    "gpt2": (lambda: models.gpt2(layers=3), token_feeds),
     "albert": (albert, token_feeds),
     "t5": (task_models.t5, pairs),
     "vit": (task_models.vit, pixels),

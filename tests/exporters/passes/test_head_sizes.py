@@ -26,11 +26,7 @@ def llama(size: int) -> transformers.PreTrainedModel:
 
 def gpt2(size: int) -> transformers.PreTrainedModel:
     """Its queries and keys are not turned."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=4 * size, n_layer=2, n_head=4, n_positions=64, vocab_size=320, initializer_range=0.2
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
+    return models.gpt2(width=4 * size)
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,6 @@ def t5_tied() -> transformers.PreTrainedModel:
     return task_models.t5()
 
 
-def gpt2() -> transformers.PreTrainedModel:
-    """Its linears are stored turned, and its output layer is the embedding."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(
-        n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=320, initializer_range=0.2
-    )
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def phi() -> transformers.PreTrainedModel:
     """Its output layer has a bias."""
     torch.manual_seed(0)
@@ -128,12 +119,12 @@ UNVERIFIED: dict[str, Any] = {"train": False, "verify": False}
         (tied, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
         (untied, {"modules_to_save": ["embed_tokens", "norm"]}),
         pytest.param(
-            gpt2,
+            models.gpt2,
             {"modules_to_save": ["wte", "mlp.c_fc"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            gpt2,
+            models.gpt2,
             {"modules_to_save": ["lm_head", "wpe"], "target_modules": ["c_attn"], "fan_in_fan_out": True},
             marks=pytest.mark.slow,
         ),
