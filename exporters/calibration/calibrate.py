@@ -230,7 +230,8 @@ def _bits(
         rows += next(iter(record.values())).numel()
         if rows >= _MEASURED_ROWS:
             break
-    tied = [product for name in names for product in _products_of(model, name)]
+    tables = (name for name in names if isinstance(model.get_submodule(name), torch.nn.Embedding))
+    tied = [product for table in tables for product in _products_of(model, table)]
     losses = sensitivities(
         model,
         measured,

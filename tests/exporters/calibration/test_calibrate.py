@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 import edgepeft
 from edgepeft import cli
+from edgepeft.exporters.calibration import calibrate as calibrate_module
 from edgepeft.exporters.calibration import groups
 from edgepeft.exporters.calibration.calibrate import Sizes, calibrate
 from edgepeft.exporters.quantize.blockwise import quantize
@@ -119,6 +120,22 @@ def test_what_is_kept_is_left_out() -> None:
     assert "lm_head.weight" in found  # as the embedding goes by, whose rows are looked up
     assert "model.layers.0.mlp.up_proj.weight" in found
     assert not any(name.startswith("model.layers.1.mlp") for name in found)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_weight_is_counted_once(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the pass that says what each loses; of a tied embedding both its uses."""
+    asked: list[list[str]] = []
+
+    def note(_model: Any, _feeds: Any, names: Any, *_: Any) -> dict[str, float]:
+        asked.append(list(names))
+        return {}
+
+    monkeypatch.setattr(calibrate_module, "sensitivities", note)
+    calibrate(models.llama(tied=tied), token_feeds(4, 0), Sizes(4, 32))
+    (names,) = asked
+    assert len(names) == len(set(names)) == 2 * 7 + 2
+    assert {"model.embed_tokens", "lm_head"} <= set(names)
 
 
 def write_texts(path: Path, count: int, seed: int) -> Path:
