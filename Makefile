@@ -8,13 +8,25 @@ BIN := $(VENV)/bin
 # The exact versions that were run, for what is installed and for what builds it.
 PINNED := PIP_CONSTRAINT=$(abspath constraints.txt) PIP_BUILD_CONSTRAINT=$(abspath constraints.txt)
 
-.PHONY: demo test test-device test-oldest test-newest lint types packages docs docs-memory docs-site wheel constraints
+.PHONY: demo demo-chat test test-formats test-device test-oldest test-newest lint types packages docs docs-memory docs-site wheel constraints
 
 demo: $(STAMP)
 	$(BIN)/python samples/demo.py
 
+demo-chat: $(STAMP)
+	$(BIN)/python samples/chat_demo.py
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# Formats of quantized weights against their own libraries, which are installed beside the environment: PEFT imports
+# bitsandbytes wherever it finds it, and that takes two seconds.
+FORMATS := tests/exporters/sources/quantized
+test-formats: $(STAMP)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/formats bitsandbytes==0.50.2 compressed-tensors==0.20.1 \
+		loguru==0.7.3
+	PYTHONPATH=build/formats $(BIN)/python -m pytest -q -m "" \
+		$(FORMATS)/test_bitsandbytes.py $(FORMATS)/test_compressed_tensors.py $(FORMATS)/test_qlora.py
 
 # The wheel with nothing but the base dependencies, on PYTHON: with the exact versions, and with the oldest.
 test-device: $(STAMP)
@@ -69,6 +81,7 @@ docs: $(STAMP)
 	$(BIN)/python docs/generate_rooms.py
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
+	$(BIN)/python -m tests.exporters.layout_table
 
 # The pages of docs/ and the API as a site, in build/site; a warning is an error (`--quiet` would hide warnings from
 # `--strict`).

@@ -8,10 +8,7 @@ to `demo-output/` in the current folder.
 """
 
 import json
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +18,7 @@ import docstrings
 import numpy as np
 import plot
 import torch_side
+from commands import EDGEPEFT, device_environment, run
 
 import edgepeft
 from edgepeft.bundle.reader import open_bundle
@@ -31,8 +29,6 @@ from edgepeft.sizes import format_size
 BUDGET = "384MiB"
 STEPS, BATCH_SIZE, SEQ_LEN = 80, 16, 48
 LORA_LR = 1e-3
-ABSENT_ON_DEVICE = ("torch", "transformers", "peft", "optimum", "onnx", "onnxscript", "onnx_ir")
-EDGEPEFT = Path(sys.executable).with_name("edgepeft")
 
 
 class Demo:
@@ -46,7 +42,7 @@ class Demo:
             {json.loads(line)["label"] for line in self.train.read_text("utf-8").splitlines()}
         )
         self.results: dict[str, Any] = {}
-        self._device = _device_environment(out / "device")
+        self._device = device_environment(out / "device")
 
     def run(self) -> None:
         """Do it all."""
@@ -111,7 +107,7 @@ class Demo:
         report = self.out / "lora-adapter" / "adapt_report.json"
         script = Path(__file__).with_name("torch_side.py")
         start = self.out / "head-adapter"
-        _run(sys.executable, script, self.bundle, self.train, self.test, report, start, figures)
+        run(sys.executable, script, self.bundle, self.train, self.test, report, start, figures)
         baseline = json.loads(figures.read_text("utf-8"))
         self.results["torch"] = {name: baseline[name] for name in ("accuracy", "seconds", "peak_bytes")}
 
@@ -142,25 +138,7 @@ class Demo:
 
     def _edgepeft(self, *arguments: str, environment: dict[str, str] | None = None) -> dict[str, Any]:
         """Run a command that prints JSON; its progress is shown."""
-        return dict(json.loads(_run(EDGEPEFT, *arguments, environment=environment)))
-
-
-def _device_environment(folder: Path) -> dict[str, str]:
-    """An environment in which importing what a device does not have fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ABSENT_ON_DEVICE:
-        (folder / f"{name}.py").write_text(f'raise ImportError("the device side imports {name}")\n', "utf-8")
-    return {**os.environ, "PYTHONPATH": str(folder)}
-
-
-def _run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
-    """Print and run a command; returns its standard output. A failure ends the demo with its exit code."""
-    shown = [str(part) for part in command]
-    print("\n$ " + shlex.join([Path(shown[0]).name, *shown[1:]]), file=sys.stderr, flush=True)
-    done = subprocess.run(shown, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return done.stdout
+        return dict(json.loads(run(EDGEPEFT, *arguments, environment=environment)))
 
 
 def table(results: dict[str, Any]) -> str:

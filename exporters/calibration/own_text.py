@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import transformers
 
+from edgepeft.errors import ExportError
+
 from ..sources.transformers_model import Source
 from .groups import Feeds
 from .passes import fast_products, requiring_gradients
@@ -30,6 +32,9 @@ def own_text(source: Source, seed: int) -> list[Feeds]:
     Args:
         source: a model for text generation.
         seed: of what is drawn.
+
+    Raises:
+        ExportError: transformers cannot let the model write.
     """
     openings = [opening for opening in (_start(source), _user_turn(source)) if opening]
     begun = [openings[number % len(openings)] for number in range(TEXTS // 2)] if openings else []
@@ -38,7 +43,13 @@ def own_text(source: Source, seed: int) -> list[Feeds]:
     before = _before_a_text(source)
     drawn = torch.randint(words, (TEXTS - len(begun),), generator=generator)
     begun += [[*before, int(token)] for token in drawn]
-    texts = _continued(source.model, begun, min(TOKENS, source.max_length), seed)
+    try:
+        texts = _continued(source.model, begun, min(TOKENS, source.max_length), seed)
+    except Exception as error:  # whatever a model's own code raises
+        raise ExportError(
+            f"{source.name}: cannot write the text that it is to be calibrated on ({error}): name texts with "
+            "--calibration, or round to the nearest with --quick"
+        ) from error
     return [{"input_ids": part} for part in texts.split(_TOGETHER)]
 
 

@@ -1,7 +1,6 @@
 """How texts are generated, and what came of one."""
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -51,9 +50,12 @@ class GenerationOptions:
             value = getattr(self, name)
             _check(name, value, "a whole number", value is None or type(value) is int)
         _check("max_new_tokens", self.max_new_tokens, "at least 1", self.max_new_tokens >= 1)
-        _check("temperature", self.temperature, "0 or more", 0 <= self.temperature < math.inf)
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, "more than 0", 0 < penalty < math.inf)
+        temperature, penalty = self.temperature, self.repetition_penalty
+        # By less, a logit of float32 becomes infinite.
+        _check(
+            "temperature", temperature, "0, or 0.001 to 1,000", temperature == 0 or 1e-3 <= temperature <= 1e3
+        )
+        _check("repetition_penalty", penalty, "0.001 to 1,000", 1e-3 <= penalty <= 1e3)
         if self.top_k is not None:
             _check("top_k", self.top_k, "at least 1", self.top_k >= 1)
         if self.top_p is not None:

@@ -37,11 +37,11 @@ def bert_encoder() -> transformers.PreTrainedModel:
     ).eval()
 
 
-def llama(*, tied: bool) -> transformers.PreTrainedModel:
+def llama(*, tied: bool, **sizes: int) -> transformers.PreTrainedModel:
     """Grouped heads: 4 of queries, 2 of keys and values."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        **SIZES,
+        **SIZES | sizes,
         num_key_value_heads=2,
         max_position_embeddings=64,
         tie_word_embeddings=tied,

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from edgepeft.errors import ExportError
 from edgepeft.exporters.calibration import own_text as own_text_module
 from edgepeft.exporters.calibration.own_text import own_text
 from edgepeft.exporters.sources.open import opened_source
@@ -62,3 +63,17 @@ def test_half_begins_as_conversations_do(tmp_path: Path, template: str | None) -
     assert (begun == own_text_module.TEXTS // 2) == (template == TEMPLATE)
     if template == TEMPLATE:
         assert words[:2] == ["w7", "w8"]
+
+
+def test_a_model_that_cannot_write_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model()
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no state")
+
+    monkeypatch.setattr(model, "generate", fail)
+    with (
+        opened_source(model, task=None, labels=None, seed=0) as source,
+        pytest.raises(ExportError, match=r"cannot write .*\(no state\): name texts with .*--quick"),
+    ):
+        own_text(source, 0)

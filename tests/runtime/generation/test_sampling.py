@@ -111,14 +111,16 @@ def test_logits_that_are_no_numbers_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": -1}, "temperature is -1, expected 0 or more"),
+        ({"temperature": -1}, "temperature is -1, expected 0, or 0.001 to 1,000"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "warm"}, "wrong type"),
         ({"top_k": 0, "temperature": 1}, "top_k is 0, expected at least 1"),
         ({"top_p": 0.0, "temperature": 1}, "top_p is 0.0, expected more than 0"),
         ({"min_p": 1.5, "temperature": 1}, "min_p is 1.5, expected 0 to 1"),
         ({"top_p": 0.9}, "top_p chooses among draws, and at temperature 0 nothing is drawn"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected more than 0"),
+        ({"temperature": 1e-300}, "temperature is 1e-300, expected 0, or 0.001"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0, expected 0.001 to 1,000"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300, expected 0.001"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5, expected a whole number"),
         ({"seed": "x"}, "seed is 'x', expected a whole number"),

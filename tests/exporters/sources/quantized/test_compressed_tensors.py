@@ -26,15 +26,22 @@ def settings(format: str = "pack-quantized", **weights: Any) -> dict[str, Any]:
 
 
 def drawn(
-    bits: int = 4, size: int = 32, *, sym: bool = True, reordered: bool = False, plain: bool = False
+    bits: int = 4,
+    size: int = 32,
+    *,
+    sym: bool = True,
+    reordered: bool = False,
+    plain: bool = False,
+    rows: int = ROWS,
+    columns: int = COLUMNS,
 ) -> writers.Drawn:
     """Packed, or `plain` int8, whose integers are signed; packed ones have 2^(bits - 1) added."""
     rng = np.random.default_rng(0)
-    count, half = COLUMNS // size, 2 ** (bits - 1)
-    values = rng.integers(-half, half, (ROWS, COLUMNS))
-    zeros = np.zeros((ROWS, count), int) if sym else rng.integers(-half, half, (ROWS, count))
-    scales = torch.from_numpy(rng.uniform(0.01, 0.02, (ROWS, count))).bfloat16()
-    groups = np.arange(COLUMNS) // size
+    count, half = columns // size, 2 ** (bits - 1)
+    values = rng.integers(-half, half, (rows, columns))
+    zeros = np.zeros((rows, count), int) if sym else rng.integers(-half, half, (rows, count))
+    scales = torch.from_numpy(rng.uniform(0.01, 0.02, (rows, count))).bfloat16()
+    groups = np.arange(columns) // size
     tensors = {"weight_scale": scales}
     if reordered:
         groups = rng.permutation(groups)
@@ -43,7 +50,7 @@ def drawn(
         tensors["weight"] = torch.from_numpy(values.astype(np.int8))
     else:
         tensors["weight_packed"] = writers.words(values + half, bits)
-        tensors["weight_shape"] = torch.tensor([ROWS, COLUMNS])
+        tensors["weight_shape"] = torch.tensor([rows, columns])
     if not sym:
         signed = torch.from_numpy(zeros.astype(np.int8))
         tensors["weight_zero_point"] = signed if plain else writers.words(zeros.T + half, bits).T

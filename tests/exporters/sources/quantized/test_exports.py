@@ -5,7 +5,6 @@ writers drew.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import peft
@@ -17,68 +16,26 @@ from edgepeft.errors import UsageError
 
 from ... import models
 from . import writers
-from .test_bitsandbytes import NF4_SETTINGS, drawn_table
-from .test_checkpoint import AWQ, EMBEDDING, GPTQ, HEAD, MLX
+from .cases import CASES, COSINE, NF4, OUTPUT, draw_table, measured
+from .test_checkpoint import AWQ
 
-
-def draw_nf4(rows: int, columns: int, _: np.random.Generator) -> writers.Drawn:
-    tensors, weight = drawn_table("nf4", nested=True, rows=rows, columns=columns)
-    own = {name: tensor.clone() for name, tensor in tensors.items()}  # not the table that all have
-    return writers.Drawn(own, torch.from_numpy(weight))
-
-
-CASES: dict[str, tuple[writers.Draw, dict[str, Any], dict[str, Any]]] = {
-    "gptq, act-order": (writers.draw_gptq(sym=False, act_order=True), GPTQ | {"desc_act": True}, {}),
-    "gptq, output layer too": (writers.draw_gptq(), GPTQ, {"also": (HEAD,)}),
-    "gptq of 8 bits": (writers.draw_gptq(8), GPTQ | {"bits": 8}, {}),
-    "awq": (writers.draw_awq(), AWQ, {}),
-    "mlx": (writers.draw_mlx(), MLX, {"key": "quantization", "also": (EMBEDDING,)}),
-    "nf4": (draw_nf4, NF4_SETTINGS | {"bnb_4bit_quant_type": "nf4"}, {}),
-}
-
-
-FAST = ("gptq, act-order", "mlx", "nf4")
+FAST = ("GGUF Q4_K", "GPTQ, act-order", "MLX", "bitsandbytes NF4")
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in FAST else pytest.mark.slow) for name in CASES]
 )
 def test_a_bundle_answers_and_learns_as_pytorch_does(name: str, tmp_path: Path) -> None:
-    draw, settings, options = CASES[name]
-    model = models.llama(tied="also" not in options or HEAD not in options["also"])
-    expected = writers.quantized_llama(tmp_path / "model", draw, settings, model, **options)
-    manifest = edgepeft.export(str(tmp_path / "model"), tmp_path / "bundle", rank=4)
-    assert manifest.quantization.bits == settings.get("bits", 4)
-    for parameter, value in expected.items():
-        model.get_parameter(parameter).data = value
-    batch = models.batch(labels="tokens")
-    with edgepeft.load(tmp_path / "bundle") as device:
-        inputs = {key: value for key, value in batch.arrays.items() if key != "labels"}
-        (got,) = device.forward(inputs).values()
-        counted = batch.arrays["attention_mask"].astype(bool)
-        logits = model(**{key: torch.from_numpy(value) for key, value in inputs.items()}).logits.detach()
-        np.testing.assert_allclose(
-            got[counted], logits.numpy()[counted], rtol=0, atol=1e-5 * float(logits.abs().max())
-        )
-        _, gradients = device.loss_and_gradients(batch.arrays, adapter="default")
-    wrapped = peft.PeftModel.from_pretrained(model, tmp_path / "bundle/adapters/default", is_trainable=True)
-    wrapped(**batch.tensors).loss.backward()
-    compared = 0
-    for key, parameter in wrapped.named_parameters():
-        if parameter.grad is None or not parameter.grad.any():
-            continue
-        gradient, ours = parameter.grad.numpy(), gradients[key.replace(".default.", ".")]
-        cosine = (ours * gradient).sum() / (np.linalg.norm(ours) * np.linalg.norm(gradient))
-        assert cosine >= 0.9999, key
-        compared += 1
-    assert compared == 14  # of seven linears in two layers, B of each: A's gradient is 0 while B is
+    figures = measured(CASES[name], tmp_path)
+    assert figures.output <= OUTPUT
+    assert figures.cosine >= COSINE
+    assert figures.gradients == 14  # of seven linears in two layers, B of each
 
 
 def test_an_adapter_of_peft_fits_the_codes_that_it_was_trained_on(tmp_path: Path) -> None:
     """QLoRA's case: a LoRA over NF4, whose base the device has bit for bit."""
     model = models.llama(tied=True)
-    settings = NF4_SETTINGS | {"bnb_4bit_quant_type": "nf4"}
-    expected = writers.quantized_llama(tmp_path / "model", draw_nf4, settings, model)
+    expected = writers.quantized_llama(tmp_path / "model", draw_table("nf4", nested=True), NF4, model)
     for parameter, value in expected.items():
         model.get_parameter(parameter).data = value
     adapter = models.save_adapter(

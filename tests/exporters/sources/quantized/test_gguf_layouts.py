@@ -43,13 +43,20 @@ BITS_A_WEIGHT = {
 }
 
 
-def random_blocks(name: str, rows: int, columns: int) -> np.ndarray:
-    """Any bytes, but scales that are finite, some of them 0 and some negative: uint8 `[rows, bytes]`."""
+def random_blocks(name: str, rows: int, columns: int, deviation: float = 0.02) -> np.ndarray:
+    """Any bytes, but scales that are finite, some of them 0 and some negative: uint8 `[rows, bytes]`.
+
+    Args:
+        name: of the type.
+        rows: of the weight.
+        columns: of the weight.
+        deviation: of the scales, which are normally distributed.
+    """
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[name]]
     generator = np.random.default_rng(rows * columns)
     blocks = generator.integers(0, 256, (rows, columns // block, size), np.uint8)
     for first in HALVES[name]:
-        halves = generator.normal(0, 0.02, blocks.shape[:2]).astype(np.float16)
+        halves = generator.normal(0, deviation, blocks.shape[:2]).astype(np.float16)
         halves[:, ::5] = 0
         blocks[..., first : first + 2] = halves[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)

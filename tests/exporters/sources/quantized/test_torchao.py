@@ -18,18 +18,20 @@ from . import writers
 from .reading import COLUMNS, ROWS
 
 
-def drawn(bits: int = 8, size: int = COLUMNS, *, sym: bool = True) -> writers.Drawn:
+def drawn(
+    bits: int = 8, size: int = COLUMNS, *, sym: bool = True, rows: int = ROWS, columns: int = COLUMNS
+) -> writers.Drawn:
     rng = np.random.default_rng(0)
-    count, half = COLUMNS // size, 2 ** (bits - 1)
-    values = rng.integers(-half, half, (ROWS, COLUMNS))
-    zeros = np.zeros((ROWS, count), int) if sym else rng.integers(-half, half, (ROWS, count))
-    scales = rng.uniform(0.01, 0.02, (ROWS, count)).astype(np.float32)
+    count, half = columns // size, 2 ** (bits - 1)
+    values = rng.integers(-half, half, (rows, columns))
+    zeros = np.zeros((rows, count), int) if sym else rng.integers(-half, half, (rows, count))
+    scales = rng.uniform(0.01, 0.02, (rows, count)).astype(np.float32)
     tensors = {
         "_weight_qdata": torch.from_numpy(values.astype(np.int8)),
         "_weight_scale": torch.from_numpy(scales),
         "_weight_zero_point": torch.from_numpy(zeros.astype(np.int8)),
     }
-    return writers.Drawn(tensors, writers.per_group(values, np.arange(COLUMNS) // size, scales, zeros))
+    return writers.Drawn(tensors, writers.per_group(values, np.arange(columns) // size, scales, zeros))
 
 
 def noted(kind: str, **attributes: Any) -> str:

@@ -128,8 +128,10 @@ def quantized_llama(
     key: str = "quantization_config",
     also: tuple[str, ...] = (),
     shard: bool = False,
+    note: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Write `model` with the weights of its layers' linears (and of the modules `also`) drawn anew.
+    """Write `model` with the weights of its layers' linears (and of the modules `also`) drawn anew, each with
+    a `note` in the file's head.
 
     Returns:
         All parameters of the model that the folder is to be read as.
@@ -139,6 +141,7 @@ def quantized_llama(
     if model.config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
     expected = {name: tensor.float() for name, tensor in stored.items()}
+    notes = {}
     for name, module in model.named_modules():
         linear = ".layers." in name and isinstance(module, torch.nn.Linear)
         if not linear and name not in also:
@@ -147,7 +150,9 @@ def quantized_llama(
         del stored[f"{name}.weight"]
         stored |= {f"{name}.{part}": tensor.contiguous() for part, tensor in drawn.tensors.items()}
         expected[f"{name}.weight"] = drawn.weight
-    write(folder, stored, described(model) | {key: dict(settings)}, shard=shard)
+        if note is not None:
+            notes[f"{name}.weight"] = note
+    write(folder, stored, described(model) | {key: dict(settings)}, shard=shard, notes=notes)
     return expected
 
 
@@ -157,13 +162,19 @@ def described(model: transformers.PreTrainedModel) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], *, shard: bool = False
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    *,
+    shard: bool = False,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """A folder with config.json and safetensors, in two files with an index where it is to be sharded."""
+    """A folder with config.json and safetensors, in two files with an index where it is to be sharded, or
+    with `notes` in the head of the only one."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config), "utf-8")
     if not shard:
-        save_file(dict(tensors), folder / "model.safetensors")
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt", **(notes or {})})
         return
     places = {name: f"model-{number % 2 + 1:05}-of-00002.safetensors" for number, name in enumerate(tensors)}
     for file in set(places.values()):
