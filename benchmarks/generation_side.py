@@ -2,6 +2,7 @@
 
     python -m benchmarks.generation_side genai FOLDER --tokens 64
     python -m benchmarks.generation_side edgepeft BUNDLE --tokens 64 [--adapter FOLDER] [--int8]
+    python -m benchmarks.generation_side llama.cpp LIBRARY FILE --tokens 64
 
 Every line read is a command: `round` answers `{"prefill_s", "token_s"}` (the time of the prompt up to the
 first token, and the median time of a token after it), `swap` the time to activate the other adapter, `end`
@@ -98,6 +99,43 @@ def genai_side(recorder: MemoryRecorder, folder: str, prompt: int, tokens: int, 
         def rest() -> Iterator[int]:
             for _ in range(tokens):
                 generator.generate_next_token()
+                yield 1
+
+        return _timed(first, rest())
+
+    _serve(recorder, {"round": once})
+
+
+@main.command("llama.cpp")
+@click.argument("library", type=click.Path(exists=True, path_type=Path))
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@click.option("--prompt", default=128)
+@click.option("--tokens", default=64)
+@click.option("--threads", default=2)
+@click.pass_obj
+def llama_cpp_side(
+    recorder: MemoryRecorder, library: Path, file: Path, prompt: int, tokens: int, threads: int
+) -> None:
+    """llama.cpp on a GGUF file."""
+    from benchmarks.llama_cpp_run import LlamaCpp
+
+    began_s = time.perf_counter()
+    model = LlamaCpp(library, file, threads)
+    ids = prompt_of(prompt)
+    _say(load_s=time.perf_counter() - began_s)
+
+    def once() -> dict[str, float]:
+        model.forget()
+        token = 0
+
+        def first() -> None:
+            nonlocal token
+            token = int(model.read(ids).argmax())
+
+        def rest() -> Iterator[int]:
+            nonlocal token
+            for _ in range(tokens):
+                token = int(model.read([token]).argmax())
                 yield 1
 
         return _timed(first, rest())

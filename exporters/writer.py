@@ -179,10 +179,19 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Drop stack traces and other traces of the machine that exported."""
+    """Drop stack traces and other traces of the machine that exported; of a node's scopes the innermost
+    module's name stays, for whoever looks at the graph."""
     for node in model.graph:
-        scope = node.metadata_props.get("namespace")
+        module = _module(node.metadata_props.get("namespace", ""))
         node.metadata_props.clear()
         node.doc_string = None
-        if scope:
-            node.metadata_props["namespace"] = scope
+        if module:
+            node.metadata_props["namespace"] = module
+
+
+def _module(scopes: str) -> str:
+    """The innermost named module of `: Class/model: Class/model.layers.0: Class/add_1: aten.add.Tensor`, with
+    the classes' full names."""
+    parts = [part.partition(": ") for part in scopes.split("/")]
+    modules = (name for name, _, kind in reversed(parts) if "." in kind and not kind.startswith("aten."))
+    return next((name for name in modules if name), "")
