@@ -67,26 +67,33 @@ class QuantizedConstant:
 
     def _zero_points(self) -> ir.Value | None:
         weight = self._weight
-        if weight.zero_points is None or self._counts_from_nothing:
+        if weight.zero_points is None or self._common_zero is not None:
             return None
         return initializer(self._graph, f"{self._name}.zero_points", pack(weight.zero_points, weight.bits))
 
     @property
-    def _counts_from_nothing(self) -> bool:
-        """Whether the code 0 is a block's minimum, as in GGML's layouts. Read with the middle code for 0, and
-        what that is put into the minimum, no zero points are stored, and the terms stay small."""
+    def _common_zero(self) -> int | None:
+        """The code that is the minimum of every block, as in GGML's layouts; None where they differ.
+
+        Read with the middle code for 0, and what that is put into the minimum, no zero points are stored, and
+        the terms stay small.
+        """
         weight = self._weight
-        return weight.minimums is not None and weight.zero_points is not None and not weight.zero_points.any()
+        if weight.minimums is None or weight.zero_points is None:
+            return None
+        first = int(weight.zero_points.flat[0])
+        return first if (weight.zero_points == first).all() else None
 
     def _minimums(self, scales: ir.Value) -> ir.Value | None:
-        weight, graph = self._weight, self._graph
+        weight, graph, zero = self._weight, self._graph, self._common_zero
         if weight.minimums is None:
             return None
         minimums = self._numbers("minimums", weight.minimums)
-        if not self._counts_from_nothing:
+        if zero is None or zero == weight.middle:
             return minimums
-        middle = initializer(graph, f"float_{weight.middle}", np.array(weight.middle, np.float32))
-        moved = append(graph, "Mul", [scales, middle], shape=scales.shape)
+        codes = weight.middle - zero
+        by = initializer(graph, f"float_{codes}", np.array(codes, np.float32))
+        moved = append(graph, "Mul", [scales, by], shape=scales.shape)
         return append(graph, "Add", [minimums, moved], shape=scales.shape)
 
     def _numbers(self, kind: str, numbers: BlockValues) -> ir.Value:

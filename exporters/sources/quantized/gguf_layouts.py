@@ -34,7 +34,7 @@ class _Part:
     Attributes:
         codes: uint8 `[rows, columns]`.
         scales: of their blocks.
-        minimums: what is added; with them, the code that stands for 0 is 0, else the middle one.
+        minimums: what is added; with them, the layout's `zero` stands for 0, else the middle code.
     """
 
     codes: np.ndarray
@@ -50,11 +50,15 @@ class _Layout:
         bits: of the codes that it becomes.
         block_size: columns that share a scale.
         read: the blocks of some rows, uint8 `[rows, blocks, bytes]`, each as ggml has it.
+        zero: the code that stands for 0 beside minimums. Codes of fewer bits are moved up by it, so that they
+            lie around the middle: a product reads codes from there, and what it is moved by, and subtracts
+            again, is no larger than what it computes.
     """
 
     bits: int
     block_size: int
     read: Callable[[np.ndarray], _Part]
+    zero: int = 0
 
 
 def has_layout(kind: GGMLQuantizationType) -> bool:
@@ -87,15 +91,16 @@ def quantized_weight(
             part = layout.read(np.asarray(stored[chosen]).reshape(-1, columns // block, block_bytes))
             scales.append(part.scales)
             minimums.extend([] if part.minimums is None else [part.minimums])
-            yield torch.from_numpy(pack(part.codes, layout.bits))
+            yield torch.from_numpy(pack(part.codes + np.uint8(layout.zero), layout.bits))
 
     codes = spooled((rows, columns * layout.bits // 8), torch.uint8, packed())
+    zeros = np.full((rows, columns // layout.block_size), layout.zero, np.uint8)
     return QuantizedWeight(
         codes.numpy(),
         stacked(scales),
         layout.bits,
         layout.block_size,
-        zero_points=np.zeros((rows, columns // layout.block_size), np.uint8) if minimums else None,
+        zero_points=zeros if minimums else None,
         minimums=stacked(minimums) if minimums else None,
     )
 
@@ -219,12 +224,12 @@ _LAYOUTS = {
     GGMLQuantizationType.Q4_0: _Layout(4, 32, _q4_0),
     GGMLQuantizationType.Q4_1: _Layout(4, 32, _q4_1),
     GGMLQuantizationType.Q5_0: _Layout(8, 32, _q5_0),
-    GGMLQuantizationType.Q5_1: _Layout(8, 32, _q5_1),
+    GGMLQuantizationType.Q5_1: _Layout(8, 32, _q5_1, zero=128 - 16),
     GGMLQuantizationType.Q8_0: _Layout(8, 32, _q8_0),
-    GGMLQuantizationType.Q2_K: _Layout(4, 16, _q2_k),
+    GGMLQuantizationType.Q2_K: _Layout(4, 16, _q2_k, zero=8 - 2),
     GGMLQuantizationType.Q3_K: _Layout(4, 16, _q3_k),
     GGMLQuantizationType.Q4_K: _Layout(4, 32, _q4_k),
-    GGMLQuantizationType.Q5_K: _Layout(8, 32, _q5_k),
+    GGMLQuantizationType.Q5_K: _Layout(8, 32, _q5_k, zero=128 - 16),
     GGMLQuantizationType.Q6_K: _Layout(8, 16, _q6_k),
     GGMLQuantizationType.IQ4_NL: _Layout(8, 32, _iq4_nl),
     GGMLQuantizationType.IQ4_XS: _Layout(8, 32, _iq4_xs),

@@ -57,7 +57,7 @@ def random_blocks(name: str, rows: int, columns: int, deviation: float = 0.02) -
     blocks = generator.integers(0, 256, (rows, columns // block, size), np.uint8)
     for first in HALVES[name]:
         halves = generator.normal(0, deviation, blocks.shape[:2]).astype(np.float16)
-        halves[:, ::5] = 0
+        halves.reshape(-1)[::5] = 0
         blocks[..., first : first + 2] = halves[..., None].view(np.uint8)
     return blocks.reshape(rows, -1)
 
