@@ -51,7 +51,7 @@ def _tried_where_they_may_match() -> Iterator[None]:
             return None
         return try_rewrite(rule, model, graph, node, **options)
 
-    RewriteRule.try_rewrite = try_where_it_may_match  # type: ignore[method-assign]
+    RewriteRule.try_rewrite = try_where_it_may_match  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
