@@ -24,7 +24,7 @@ from .measure.bundle import with_memory
 from .options import ExportOptions
 from .quantize.freeze import Freezer
 from .sources.base import ModelSource
-from .sources.model_info import saved_module_names
+from .sources.model_info import model_info, saved_module_names
 from .sources.open import opened_source
 from .techniques.prepare import Adapters, prepare_adapters, read_adapters
 from .techniques.stored_modules import without_unused
@@ -81,6 +81,7 @@ def export(
         if chosen.targets is not None:
             chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
         _check_rounding(source, records, chosen)
+        model_info(source)  # which refuses configurations, before a trace takes its minutes
         base = base_fingerprint(source)
         adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)

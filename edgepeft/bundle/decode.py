@@ -4,11 +4,25 @@ import dataclasses
 import functools
 import types
 import typing
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import BundleError
 
 _MAX_INT = 2**53  # what every JSON reader keeps exact
+
+#: A value, parsed from JSON, as one of a certain type.
+_Read = Callable[[Any], Any]
+
+
+class _WrongError(Exception):
+    """What is wrong with a value, and its place below what is decoded, the last part first: only of what is
+    wrong is there a place to be told, and a manifest has thousands of values."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__(told)
+        self.told = told
+        self.parts: list[str] = []
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
@@ -22,30 +36,81 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     Raises:
         BundleError: a field is missing, unknown or of the wrong type.
     """
+    try:
+        return _reader(kind)(value)
+    except _WrongError as wrong:
+        raise BundleError(f"{where}{''.join(reversed(wrong.parts))}{wrong.told}") from None
+
+
+@functools.cache
+def _reader(kind: Any) -> _Read:
+    """How values of the annotated type `kind` are read; it raises `_WrongError`."""
     if kind is Any:
-        return value
+        return lambda value: value
     if dataclasses.is_dataclass(kind):
-        return _of_dataclass(kind, value, where)
+        return _dataclass_reader(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise _mismatch(where, value, "a list")
-        return tuple(decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return _tuple_reader(_reader(arguments[0]))
     if origin is dict:
-        if not isinstance(value, dict):
-            raise _mismatch(where, value, "an object")
-        return {key: decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+        return _dict_reader(_reader(arguments[1]))
     if origin in (types.UnionType, typing.Union):
-        for option in arguments:
-            if dataclasses.is_dataclass(option) and isinstance(value, dict):
-                return _of_dataclass(option, value, where)
-            if _is_plain(option, value):
-                return float(value) if option is float else value
-        expected = " or ".join("null" if option is type(None) else option.__name__ for option in arguments)
-        raise _mismatch(where, value, expected)
-    if not _is_plain(kind, value):
-        raise _mismatch(where, value, kind.__name__)
-    return float(value) if kind is float else value
+        return _union_reader(arguments)
+    return _plain_reader(kind)
+
+
+def _tuple_reader(read: _Read) -> _Read:
+    def read_tuple(value: Any) -> Any:
+        if not isinstance(value, list):
+            raise _mismatch(value, "a list")
+        found: list[Any] = []
+        try:
+            for item in value:
+                found.append(read(item))
+        except _WrongError as wrong:
+            wrong.parts.append(f"[{len(found)}]")
+            raise
+        return tuple(found)
+
+    return read_tuple
+
+
+def _dict_reader(read: _Read) -> _Read:
+    def read_dict(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _mismatch(value, "an object")
+        found: dict[str, Any] = {}
+        for key, item in value.items():
+            try:
+                found[key] = read(item)
+            except _WrongError as wrong:
+                wrong.parts.append(f"[{key!r}]")
+                raise
+        return found
+
+    return read_dict
+
+
+def _union_reader(options: tuple[Any, ...]) -> _Read:
+    expected = " or ".join("null" if option is type(None) else option.__name__ for option in options)
+    readers = [(option, dataclasses.is_dataclass(option), _reader(option)) for option in options]
+
+    def read_union(value: Any) -> Any:
+        for option, is_dataclass, read in readers:
+            if isinstance(value, dict) if is_dataclass else _is_plain(option, value):
+                return read(value)
+        raise _mismatch(value, expected)
+
+    return read_union
+
+
+def _plain_reader(kind: Any) -> _Read:
+    def read_plain(value: Any) -> Any:
+        if not _is_plain(kind, value):
+            raise _mismatch(value, kind.__name__)
+        return float(value) if kind is float else value
+
+    return read_plain
 
 
 def _is_plain(kind: Any, value: Any) -> bool:
@@ -57,29 +122,36 @@ def _is_plain(kind: Any, value: Any) -> bool:
     return type(value) is kind
 
 
-def _of_dataclass(kind: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise _mismatch(where, value, "an object")
-    hints = _hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(value.keys() - fields.keys())
-    if unknown:
-        raise BundleError(f"{where}: has an unknown field {unknown[0]!r}")
-    arguments: dict[str, Any] = {}
-    for name, field in fields.items():
-        if name in value:
-            arguments[name] = decode(hints[name], value[name], f"{where}.{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise BundleError(f"{where}: lacks the field {name!r}")
-    return kind(**arguments)
+def _dataclass_reader(kind: Any) -> _Read:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: _reader(hints[field.name]) for field in dataclasses.fields(kind)}
+    needed = {
+        field.name
+        for field in dataclasses.fields(kind)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+
+    def read_dataclass(value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise _mismatch(value, "an object")
+        if unknown := sorted(value.keys() - fields.keys()):
+            raise _WrongError(f": has an unknown field {unknown[0]!r}")
+        arguments: dict[str, Any] = {}
+        for name, read in fields.items():
+            if name in value:
+                try:
+                    arguments[name] = read(value[name])
+                except _WrongError as wrong:
+                    wrong.parts.append(f".{name}")
+                    raise
+            elif name in needed:
+                raise _WrongError(f": lacks the field {name!r}")
+        return kind(**arguments)
+
+    return read_dataclass
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _mismatch(where: str, value: Any, expected: str) -> BundleError:
+def _mismatch(value: Any, expected: str) -> _WrongError:
     shown = repr(value)
     shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return BundleError(f"{where} is {shown}, expected {expected}")
+    return _WrongError(f" is {shown}, expected {expected}")

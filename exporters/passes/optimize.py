@@ -6,8 +6,8 @@ from typing import Any
 
 import onnx_ir as ir
 import onnxscript.optimizer
-from onnxscript import rewriter
 from onnxscript.rewriter import onnx_fusions
+from onnxscript.rewriter.pattern import RewriteRule
 from onnxscript.rewriter.rules.fusion import _layer_norm
 
 from ..graph import OPSET_IMPORTS, tidy
@@ -23,8 +23,8 @@ def optimize_forward(model: ir.Model) -> None:
     """
     with _tried_where_they_may_match():
         onnxscript.optimizer.optimize_ir(model)
-    onnx_fusions.fuse(model)
-    _layer_norm.fuse_layer_normalization(model)
+        onnx_fusions.fuse(model)
+        _layer_norm.fuse_layer_normalization(model)
     expand_rotary_caches(model.graph)
     simplify_attention(model.graph)
     model.graph.opset_imports.update(OPSET_IMPORTS)
@@ -33,43 +33,35 @@ def optimize_forward(model: ir.Model) -> None:
 
 @contextmanager
 def _tried_where_they_may_match() -> Iterator[None]:
-    """Have onnxscript try rules for several results (there is one, for slices) at nodes of their operator
-    alone: it lists the whole graph's nodes before it looks at the one, which took most of the export of a
-    language model. A release that keeps its rules elsewhere is left as it is."""
-    rules = getattr(rewriter, "_DEFAULT_REWRITE_RULES", None)
-    if rules is None:
+    """Have onnxscript try its rules at nodes of the operator that each begins at: it would try every rule at
+    every node, and list the whole graph's nodes for a rule of several results before it looks at the one. A
+    release that tries them elsewhere is left as it is."""
+    try_rewrite = getattr(RewriteRule, "try_rewrite", None)
+    if try_rewrite is None:
         yield
         return
-    guarded: Any = tuple(_Tried(rule) if _op_type(rule) else rule for rule in rules)
-    rewriter._DEFAULT_REWRITE_RULES = guarded
+    op_types: dict[RewriteRule, str | None] = {}
+
+    def try_where_it_may_match(
+        rule: RewriteRule, model: ir.Model, graph: Any, node: ir.Node, **options: Any
+    ) -> Any:
+        if rule not in op_types:
+            op_types[rule] = _op_type(rule)
+        if op_types[rule] not in (None, node.op_type):
+            return None
+        return try_rewrite(rule, model, graph, node, **options)
+
+    RewriteRule.try_rewrite = try_where_it_may_match  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
-        rewriter._DEFAULT_REWRITE_RULES = rules
+        RewriteRule.try_rewrite = try_rewrite  # type: ignore[method-assign]
 
 
-def _op_type(rule: Any) -> str | None:
-    """The operator of the first of a rule's several results; None of any other rule."""
-    pattern = getattr(rule, "_target_pattern", None)
-    if pattern is None or getattr(pattern, "has_single_output_node", True):
-        return None
+def _op_type(rule: RewriteRule) -> str | None:
+    """The operator whose node is the first result of what the rule replaces; None where several may be."""
+    pattern: Any = rule._target_pattern
     try:
         return str(pattern.output_nodes[0].op_identifier()[1])
     except (AttributeError, IndexError, TypeError):
         return None
-
-
-class _Tried:
-    """A rule that is tried where its operator is."""
-
-    def __init__(self, rule: Any) -> None:
-        self._rule, self._op_type = rule, _op_type(rule)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._rule, name)
-
-    def try_rewrite(self, model: ir.Model, graph: ir.Graph, node: ir.Node, **options: Any) -> Any:
-        """As the rule's."""
-        if node.op_type != self._op_type:
-            return None
-        return self._rule.try_rewrite(model, graph, node, **options)

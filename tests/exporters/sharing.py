@@ -4,6 +4,7 @@ Tracing takes most of an export of a tiny model, and measuring memory most of th
 """
 
 import fcntl
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from unittest.mock import patch
 
 import onnx_ir as ir
 import torch
+from torch.onnx._internal._lazy_import import onnxscript_apis
 
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.exporters import pipeline
@@ -71,7 +73,12 @@ def traces_shared(shared: Shared) -> Iterator[None]:
         model = ir.load(path)
         return Traced(model, _weights(model.graph, source.model))
 
-    with patch.object(transformers_model, "trace", trace_once):
+    # What torch can translate is the same each time, and it reads the source of 500 functions to list it.
+    listed = functools.cache(onnxscript_apis.get_torchlib_ops)
+    with (
+        patch.object(transformers_model, "trace", trace_once),
+        patch.object(onnxscript_apis, "get_torchlib_ops", listed),
+    ):
         yield
 
 

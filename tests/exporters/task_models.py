@@ -118,6 +118,9 @@ BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str],
     "bart": (bart, ["q_proj", "v_proj", "fc1"], "SEQ_2_SEQ_LM"),
 }
 
+#: Those whose memory tests look at, by name and bits.
+MEASURED = {("vit", 32), ("wav2vec2", 32)}
+
 
 def batch(name: str) -> dict[str, np.ndarray]:
     """What the transformers model of `name` takes with `labels`, and nothing else."""

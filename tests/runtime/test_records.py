@@ -14,7 +14,7 @@ import pytest
 
 from edgepeft.bundle.manifest import AudioPreprocessing, ImagePreprocessing, TensorSpec
 from edgepeft.bundle.reader import Bundle, open_bundle
-from edgepeft.errors import BundleError, DataError, EdgePeftError, MissingExtraError
+from edgepeft.errors import BundleError, DataError, MissingExtraError
 from edgepeft.runtime.records import records
 from edgepeft.runtime.tasks import Example, Task, task_for
 
@@ -254,76 +254,6 @@ def test_pairs_become_anchors_and_then_positives(embed: Task) -> None:
     assert encode(embed, {"text": "w1"}, training=False).rows[0].input_ids.tolist() == [1]
 
 
-@pytest.mark.parametrize(
-    ("fields", "ids", "labels"),
-    [
-        ({"text": "w1 w2"}, [1, 2, 23], [1, 2, 23]),
-        ({"text": "w1 w2 </s>"}, [1, 2, 23], [1, 2, 23]),
-        ({"prompt": "w1 w2", "completion": "w3"}, [1, 2, 3, 23], [-100, -100, 3, 23]),
-        ({"prompt": [1, 2], "completion": [3]}, [1, 2, 3, 23], [-100, -100, 3, 23]),
-        ({"input_ids": [1, 2, 3]}, [1, 2, 3], [1, 2, 3]),
-        ({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, [1, 2, 3], [-100, 2, 3]),
-    ],
-)
-def test_prompts_are_not_learned(
-    write: Task, fields: dict[str, Any], ids: list[int], labels: list[int]
-) -> None:
-    """Labels are unshifted, prompts -100, and text ends with the end-of-sequence token."""
-    example = encode(write, fields)
-    row = example.rows[0]
-    assert row.labels is not None
-    assert (row.input_ids.tolist(), row.labels.tolist()) == (ids, labels)
-    batch = write.batch([example], training=True)
-    assert write.items(batch) == sum(label != -100 for label in labels[1:])
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "kept", "learned"),
-    [
-        (4, 20, 4, 12),  # the completion loses its end
-        (20, 3, 12, 4),  # the prompt its beginning
-        (20, 20, 8, 8),  # each half
-        (10, 20, 8, 8),
-        (500, 1, 14, 2),
-        (13, 2, 13, 3),  # all of it fits
-    ],
-)
-def test_what_is_too_long_is_cut_so_that_something_is_learned(
-    write: Task, prompt: int, completion: int, kept: int, learned: int
-) -> None:
-    """A prompt keeps its end, a completion its beginning; of texts, of token ids, and of labels given with
-    them."""
-    prompt_ids = [1 + index % 11 for index in range(prompt)]
-    completion_ids = [12 + index % 11 for index in range(completion)]
-    whole = [*completion_ids, 23]
-    labels = [-100] * prompt + whole
-    for fields in (
-        {"prompt": prompt_ids, "completion": completion_ids},
-        {
-            name: " ".join(f"w{one}" for one in ids)
-            for name, ids in (("prompt", prompt_ids), ("completion", completion_ids))
-        },
-        {"input_ids": prompt_ids + whole, "labels": labels},
-    ):
-        example = encode(write, fields)
-        row = example.rows[0]
-        assert row.labels is not None
-        assert row.input_ids.tolist() == prompt_ids[prompt - kept :] + whole[:learned]
-        assert row.labels.tolist() == [-100] * kept + whole[:learned]
-        assert example.truncated == (prompt + len(whole) > 16)
-
-
-def test_a_prompt_that_is_cut_keeps_the_token_that_begins_it(write: Task) -> None:
-    """The model has seen no text without it."""
-    model = dataclasses.replace(write.manifest.model, bos_token_id=1)
-    task = task_for(Bundle(write.bundle.path, dataclasses.replace(write.manifest, model=model)))
-    for prompt in ("w1 " + "w5 " * 3000 + "w6", [1, *[5] * 30, 6]):
-        row = encode(task, {"prompt": prompt, "completion": "w2"}).rows[0]
-        assert row.input_ids.tolist() == [1, *[5] * 12, 6, 2, 23]
-    row = encode(task, {"prompt": "w2 w3 w4 w5 w6", "completion": "w2"}, max_length=4).rows[0]
-    assert row.input_ids.tolist() == [5, 6, 2, 23]
-
-
 def test_masks_behind_the_cut_are_not_asked_for(tmp_path: Path) -> None:
     """Nor are the labels of words there, where one before it has one."""
     bundle = open_bundle(tiny.write_bundle(tmp_path / "b", tokenizer=tiny.word_tokenizer()))
@@ -346,25 +276,6 @@ def test_masks_behind_the_cut_are_not_asked_for(tmp_path: Path) -> None:
     assert row.labels.tolist() == [0, 1, 2]
     with pytest.raises(DataError, match="record 1: all labels of its first 3 tokens are -100"):
         encode(words, {"tokens": ["w1"] * 4, "labels": [-100, -100, -100, 1]}, max_length=3)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"prompt": "w1"}, "has the fields 'prompt'"),
-        ({"input_ids": [4]}, "no token behind the first is to be learned"),
-        ({"input_ids": [1] * 20, "labels": [-100] * 20}, "no token behind the first"),
-        ({"input_ids": [1, 2], "labels": [1]}, "labels must be a list of 2"),
-        ({"input_ids": [1, 2], "labels": [1, 24]}, "labels must be"),
-        ({"input_ids": [1, 2], "labels": [1, -1]}, "labels must be"),
-        ({"input_ids": [1, 2], "labels": "ab"}, "labels must be"),
-        ({"prompt": 3, "completion": "w1"}, "prompt is 3"),
-    ],
-)
-def test_a_language_record_that_cannot_be_used(write: Task, fields: dict[str, Any], message: str) -> None:
-    """Including those that have nothing to learn."""
-    with pytest.raises(DataError, match=rf"^record 1: .*{message}"):
-        encode(write, fields)
 
 
 def test_a_bundle_without_tokenizer_takes_ids_only(tmp_path: Path) -> None:
@@ -405,95 +316,6 @@ def test_a_missing_extra_names_its_install_line(
         MissingExtraError, match=rf'needs the package {package}: pip install "edgepeft\[{extra}\]"'
     ):
         encode(write, fields)
-
-
-CHAT = (
-    "{% for m in messages %}{{ m.role }} {{ m.content }} "
-    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
-)
-
-
-def chat_bundle(folder: Path, template: Any) -> Task:
-    vocabulary = {
-        "<pad>": 0,
-        "user": 1,
-        "assistant": 2,
-        **{f"w{index}": index for index in range(3, 23)},
-        "</s>": 23,
-    }
-    content: dict[str, Any] = tiny.word_tokenizer()
-    content["model"]["vocab"] = vocabulary
-    config = {"chat_template": template, "eos_token": {"content": "</s>"}}
-    return task_for(
-        open_bundle(tiny.write_bundle(folder, "text-generation", tokenizer=content, tokenizer_config=config))
-    )
-
-
-def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
-    """Only the assistant's last message is learned, the end token it writes included."""
-    task = chat_bundle(tmp_path / "b", CHAT)
-    messages = [
-        {"role": "user", "content": "w5"},
-        {"role": "assistant", "content": "w6"},
-        {"role": "user", "content": "w7"},
-        {"role": "assistant", "content": "w8 w9"},
-    ]
-    row = encode(task, {"messages": messages}).rows[0]
-    assert row.labels is not None
-    assert row.input_ids.tolist() == [1, 5, 2, 6, 23, 1, 7, 2, 8, 9, 23]
-    assert row.labels.tolist() == [-100] * 8 + [8, 9, 23]
-
-
-MARKED = CHAT.replace("{{ m.content }}", "{% generation %}{{ m.content }}{% endgeneration %}")
-LISTED = [{"name": "tool_use", "template": "none"}, {"name": "default", "template": CHAT}]
-
-
-@pytest.mark.parametrize("template", [CHAT, MARKED, LISTED])
-def test_the_template_agrees_with_transformers(tmp_path: Path, template: Any) -> None:
-    """The same text as `apply_chat_template`; also where the assistant's words are marked, or where the
-    configuration lists several."""
-    import transformers
-    from tokenizers import Tokenizer
-
-    task = chat_bundle(tmp_path / "b", template)
-    backend = Tokenizer.from_str(json.dumps(tiny.word_tokenizer()))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-    theirs.chat_template = CHAT if isinstance(template, list) else template
-    messages = [{"role": "user", "content": "ä {{ x }}"}, {"role": "assistant", "content": "w6"}]
-    for count, prompt in ((1, True), (2, False)):
-        want = theirs.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        assert task.chat.render(messages[:count], "here", prompt=prompt) == want
-
-
-@pytest.mark.parametrize(
-    ("template", "messages", "message"),
-    [
-        (CHAT, "hello", "messages must be a list"),
-        (CHAT, [{"role": "user"}], "messages must be a list"),
-        (CHAT, [{"role": "assistant", "content": "w5"}], "at least two messages"),
-        (
-            CHAT,
-            [{"role": "assistant", "content": "w5"}, {"role": "user", "content": "w6"}],
-            "must be the assistant's",
-        ),
-        ("{{ raise_exception('no') }}", None, "refuses these messages .no"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", None, "refuses these messages"),
-        ("{% for i in range(10**9) %}x{% endfor %}", None, "refuses these messages"),
-        ("{{ messages|length }}", None, "writes a finished conversation differently"),
-        ("{% for i in range(9) %}{{ 'x' * 10**6 }}{% endfor %}", None, "more than"),
-        ("{% if", None, "cannot be read"),
-        (None, None, "has no chat template"),
-    ],
-)
-def test_templates_and_messages_that_cannot_be_used(
-    tmp_path: Path, template: Any, messages: Any, message: str
-) -> None:
-    """A template is somebody's program: it runs in a sandbox and may not write without end."""
-    task = chat_bundle(tmp_path / "b", template)
-    default = [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]
-    with pytest.raises(EdgePeftError, match=message):
-        encode(task, {"messages": default if messages is None else messages})
 
 
 def test_a_label_that_is_nearly_one_is_pointed_out(classifier: Path) -> None:

@@ -1,17 +1,14 @@
 """A technique that tests add: a vector that is added to what a linear module makes, `y += shift`.
 
-All of it is here, both halves: what real ones have in `edgepeft/techniques/` and `exporters/techniques/`.
+Here is what real ones have in `edgepeft/techniques/`, and no import of the workstation's; `bias_vector_graph`
+has the other half.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
 from edgepeft import techniques
-from edgepeft.exporters import techniques as graph_techniques
-from edgepeft.exporters.graph import put_behind
-from edgepeft.exporters.passes.weights.linears import Linear, select
-from edgepeft.exporters.techniques.base import BaseGraph, GraphTechnique, slot_inputs
 from edgepeft.slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from edgepeft.techniques.base import Held, PeftTechnique, difference
 
@@ -40,33 +37,11 @@ class BiasVector(PeftTechnique):
         return any(bool(value.any()) for key, value in adapter.tensors.items() if self.owns(key))
 
 
-class BiasVectorGraph(GraphTechnique[Linear]):
-    """What computes it."""
-
-    name, site = NAME, LINEAR
-
-    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
-        return list(select(base.linears, modules).values())
-
-    def insert(self, base: BaseGraph, sites: Sequence[Linear]) -> list[Slot]:
-        slots = []
-        for linear in sites:
-            slot = new_slot(linear.module, linear.out_features)
-            (shift,) = slot_inputs(base.graph, slot)
-            for node, _ in linear.uses:
-                put_behind(base.graph, node.outputs[0], "Add", shift)
-            slots.append(slot)
-        return slots
-
-
-TECHNIQUE, GRAPH_TECHNIQUE = BiasVector(), BiasVectorGraph()
+TECHNIQUE = BiasVector()
 
 
 @contextmanager
 def added() -> Iterator[None]:
-    """Have edgepeft know it, as it knows what is in its own packages."""
-    with (
-        patch.dict(techniques.MODULES, {NAME: __name__}),
-        patch.dict(graph_techniques.MODULES, {NAME: __name__}),
-    ):
+    """Have devices know it, as they know what is in `edgepeft/techniques/`."""
+    with patch.dict(techniques.MODULES, {NAME: __name__}):
         yield

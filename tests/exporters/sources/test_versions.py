@@ -58,6 +58,7 @@ LEANS = [
     ),
     ("onnxscript.rewriter.onnx_fusions", "fuse", "new in 0.5"),
     ("onnxscript.rewriter.rules.fusion._layer_norm", "fuse_layer_normalization", "private; new in 0.5"),
+    ("onnxscript.rewriter.pattern", "RewriteRule", "its _target_pattern is private"),
     ("onnxscript.version_converter", "convert_version", "new in 0.2"),
     (
         "onnx_ir.passes.common",

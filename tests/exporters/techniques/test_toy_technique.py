@@ -1,4 +1,4 @@
-"""A technique that one file adds (`tests/techniques/bias_vector.py`): all that a bundle does, it does too."""
+"""A technique that tests add (`tests/techniques/bias_vector.py`): all that a bundle does, it does too."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ from edgepeft.runtime.training.gradients.strategies import GradientSession
 from edgepeft.runtime.training.starting import fresh_adapter
 from edgepeft.runtime.training.state.buffers import TrainingState
 
-from ...techniques import bias_vector
+from ...techniques import bias_vector, bias_vector_graph
 from .. import models, sharing, zoo
 from ..partition.test_streamed_inference import too_little, with_memory
 
@@ -62,7 +62,7 @@ def _added() -> Iterator[None]:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.Popen([python, "-c", program, *arguments], env=environment, **options)
 
-    with bias_vector.added(), pytest.MonkeyPatch.context() as patch:
+    with bias_vector_graph.added(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(processes, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE))
         yield
 

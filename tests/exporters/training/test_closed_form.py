@@ -228,6 +228,7 @@ def test_an_interrupted_update_remembers_the_head(exported: Make, tmp_path: Path
     assert all(np.array_equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
 
 
+@pytest.mark.slow
 def test_shuffled_labels_are_rejected(exported: Make, tmp_path: Path) -> None:
     bundle = exported("bert-classifier", 32)
     data = records("bert-classifier")
