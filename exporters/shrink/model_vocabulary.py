@@ -132,11 +132,12 @@ def _picked_rows(table: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 def _configs(model: Any) -> Iterator[Any]:
     """Every configuration of a model, and of how it generates, once."""
-    owners = [getattr(module, "config", None) for module in model.modules()]
-    owners += [config.get_text_config() for config in owners if hasattr(config, "get_text_config")]
-    kinds = (transformers.PreTrainedConfig, transformers.GenerationConfig)
-    found = [*owners, getattr(model, "generation_config", None)]
-    yield from {id(config): config for config in found if isinstance(config, kinds)}.values()
+    owned = [getattr(module, "config", None) for module in model.modules()]
+    configs = [config for config in owned if isinstance(config, transformers.PreTrainedConfig)]
+    found = [*configs, *(config.get_text_config() for config in configs)]
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        found.append(generation)
+    yield from {id(config): config for config in found}.values()
 
 
 def _renumber(config: Any, new: Mapping[int, int]) -> None:

@@ -79,7 +79,9 @@ def words_whole() -> tokenizers.Tokenizer:
         [
             processors.ByteLevel(trim_offsets=False),
             processors.TemplateProcessing(
-                single="<|begin|> $A", pair=None, special_tokens=[("<|begin|>", made.token_to_id("<|begin|>"))]
+                single="<|begin|> $A",
+                pair=None,
+                special_tokens=[("<|begin|>", made.token_to_id("<|begin|>"))],
             ),
         ]
     )
