@@ -54,8 +54,8 @@ def vocabulary_records(options: ExportOptions, model: Any) -> list[Record]:
         return []
     if is_onnx_file(model):
         raise UsageError(
-            "--keep-vocabulary needs a transformers model or a GGUF file: what an ONNX file's graph knows of "
-            "its tokens cannot be told"
+            "--keep-vocabulary needs a transformers model: where the graph of an ONNX file knows its tokens "
+            "cannot be told, so export the model that it was made of"
         )
     return list(records(options.keep_vocabulary))
 
@@ -141,10 +141,12 @@ def _kept(source: Source, read: Sequence[Reading], rows: int) -> list[int]:
                 f"--keep-vocabulary: {reading.where}: has token {largest}, and {source.name} has rows for "
                 f"{rows}: leave it out"
             )
-    used = {token for reading in read for token in reading.tokens} | named_tokens(source.model, rows)
+    settings = named_tokens(source.model, rows)
+    used = {token for reading in read for token in reading.tokens} | settings
     known = vocabulary.tokens | vocabulary.added
     used |= {known[token] for token in _named(source, vocabulary.added) if token in known}
-    return [token for token in vocabulary.in_order(vocabulary.needed(used)) if token < rows]
+    kept = [token for token in vocabulary.in_order(vocabulary.needed(used)) if token < rows]
+    return kept + sorted(settings - set(known.values()))  # rows that no text leads to
 
 
 def _named(source: Source, added: Mapping[str, int]) -> Iterator[str]:
