@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def surprise(model: Model, ids: list[int], among: list[int] | None = None) -> float:
-    """What a text says beyond its first token, in nats; `among` are all tokens that there are."""
+def surprise(model: Model, ids: list[int], among: Sequence[list[int] | None]) -> list[float]:
+    """What a text says beyond its first token, in nats, where there are all tokens (None) or some alone."""
     batch = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
     logits = model.forward(batch)["logits"][0, :-1]
-    told = np.take_along_axis(logits, np.array(ids[1:])[:, None], 1)[:, 0].astype(np.float64)
-    rows = (row if among is None else row[among] for row in logits)
-    return float(sum(np.logaddexp.reduce(row.astype(np.float64)) for row in rows) - told.sum())
+    logits -= logits.max(axis=1, keepdims=True)
+    told = float(np.take_along_axis(logits, np.array(ids[1:])[:, None], 1).sum(dtype=np.float64))
+    shares = np.exp(logits, out=logits)
+    sums = [(shares if one is None else shares[:, one]).sum(axis=1, dtype=np.float64) for one in among]
+    return [float(np.log(one).sum()) - told for one in sums]
 
 
 def tokenizer_of(folder: Path) -> tokenizers.Tokenizer:
@@ -66,13 +69,13 @@ def judged(folders: dict[str, Path], texts: list[str], *, kept: bool) -> dict[st
         tokens = sum(len(one) - 1 for one in ids)
         with edgepeft.load(folder) as model:
             cases = {name: None} | ({"among kept": rows} if kept and name == "whole" else {})
-            for case, among in cases.items():
-                nats = sum(surprise(model, one, among) for one in ids)
-                found[case] = {
-                    "nats_a_text": nats / len(texts),
-                    "tokens_a_text": tokens / len(texts),
-                    "perplexity": float(np.exp(nats / tokens)),
-                }
+            nats = np.sum([surprise(model, one, list(cases.values())) for one in ids], axis=0)
+        for case, total in zip(cases, nats.tolist(), strict=True):
+            found[case] = {
+                "nats_a_text": total / len(texts),
+                "tokens_a_text": tokens / len(texts),
+                "perplexity": float(np.exp(total / tokens)),
+            }
     if kept:
         assert all(whole.encode(text).tokens == trimmed.encode(text).tokens for text in texts)
     return found
@@ -94,7 +97,7 @@ def peak_bytes(folder: Path) -> int:
 @click.command()
 @click.argument("model")
 @click.option("--work", required=True, type=click.Path(path_type=Path))
-@click.option("--texts", default=100, show_default=True)
+@click.option("--texts", default=30, show_default=True)
 def main(model: str, work: Path, texts: int) -> None:
     """See the module."""
     kept, others = write(work)
@@ -121,11 +124,12 @@ def main(model: str, work: Path, texts: int) -> None:
         for name in both:
             found[name]["token_s"] = statistics.median(one[name] for one in times)
     found["token_ratios"] = [one["trimmed"] / one["whole"] for one in times]
+    click.echo(json.dumps(found))
     for name, path in (("kept texts", kept), ("other texts", others)):
         chosen = [json.loads(line)["text"] for line in path.read_text().splitlines()[:texts]]
         found[name] = judged(folders, chosen, kept=path == kept)
+        click.echo(json.dumps(found[name]))
     (work / "vocabulary.json").write_text(json.dumps(found, indent=1) + "\n")
-    click.echo(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -407,7 +407,7 @@ def test_a_published_chat_model_answers_as_before_on_a_fifth_of_its_tokens(tmp_p
             for logits, ids in ((expected, old), (got, new))
         ]
         assert told[1] < told[0]  # fewer tokens to choose among
-    messages = [{"role": "user", "content": "What does a text wrapper do?"}]
+    messages = [{"role": "user", "content": texts[0]}]
     asked = [
         one.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         for one in (whole, trimmed)
