@@ -324,7 +324,12 @@ def test_what_cannot_be_trimmed_is_refused(tmp_path: Path, files: Callable[[str]
             r"comes without a tokenizer\.json.*the model's folder",
         ),
         (task_models.vit(), records(), UsageError, "for image-classification reads no texts"),
-        (files("llama-dynamo"), records(), UsageError, "needs a transformers model: where the graph of an ONNX file"),
+        (
+            files("llama-dynamo"),
+            records(),
+            UsageError,
+            "needs a transformers model: where the graph of an ONNX file",
+        ),
         (llama, [], DataError, "no records"),
         (llama, [{"label": 1}], DataError, r"record 1: .*\"prompt\", \"completion\""),
         (llama, str(tmp_path / "none.jsonl"), DataError, r"none\.jsonl: cannot be read"),
