@@ -42,6 +42,10 @@ class ExportOptions:
             nearest (GPTQ), which takes minutes. None: see `quick`.
         max_length: tokens that the bundle reads at most, prompt and answer together; the model's where None.
             Tables of positions are as long, which is most of what a long context takes in the file.
+        keep_vocabulary: records (a JSONL file by path, or mappings) like those that the model will read and
+            write: the tokens that these need stay, with whatever makes other texts readable, and the others
+            are taken out of the tokenizer, the embedding and the output layer. Texts of the records are read
+            as before. Of a model whose tokenizer is BPE, Unigram or WordPiece; not of an ONNX file.
         train: also write the training graphs.
         verify: compare logits, losses, gradients and what is generated with PyTorch (of an ONNX file:
             outputs with the file's, gradients with finite differences), and refuse a bundle that differs.
@@ -67,6 +71,7 @@ class ExportOptions:
     drift_penalty: bool = False
     calibration: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
     max_length: int | None = None
+    keep_vocabulary: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
     train: bool = True
     verify: bool = True
     seed: int = 0

@@ -23,6 +23,7 @@ from .forward import build_forward
 from .measure.bundle import with_memory
 from .options import ExportOptions
 from .quantize.freeze import Freezer
+from .shrink.vocabulary import trim_vocabulary, vocabulary_records
 from .sources.base import ModelSource
 from .sources.model_info import model_info, saved_module_names
 from .sources.open import opened_source
@@ -68,6 +69,7 @@ def export(
     if untried := outside_range():
         report(f"not run with {', '.join(untried)}: trying")
     records = usable_records(chosen, model)
+    kept_records = vocabulary_records(chosen, model)
     check_replaceable(output, MANIFEST_FILE)
     with ExitStack() as stack:
         scratch = stack.enter_context(temporary_folder())
@@ -83,6 +85,9 @@ def export(
         _check_rounding(source, records, chosen)
         model_info(source)  # which refuses configurations, before a trace takes its minutes
         base = base_fingerprint(source)
+        if kept_records:  # of the whole base: an adapter of that, or for that, fits here too
+            report("trimming the vocabulary")
+            trim_vocabulary(source, kept_records, adapters.loaded, scratch)
         adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)
         losses = Losses(source, chosen.loss, chosen.drift_penalty)

@@ -187,6 +187,7 @@ class ModelInfo:
 
     `max_length` and `min_length` bound the axis `sequence`: tokens, or samples of a recording; a model of
     images has no such axis and 1 for both. `vocab_size` is 0 for a model that takes no tokens.
+    `whole_vocab_size` is what the base model has, where tokens were taken out at export.
     """
 
     name: str
@@ -209,6 +210,7 @@ class ModelInfo:
     mask_token_id: int | None = None  # fill-mask
     text: TextSettings = field(default_factory=TextSettings)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
+    whole_vocab_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -179,6 +179,11 @@ def _check_model(manifest: Manifest) -> None:
     )
     least = 0 if manifest.task in TOKENLESS else 1
     _require(model.vocab_size >= least, f"model.vocab_size is {model.vocab_size}, expected at least {least}")
+    whole = model.whole_vocab_size
+    _require(
+        whole is None or whole >= model.vocab_size,
+        f"model.whole_vocab_size is {whole}, expected {model.vocab_size} (model.vocab_size) or more",
+    )
     for name in ("pad_token_id", "bos_token_id", "decoder_start_token_id", "mask_token_id"):
         token = getattr(model, name)
         _require(

@@ -13,7 +13,7 @@ from ..files import check_replaceable
 from ..sizes import format_size
 from ..slots import LORA
 from .console import Console
-from .options import calibrated_on, force_option, json_option, missing_ways, slots_beside
+from .options import calibrated_on, force_option, json_option, missing_ways, slots_beside, trimmed_vocabulary
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -72,6 +72,9 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--max-length", type=click.IntRange(min=1),
               help="Tokens that the bundle reads at most, prompt and answer together: a shorter context "
                    "makes a smaller file. [default: the model's]")  # fmt: skip
+@click.option("--keep-vocabulary", metavar="FILE.jsonl",
+              help="Records like those the model will read and write: tokens that these do not need are "
+                   "taken out of tokenizer, embedding and output layer. [default: all stay]")  # fmt: skip
 @click.option("--no-train", is_flag=True, help="Leave the training graphs out.")
 @click.option("--no-verify", is_flag=True, help="Do not compare outputs with PyTorch or the ONNX file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Draws a new head and a fresh adapter.")
@@ -97,6 +100,7 @@ def export(
     drift_penalty: bool,
     calibration: str | None,
     max_length: int | None,
+    keep_vocabulary: str | None,
     no_train: bool,
     no_verify: bool,
     seed: int,
@@ -140,6 +144,7 @@ def export(
         drift_penalty=drift_penalty,
         calibration=calibration,
         max_length=max_length,
+        keep_vocabulary=keep_vocabulary,
         train=not no_train,
         verify=not no_verify,
         seed=seed,
@@ -155,6 +160,8 @@ def export(
         "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
+        "vocab_size": manifest.model.vocab_size,
+        "whole_vocab_size": manifest.model.whole_vocab_size,
         "adapters": list(manifest.adapters),
         "lora_slots": len(manifest.slots_of(LORA)),
         "other_slots": slots_beside(manifest),
@@ -197,6 +204,8 @@ def _text(summary: dict[str, Any]) -> str:
     if summary["strategies"]:
         lines.append(f"training: {', '.join(summary['strategies'])}")
     lines += [f"without {line}" for line in missing_ways(summary["missing"])]
+    if trimmed := trimmed_vocabulary(summary):
+        lines.append(f"vocabulary {trimmed}")
     if calibrated is not None:
         lines.append(
             f"calibrated on {calibrated_on(calibrated)}, {summary['bits_a_weight']:.2f} bits a weight; "

@@ -9,7 +9,15 @@ from ..bundle.manifest import RESIDENT
 from ..sizes import format_size
 from ..slots import LORA, WHOLE
 from .console import Console
-from .options import bundle_argument, calibrated_on, json_option, missing_ways, slots_beside, table
+from .options import (
+    bundle_argument,
+    calibrated_on,
+    json_option,
+    missing_ways,
+    slots_beside,
+    table,
+    trimmed_vocabulary,
+)
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -42,6 +50,8 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "architecture": manifest.model.architecture,
         "base": manifest.base,
         "max_length": manifest.model.max_length,
+        "vocab_size": manifest.model.vocab_size,
+        "whole_vocab_size": manifest.model.whole_vocab_size,
         "problem_type": manifest.model.problem_type,
         "labels": list(manifest.model.labels),
         "bits": manifest.quantization.bits,
@@ -109,6 +119,7 @@ def _table(summary: dict[str, Any]) -> str:
             f"{summary['path']}  {format_size(summary['bundle_bytes'])}, format {summary['format_version']}",
         ],
         ["model", f"{summary['model']} ({summary['architecture']})" + _longest(summary)],
+        *(["vocabulary", line] for line in [trimmed_vocabulary(summary)] if line),
         ["base", (summary["base"] or "not known")[:12]],
         [
             "task",

@@ -231,6 +231,12 @@ def calibrated_on(calibration: Mapping[str, Any]) -> str:
     return f"{calibration['records']} texts of the model's own"
 
 
+def trimmed_vocabulary(summary: Mapping[str, Any]) -> str | None:
+    """Of how many tokens how many were kept at export; None where all were."""
+    whole = summary["whole_vocab_size"]
+    return None if whole is None else f"trimmed to {summary['vocab_size']:,} of {whole:,} tokens"
+
+
 def missing_ways(missing: Mapping[str, str]) -> list[str]:
     """What a bundle cannot do, `NAME, NAME: REASON` for each reason of `Manifest.missing`."""
     reasons = dict.fromkeys(missing.values())

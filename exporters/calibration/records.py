@@ -14,7 +14,7 @@ from edgepeft.bundle.writer import hash_folder
 from edgepeft.errors import BundleError, UsageError
 from edgepeft.runtime.records import Record
 from edgepeft.runtime.records import records as as_records
-from edgepeft.runtime.tasks import task_for
+from edgepeft.runtime.tasks import Task, task_for
 
 from ..options import ExportOptions
 from ..sources.model_info import model_info
@@ -60,10 +60,7 @@ def read_feeds(source: Source, records: Sequence[Record], folder: Path) -> list[
         DataError: a record cannot be used; the message says where it stands.
         UsageError: records are texts and the model has no tokenizer.
     """
-    folder.mkdir()
-    for name, data in source.tokenizer_files.items():
-        (folder / name).write_bytes(data)
-    task = task_for(Bundle(folder, _manifest(source, folder)))
+    task = reading_task(source, folder)
     length = min(source.max_length, MAX_TOKENS * source.length_unit)
     try:
         examples = task.encode_all(records, length, training=False)
@@ -74,6 +71,19 @@ def read_feeds(source: Source, records: Sequence[Record], folder: Path) -> list[
         {name: torch.from_numpy(array) for name, array in task.batch([example], training=False).items()}
         for example in examples
     ]
+
+
+def reading_task(source: Source, folder: Path) -> Task:
+    """What reads records as the device does.
+
+    Args:
+        source: the model.
+        folder: a new one, for the tokenizer's files.
+    """
+    folder.mkdir()
+    for name, data in source.tokenizer_files.items():
+        (folder / name).write_bytes(data)
+    return task_for(Bundle(folder, _manifest(source, folder)))
 
 
 def _manifest(source: Source, folder: Path) -> Manifest:

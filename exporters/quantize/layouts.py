@@ -41,6 +41,10 @@ class BlockValues:
         factors = self.factors[rows].astype(np.float32)
         return np.asarray(values * factors.repeat(values.shape[1] // factors.shape[1], axis=1))
 
+    def with_rows(self, rows: np.ndarray) -> "BlockValues":
+        """Those of some rows, int64 `[rows]`."""
+        return BlockValues(self.values[rows], None if self.factors is None else self.factors[rows])
+
     @property
     def nbytes(self) -> int:
         """What is stored."""
@@ -120,6 +124,16 @@ class QuantizedWeight:
             self.zero_points is None,
             None if self.minimums is None else self.minimums.kind,
             None if self.order is None else self.order.tobytes(),
+        )
+
+    def with_rows(self, rows: np.ndarray) -> "QuantizedWeight":
+        """Some of its rows, by their numbers, int64 `[rows]`."""
+        return replace(
+            self,
+            packed=self.packed[rows],
+            scales=self.scales.with_rows(rows),
+            zero_points=None if self.zero_points is None else self.zero_points[rows],
+            minimums=None if self.minimums is None else self.minimums.with_rows(rows),
         )
 
     def dequantize(self) -> torch.Tensor:

@@ -6,11 +6,13 @@ with i over the weights of all rows, one row behind the other.
 Source: `MatMulBnb4` of com.microsoft, version 1, and bitsandbytes' `quantize_4bit`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
+
+from edgepeft.errors import ExportError
 
 from ..scratch import spooled
 from .layouts import CHUNK_VALUES, QuantizedWeight
@@ -57,6 +59,25 @@ class TableWeight:
     def nbytes(self) -> int:
         """What is stored."""
         return self.packed.nbytes + self.absmax.nbytes
+
+    def with_rows(self, rows: np.ndarray) -> "TableWeight":
+        """Some of its rows, by their numbers, int64 `[rows]`.
+
+        Raises:
+            ExportError: blocks reach from one row into the next.
+        """
+        before, columns = self.shape
+        if columns % self.block_size:
+            raise ExportError(
+                f"rows of {columns} weights share scales in blocks of {self.block_size}, so none can be "
+                "taken alone: trim the vocabulary of the float model (--keep-vocabulary)"
+            )
+        return replace(
+            self,
+            packed=self.packed.reshape(before, -1)[rows].reshape(-1),
+            absmax=self.absmax.reshape(before, -1)[rows].reshape(-1),
+            shape=(len(rows), columns),
+        )
 
     def dequantize(self) -> torch.Tensor:
         """float32 `[rows, columns]`, as onnxruntime computes it."""

@@ -21,6 +21,7 @@ class LoadedModel:
     Attributes:
         shipped: the folder or hub id that it came from.
         quantized: by the names of the trace, weights that were quantized there; the model has their values.
+        whole_vocab_size: tokens that it came with, where some of them were taken out.
     """
 
     model: Any  # a transformers PreTrainedModel; its modules are looked up by name
@@ -33,6 +34,7 @@ class LoadedModel:
     max_length: int = 0
     shipped: str | None = None
     quantized: Mapping[str, StoredWeight] = field(default_factory=dict)
+    whole_vocab_size: int | None = None
 
     @property
     def config(self) -> Any:

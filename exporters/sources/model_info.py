@@ -29,6 +29,7 @@ def model_info(source: ModelSource, loss: str | None = None) -> ModelInfo:
         architecture=source.architecture,
         max_length=source.max_length,
         vocab_size=_vocab_size(source),
+        whole_vocab_size=getattr(source, "whole_vocab_size", None),
         pad_token_id=_token(getattr(config, "pad_token_id", None), source),
         bos_token_id=_token(getattr(config, "bos_token_id", None), source),
         eos_token_ids=end_tokens(source) if takes_tokens(source) else (),

@@ -163,6 +163,14 @@ def test_values_are_the_definitions(layout: Layout) -> None:
     np.testing.assert_array_equal(both.dequantize()[6:], other.dequantize())
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_rows_are_picked(layout: Layout) -> None:
+    """With all that belongs to them, in any order, and more than once."""
+    weight = layout(np.random.default_rng(0), 8, 256)
+    rows = np.array([6, 0, 3, 6])
+    assert torch.equal(weight.with_rows(rows).dequantize(), weight.dequantize()[rows])
+
+
 @pytest.mark.parametrize("columns", [6, 7])
 def test_codes_come_back(columns: int) -> None:
     given = codes(np.random.default_rng(0), 3, columns, 4)

@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 
+from edgepeft.errors import ExportError
 from edgepeft.exporters.quantize.table_weight import FP4, NF4, TABLES, TableWeight
 
 
@@ -28,6 +29,13 @@ def test_dequantize(columns: int, block_size: int, quant_type: int) -> None:
         for place in range(2)
     ]
     assert np.array_equal(weight.dequantize().numpy(), np.array(flat, np.float32).reshape(8, columns))
+
+
+def test_rows_are_picked_where_blocks_end_with_them() -> None:
+    weight, rows = drawn(8, 128, 64, NF4), np.array([5, 0, 5])
+    assert np.array_equal(weight.with_rows(rows).dequantize().numpy(), weight.dequantize().numpy()[rows])
+    with pytest.raises(ExportError, match=r"96 weights share scales in blocks of 64.*--keep-vocabulary"):
+        drawn(8, 96, 64, NF4).with_rows(rows)
 
 
 def test_a_weight_in_a_scratch_file() -> None:
