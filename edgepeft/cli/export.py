@@ -13,7 +13,7 @@ from ..files import check_replaceable
 from ..sizes import format_size
 from ..slots import LORA
 from .console import Console
-from .options import calibrated_on, force_option, json_option, missing_ways, slots_beside
+from .options import calibrated_on, force_option, json_option, missing_ways, pruned_by, slots_beside
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -69,6 +69,10 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--calibration", metavar="FILE.jsonl",
               help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
                    "rounded to suit them (GPTQ); - reads them from standard input.")  # fmt: skip
+@click.option("--prune", metavar="SHARE",
+              help="Remove this share of the linears' weights first, such as 25%: channels of the "
+                   "feed-forward layers, those that matter least to the records of --calibration, or to "
+                   "text that the model writes itself.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=1),
               help="Tokens that the bundle reads at most, prompt and answer together: a shorter context "
                    "makes a smaller file. [default: the model's]")  # fmt: skip
@@ -96,6 +100,7 @@ def export(
     loss: str | None,
     drift_penalty: bool,
     calibration: str | None,
+    prune: str | None,
     max_length: int | None,
     no_train: bool,
     no_verify: bool,
@@ -139,6 +144,7 @@ def export(
         loss=loss,
         drift_penalty=drift_penalty,
         calibration=calibration,
+        prune=prune,
         max_length=max_length,
         train=not no_train,
         verify=not no_verify,
@@ -154,6 +160,7 @@ def export(
         "bits": manifest.quantization.bits,
         "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
+        "pruning": None if manifest.pruning is None else dataclasses.asdict(manifest.pruning),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "adapters": list(manifest.adapters),
         "lora_slots": len(manifest.slots_of(LORA)),
@@ -197,6 +204,8 @@ def _text(summary: dict[str, Any]) -> str:
     if summary["strategies"]:
         lines.append(f"training: {', '.join(summary['strategies'])}")
     lines += [f"without {line}" for line in missing_ways(summary["missing"])]
+    if summary["pruning"] is not None:
+        lines.append(f"pruned: {pruned_by(summary['pruning'])}")
     if calibrated is not None:
         lines.append(
             f"calibrated on {calibrated_on(calibrated)}, {summary['bits_a_weight']:.2f} bits a weight; "

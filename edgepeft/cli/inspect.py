@@ -9,7 +9,7 @@ from ..bundle.manifest import RESIDENT
 from ..sizes import format_size
 from ..slots import LORA, WHOLE
 from .console import Console
-from .options import bundle_argument, calibrated_on, json_option, missing_ways, slots_beside, table
+from .options import bundle_argument, calibrated_on, json_option, missing_ways, pruned_by, slots_beside, table
 
 
 @click.command(short_help="Show what a bundle holds.")
@@ -47,6 +47,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "bits": manifest.quantization.bits,
         "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibration is None else dataclasses.asdict(calibration),
+        "pruning": None if manifest.pruning is None else dataclasses.asdict(manifest.pruning),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
         "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
@@ -122,6 +123,7 @@ def _table(summary: dict[str, Any]) -> str:
             + (f", {bits_a_weight:.2f} a weight with scales" if bits_a_weight else "")
             + (f", calibrated on {calibrated_on(calibration)}" if calibration else ""),
         ],
+        *([["pruned", pruned_by(summary["pruning"])]] if summary["pruning"] else []),
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [
             "slots",
