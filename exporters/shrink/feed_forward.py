@@ -108,7 +108,7 @@ def rows_of(channels: torch.Tensor, layer: FeedForward, out_features: int) -> to
     return torch.cat([channels + start for start in starts])
 
 
-def resize(config: Any, kept: Mapping[int, int]) -> dict[str, tuple[int, int]]:
+def resize(config: Any, kept: Mapping[int, int]) -> dict[str, tuple[int, ...]]:
     """Write new widths of feed-forward layers into a transformers configuration.
 
     Args:
@@ -118,7 +118,7 @@ def resize(config: Any, kept: Mapping[int, int]) -> dict[str, tuple[int, int]]:
     Returns:
         The old and the new width by the configuration's names.
     """
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: dict[str, tuple[int, ...]] = {}
     for part in {id(found): found for found in (config, config.get_text_config())}.values():
         for name in _WIDTHS:
             width = getattr(part, name, 0)

@@ -22,7 +22,7 @@ _AT_A_TIME = 64
 
 @dataclass
 class InputMoments:
-    """What is known of the values X that a linear reads: of `rows` rows, `products` XᵀX, float32 `[in_features,
+    """What is known of `rows` rows of values X that a linear reads: `products` XᵀX, float32 `[in_features,
     in_features]`, and `sums`, float64 `[in_features]`."""
 
     products: torch.Tensor

@@ -74,6 +74,7 @@ def prune(
         folder = stack.enter_context(temporary_folder())
         source = stack.enter_context(opened_source(model, task=task, labels=None, seed=seed))
         check_prunable(source, records)
+        assert isinstance(source, Source)
         if source.quantized:
             raise UsageError(
                 f"{source.name}: its weights are quantized already, and pruning makes others: prune the "
