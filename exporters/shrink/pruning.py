@@ -18,7 +18,6 @@ from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Pruning
 from edgepeft.errors import AdapterError, ExportError, UsageError
 from edgepeft.files import temporary_folder
-from edgepeft.runtime.records import Record
 
 from ..calibration.calibrate import Progress
 from ..calibration.groups import Feeds
@@ -56,8 +55,8 @@ def prune(
         edgepeft.export("pruned", "chat.edge")
 
     Args:
-        model: a transformers model object, which is left as it is, a folder, a hub id or a GGUF file of
-            floats.
+        model: a transformers model object, which is left as it is, or a folder, a hub id or a file as
+            `edgepeft.export` takes it, of floats.
         share: see `ExportOptions.prune`, as `calibration`, `task`, `block_size` and `seed`.
 
     Returns:
@@ -86,7 +85,7 @@ def prune(
     return pruned
 
 
-def check_prunable(source: ModelSource, records: Sequence[Record]) -> None:
+def check_prunable(source: ModelSource, records: Sequence[object]) -> None:
     """Refuse what cannot be pruned before any work is done.
 
     Raises:
