@@ -1,4 +1,4 @@
-"""Byte sizes as people write them: `96MiB`, `128MB`, `0.5GiB`, `1048576`."""
+"""Byte sizes as people write them, `96MiB`, `128MB`, `0.5GiB`, `1048576`, and shares, `25%`."""
 
 import re
 from decimal import Decimal
@@ -20,6 +20,7 @@ _UNITS = {
 # Digits are bounded so that a hostile argument costs no time, and ASCII because \d would take other scripts'
 # digits.
 _SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]*)")
+_SHARE = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*(%?)")
 
 
 def parse_size(text: str | int) -> int:
@@ -46,6 +47,19 @@ def parse_size(text: str | int) -> int:
     if size_bytes < 1:
         raise UsageError(f"{text!r} is no memory at all: write a size of at least one byte, such as 96MiB")
     return size_bytes
+
+
+def parse_share(text: str | float) -> float:
+    """A part of a whole such as `25%` or 0.25, between 0 and 1.
+
+    Raises:
+        UsageError: the text is no such number, or none between 0 and 1.
+    """
+    match = _SHARE.fullmatch(str(text).strip())
+    share = 0.0 if match is None else float(match[1]) / (100 if match[2] else 1)
+    if not 0 < share < 1:
+        raise UsageError(f"{text!r} is no share: write a number above 0 and below 1, such as 25% or 0.25")
+    return share
 
 
 def format_size(size_bytes: float) -> str:

@@ -12,10 +12,15 @@ from edgepeft.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from .pipeline import export as export
+    from .shrink.pruning import prune as prune
     from .sources.sentence_classifier import load_sentence_classifier as load_sentence_classifier
 
-_HOMES = {"export": ".pipeline", "load_sentence_classifier": ".sources.sentence_classifier"}
-__all__ = ["export", "load_sentence_classifier"]
+_HOMES = {
+    "export": ".pipeline",
+    "load_sentence_classifier": ".sources.sentence_classifier",
+    "prune": ".shrink.pruning",
+}
+__all__ = ["export", "load_sentence_classifier", "prune"]
 
 
 def __getattr__(name: str) -> Any:

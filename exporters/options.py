@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from edgepeft.errors import UsageError
-from edgepeft.sizes import parse_size
+from edgepeft.sizes import parse_share, parse_size
 
 from .quantize.blockwise import BLOCK_SIZES
 
@@ -40,6 +40,9 @@ class ExportOptions:
         calibration: records (a JSONL file by path, or mappings) that are like what the model will read, a few
             hundred: at 4 and 8 bits the linears are quantized so that what they compute of these comes
             nearest (GPTQ), which takes minutes. None: see `quick`.
+        prune: the share of the linears' weights (0.25 or "25%"; the embedding and the output layer do not
+            count) that is removed before anything else is done: channels of the feed-forward layers, chosen
+            by `calibration`, or by text that the model writes itself.
         max_length: tokens that the bundle reads at most, prompt and answer together; the model's where None.
             Tables of positions are as long, which is most of what a long context takes in the file.
         keep_vocabulary: records (a JSONL file by path, or mappings) like those that the model will read and
@@ -70,6 +73,7 @@ class ExportOptions:
     loss: str | None = None
     drift_penalty: bool = False
     calibration: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
+    prune: float | str | None = None
     max_length: int | None = None
     keep_vocabulary: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
     train: bool = True
@@ -80,7 +84,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.bits not in (None, 4, 8, 16, 32):
             raise UsageError(f"bits must be 4, 8, 16 or 32, got {self.bits}")
-        if self.quick and self.calibration is not None:
+        if self.quick and self.calibration is not None and self.prune_share is None:
             raise UsageError("quick rounds to the nearest, calibration for records: leave one of them out")
         if self.size_bytes is not None and (self.quick or self.bits not in (None, 4)):
             raise UsageError(
@@ -100,6 +104,11 @@ class ExportOptions:
     def size_bytes(self) -> int | None:
         """`size` as a number."""
         return None if self.size is None else parse_size(self.size)
+
+    @property
+    def prune_share(self) -> float | None:
+        """`prune` as a number."""
+        return None if self.prune is None else parse_share(self.prune)
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Self:

@@ -16,13 +16,15 @@ from edgepeft.slots import LORA
 
 from .base_fingerprint import base_fingerprint
 from .calibration.calibrate import Progress
+from .calibration.groups import Feeds
 from .calibration.records import usable_records
-from .calibration.rounding import calibrated, is_calibrated
+from .calibration.rounding import calibrated, is_calibrated, representative
 from .contents import Losses, write_contents
 from .forward import build_forward
 from .measure.bundle import with_memory
 from .options import ExportOptions
 from .quantize.freeze import Freezer
+from .shrink.pruning import check_adapters, check_prunable, prune_source
 from .shrink.vocabulary import trim_vocabulary, vocabulary_records
 from .sources.base import ModelSource
 from .sources.model_info import model_info, saved_module_names
@@ -88,16 +90,28 @@ def export(
         if kept_records:  # of the whole base: an adapter of that, or for that, fits here too
             report("trimming the vocabulary")
             trim_vocabulary(source, kept_records, adapters.loaded, scratch)
-        adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         freezer = _freezer(source, chosen)
+        rounds = is_calibrated(source, records, chosen, freezer.bits)
+        if chosen.prune is not None:
+            check_prunable(source, records)
+        feeds: list[Feeds] = []
+        if rounds or chosen.prune is not None:
+            report("reading the records" if records else "writing text of the model's own")
+            feeds = representative(source, records, chosen, scratch / "records")
+        pruning = None
+        if chosen.prune is not None:
+            report("pruning")
+            pruning = prune_source(source, feeds, chosen, progress)
+            base = base_fingerprint(source)
+        if pruning is not None and not chosen.force:
+            check_adapters(adapters.loaded.values(), base)
+        adapters = prepare_adapters(adapters, source, base, chosen, scratch, report)
         losses = Losses(source, chosen.loss, chosen.drift_penalty)
         saved = saved_module_names(source, adapters.loaded.values())
         calibration = None
-        if is_calibrated(source, records, chosen, freezer.bits):
+        if rounds:
             report("calibrating" if records else "calibrating on text of the model's own")
-            calibration = calibrated(
-                source, records, chosen, scratch / "calibration", freezer, saved, progress
-            )
+            calibration = calibrated(source, feeds, chosen, freezer, saved, progress)
         report("tracing and quantizing the inference graph")
         modules = _modules(adapters, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
@@ -115,7 +129,7 @@ def export(
         if calibration is not None:
             calibration = dataclasses.replace(calibration, rounded=tuple(freezer.rounded))
         quantization = dataclasses.replace(manifest.quantization, calibration=calibration)
-        manifest = dataclasses.replace(manifest, base=base, quantization=quantization)
+        manifest = dataclasses.replace(manifest, base=base, quantization=quantization, pruning=pruning)
         report("measuring memory")
         manifest = with_memory(manifest, folder, source.length_unit)
         write_manifest(manifest, folder)
@@ -132,7 +146,11 @@ def _check_rounding(source: ModelSource, records: Sequence[object], options: Exp
     Raises:
         UsageError: an option says how to round weights that stay as they are.
     """
-    given = {"--calibration": bool(records), "--size": options.size is not None}
+    given = {
+        "--calibration": bool(records),
+        "--size": options.size is not None,
+        "--prune": options.prune is not None,
+    }
     named = next((name for name, is_given in given.items() if is_given), None)
     if named is not None and source.quantized and options.bits is None:
         raise UsageError(

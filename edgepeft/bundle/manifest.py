@@ -252,6 +252,27 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Pruning:
+    """What was removed from the model before it was exported.
+
+    Attributes:
+        share: of the weights of the linears that are gone; the embedding and the output layer do not count.
+        sizes: by the configuration's name for it, a size before and after: `intermediate_size`, `[1536,
+            1024]`.
+        records: that told which to remove.
+        inputs: what these were, as `Calibration` has it.
+        errors: by name, of what a weight that reads fewer channels makes of the records the fraction that has
+            changed, as `Calibration` has it.
+    """
+
+    share: float
+    sizes: dict[str, tuple[int, ...]]
+    records: int
+    inputs: str
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """Size and SHA-256 (hex) of one file of the bundle."""
 
@@ -287,6 +308,7 @@ class Manifest:
     linear_head: LinearHead | None = None  # null: no classifier, or one whose outputs something else makes
     missing: dict[str, str] = field(default_factory=dict)  # ways to run that the model does not have, and why
     base: str | None = None  # SHA-256 (hex) that tells the base from others of its shape; null: not known
+    pruning: Pruning | None = None  # null: the model is whole
 
     @property
     def adapter_inputs(self) -> dict[str, SlotTensor]:

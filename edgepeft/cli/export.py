@@ -13,7 +13,15 @@ from ..files import check_replaceable
 from ..sizes import format_size
 from ..slots import LORA
 from .console import Console
-from .options import calibrated_on, force_option, json_option, missing_ways, slots_beside, trimmed_vocabulary
+from .options import (
+    calibrated_on,
+    force_option,
+    json_option,
+    missing_ways,
+    pruned_by,
+    slots_beside,
+    trimmed_vocabulary,
+)
 
 #: Models that are one file.
 FILES = (".gguf", ".onnx")
@@ -69,6 +77,10 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
 @click.option("--calibration", metavar="FILE.jsonl",
               help="Records like those the model will read, some hundred: 4- and 8-bit weights are then "
                    "rounded to suit them (GPTQ); - reads them from standard input.")  # fmt: skip
+@click.option("--prune", metavar="SHARE",
+              help="Remove this share of the linears' weights first, such as 25%: channels of the "
+                   "feed-forward layers, those that matter least to the records of --calibration, or to "
+                   "text that the model writes itself.")  # fmt: skip
 @click.option("--max-length", type=click.IntRange(min=1),
               help="Tokens that the bundle reads at most, prompt and answer together: a shorter context "
                    "makes a smaller file. [default: the model's]")  # fmt: skip
@@ -99,6 +111,7 @@ def export(
     loss: str | None,
     drift_penalty: bool,
     calibration: str | None,
+    prune: str | None,
     max_length: int | None,
     keep_vocabulary: str | None,
     no_train: bool,
@@ -143,6 +156,7 @@ def export(
         loss=loss,
         drift_penalty=drift_penalty,
         calibration=calibration,
+        prune=prune,
         max_length=max_length,
         keep_vocabulary=keep_vocabulary,
         train=not no_train,
@@ -159,6 +173,7 @@ def export(
         "bits": manifest.quantization.bits,
         "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibrated is None else dataclasses.asdict(calibrated),
+        "pruning": None if manifest.pruning is None else dataclasses.asdict(manifest.pruning),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "vocab_size": manifest.model.vocab_size,
         "whole_vocab_size": manifest.model.whole_vocab_size,
@@ -206,6 +221,8 @@ def _text(summary: dict[str, Any]) -> str:
     lines += [f"without {line}" for line in missing_ways(summary["missing"])]
     if trimmed := trimmed_vocabulary(summary):
         lines.append(f"vocabulary {trimmed}")
+    if summary["pruning"] is not None:
+        lines.append(f"pruned: {pruned_by(summary['pruning'])}")
     if calibrated is not None:
         lines.append(
             f"calibrated on {calibrated_on(calibrated)}, {summary['bits_a_weight']:.2f} bits a weight; "

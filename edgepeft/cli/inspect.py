@@ -14,6 +14,7 @@ from .options import (
     calibrated_on,
     json_option,
     missing_ways,
+    pruned_by,
     slots_beside,
     table,
     trimmed_vocabulary,
@@ -57,6 +58,7 @@ def _summary(bundle: Any) -> dict[str, Any]:
         "bits": manifest.quantization.bits,
         "bits_a_weight": manifest.quantization.bits_a_weight,
         "calibration": None if calibration is None else dataclasses.asdict(calibration),
+        "pruning": None if manifest.pruning is None else dataclasses.asdict(manifest.pruning),
         "bundle_bytes": sum(entry.nbytes for entry in manifest.files.values()),
         "weights_bytes": manifest.files[manifest.weights_file].nbytes,
         "graphs": {role: manifest.files[graph.file].nbytes for role, graph in manifest.graphs.items()},
@@ -133,6 +135,7 @@ def _table(summary: dict[str, Any]) -> str:
             + (f", {bits_a_weight:.2f} a weight with scales" if bits_a_weight else "")
             + (f", calibrated on {calibrated_on(calibration)}" if calibration else ""),
         ],
+        *([["pruned", pruned_by(summary["pruning"])]] if summary["pruning"] else []),
         ["graphs", ", ".join(f"{role} {format_size(size)}" for role, size in summary["graphs"].items())],
         [
             "slots",

@@ -237,6 +237,12 @@ def trimmed_vocabulary(summary: Mapping[str, Any]) -> str | None:
     return None if whole is None else f"trimmed to {summary['vocab_size']:,} of {whole:,} tokens"
 
 
+def pruned_by(pruning: Mapping[str, Any]) -> str:
+    """What is gone of a bundle's model, by its manifest."""
+    sizes = ", ".join(f"{name} {before} to {after}" for name, (before, after) in pruning["sizes"].items())
+    return f"{pruning['share']:.1%} of the linears' weights ({sizes}), by {calibrated_on(pruning)}"
+
+
 def missing_ways(missing: Mapping[str, str]) -> list[str]:
     """What a bundle cannot do, `NAME, NAME: REASON` for each reason of `Manifest.missing`."""
     reasons = dict.fromkeys(missing.values())

@@ -40,7 +40,7 @@ def usable_records(options: ExportOptions, model: Any) -> list[Record]:
         raise UsageError(
             "--calibration needs a transformers model: the weights of an ONNX file are rounded to the nearest"
         )
-    if options.bits in (16, 32):
+    if options.bits in (16, 32) and options.prune is None:
         raise UsageError(
             f"--calibration goes with 4 or 8 bits: at {options.bits} bits nothing is quantized, so leave it "
             "out"

@@ -11,6 +11,7 @@ from ..quantize.freeze import Freezer
 from ..sources.base import ModelSource
 from ..sources.transformers_model import Source
 from .calibrate import Progress, Sizes, calibrate
+from .groups import Feeds
 from .own_text import own_text
 from .records import read_feeds
 
@@ -18,17 +19,36 @@ from .records import read_feeds
 def is_calibrated(source: ModelSource, records: Sequence[Record], options: ExportOptions, bits: int) -> bool:
     """Whether weights are rounded for what they read: of records, or at 4 bits of what the model writes
     itself, unless it writes nothing or it is to be quick."""
-    if records:
-        return True
+    if options.quick or bits not in (4, 8):
+        return False
     writes = source.task == "text-generation" and isinstance(source, Source)
-    return bits == 4 and writes and not options.quick
+    return bool(records) or (bits == 4 and writes)
+
+
+def representative(
+    source: ModelSource, records: Sequence[Record], options: ExportOptions, folder: Path
+) -> list[Feeds]:
+    """The model's keyword arguments for what its layers are measured on: the records, or else what it writes
+    itself.
+
+    Args:
+        source: a transformers model.
+        records: of the caller's.
+        options: those of the export.
+        folder: a new one, for the tokenizer's files.
+
+    Raises:
+        DataError: a record cannot be used; the message says where it stands.
+        UsageError: records are texts and the model has no tokenizer.
+    """
+    assert isinstance(source, Source)
+    return read_feeds(source, records, folder) if records else own_text(source, options.seed)
 
 
 def calibrated(
     source: ModelSource,
-    records: Sequence[Record],
+    feeds: Sequence[Feeds],
     options: ExportOptions,
-    folder: Path,
     freezer: Freezer,
     saved: Sequence[str],
     progress: Progress,
@@ -37,9 +57,8 @@ def calibrated(
 
     Args:
         source: a transformers model.
-        records: of the caller's; none: what the model writes itself.
+        feeds: what it is calibrated on, see `representative`.
         options: those of the export.
-        folder: a new one, for the tokenizer's files.
         freezer: knows the bits and the block size.
         saved: modules that are not quantized.
         progress: is told how many weights of how many are done.
@@ -49,11 +68,9 @@ def calibrated(
         weight can be quantized.
 
     Raises:
-        DataError: a record cannot be used; the message says where it stands.
-        UsageError: records are texts and the model has no tokenizer.
+        UsageError: the bytes that the weights may take are too few.
     """
     assert isinstance(source, Source)
-    feeds = read_feeds(source, records, folder) if records else own_text(source, options.seed)
     found = calibrate(
         source.model,
         feeds,
@@ -66,4 +83,5 @@ def calibrated(
         return None
     freezer.quantized.update(found.weights)
     count = sum(len(next(iter(each.values()))) for each in feeds)
-    return Calibration("gptq", count, (), "records" if records else "own text", found.errors)
+    inputs = "own text" if options.calibration is None else "records"
+    return Calibration("gptq", count, (), inputs, found.errors)

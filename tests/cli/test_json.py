@@ -22,6 +22,7 @@ EXPORTED = SimpleNamespace(
     task="fill-mask",
     files={},
     quantization=SimpleNamespace(bits=4, calibration=None, bits_a_weight=5.0),
+    pruning=None,
     adapters=(),
     slots=(),
     slots_of=lambda _: (),
