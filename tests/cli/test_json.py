@@ -21,6 +21,7 @@ from .test_commands import run
 EXPORTED = SimpleNamespace(
     task="fill-mask",
     files={},
+    model=SimpleNamespace(vocab_size=320, whole_vocab_size=None),
     quantization=SimpleNamespace(bits=4, calibration=None, bits_a_weight=5.0),
     pruning=None,
     adapters=(),
