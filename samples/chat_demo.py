@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ import edgepeft
 from edgepeft.sizes import format_size
 
 BUDGET = "256MiB"
-SEQ_LEN, BATCH_SIZE, STEPS, LR = 80, 4, 60, 2e-3
+SEQ_LEN, BATCH_SIZE, STEPS, LR = 80, 4, 32, 2e-3
 TRAINED, HELD_OUT = 160, 40
 ANSWERS = Path(__file__).with_name("chat_answers.py")
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -147,6 +148,7 @@ class Demo:
         """Workstation: the adapter in PEFT, on the file's weights as transformers reads them, which are the
         bundle's."""
         transformers.logging.set_verbosity_error()
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         base = transformers.AutoModelForCausalLM.from_pretrained(
             str(self.file.parent), gguf_file=self.file.name, dtype=torch.float32
         )

@@ -60,7 +60,7 @@ def _tried_where_they_may_match() -> Iterator[None]:
 
 def _op_type(rule: RewriteRule) -> str | None:
     """The operator whose node is the first result of what the rule replaces; None where several may be."""
-    pattern: Any = rule._target_pattern
+    pattern: Any = getattr(rule, "_target_pattern", None)
     try:
         return str(pattern.output_nodes[0].op_identifier()[1])
     except (AttributeError, IndexError, TypeError):
