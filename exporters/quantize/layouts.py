@@ -204,5 +204,6 @@ def stacked(parts: Sequence[BlockValues]) -> BlockValues:
 
 def kept(arrays: Sequence[np.ndarray]) -> np.ndarray:
     """Arrays `[…, columns]` one below the other, in a scratch file."""
-    parts = [torch.from_numpy(array) for array in arrays]
+    # Of a single row, a part of a mapped file is a view of it, which PyTorch warns of.
+    parts = [torch.from_numpy(array if array.flags.writeable else array.copy()) for array in arrays]
     return np.asarray(spooled((sum(map(len, parts)), parts[0].shape[1]), parts[0].dtype, parts))

@@ -58,7 +58,7 @@ BUILDERS: dict[str, tuple[Callable[[], transformers.PreTrainedModel], list[str],
 }
 #: Bundles whose measured memory a test looks at. Of the others outputs, gradients and what they learn are
 #: compared, and measuring takes half the time of an export.
-MEASURED = {("bert-classifier", 4), *task_models.MEASURED}
+MEASURED = {("bert-classifier", 4), ("llama-tied", 4), *task_models.MEASURED}
 
 
 @pytest.fixture(scope="session")

@@ -98,3 +98,13 @@ def test_rows_are_put_in_order(name: str) -> None:
 
 def test_floats_and_other_types_have_no_layout() -> None:
     assert {kind.name for kind in GGMLQuantizationType if has_layout(kind)} == HALVES.keys()
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_row_of_a_mapped_file(name: str) -> None:
+    """Which nobody may write to: no warning of PyTorch's."""
+    stored = random_blocks(name, 1, 256)
+    stored.flags.writeable = False
+    weight = quantized_weight(stored, GGMLQuantizationType[name])
+    expected = gguf.quants.dequantize(stored, GGMLQuantizationType[name])
+    np.testing.assert_array_equal(weight.dequantize().numpy(), expected)
