@@ -45,6 +45,12 @@ def representative(
     return read_feeds(source, records, folder) if records else own_text(source, options.seed)
 
 
+def looked_at(feeds: Sequence[Feeds], options: ExportOptions) -> tuple[int, str]:
+    """How many texts or records `representative` has made feeds of, and which: `Calibration.inputs`."""
+    count = sum(len(next(iter(each.values()))) for each in feeds)
+    return count, "own text" if options.calibration is None else "records"
+
+
 def calibrated(
     source: ModelSource,
     feeds: Sequence[Feeds],
@@ -82,6 +88,5 @@ def calibrated(
     if not found.weights:
         return None
     freezer.quantized.update(found.weights)
-    count = sum(len(next(iter(each.values()))) for each in feeds)
-    inputs = "own text" if options.calibration is None else "records"
+    count, inputs = looked_at(feeds, options)
     return Calibration("gptq", count, (), inputs, found.errors)

@@ -23,7 +23,7 @@ from ..calibration.calibrate import Progress
 from ..calibration.groups import Feeds
 from ..calibration.passes import Passes
 from ..calibration.records import usable_records
-from ..calibration.rounding import representative
+from ..calibration.rounding import looked_at, representative
 from ..options import ExportOptions
 from ..sources.base import ModelSource
 from ..sources.open import opened_source
@@ -155,13 +155,13 @@ def prune_source(
             errors[f"{layer.consumer}.weight"] = _narrow(model, passes, layer, kept[layer.channels])
         progress(len(layers), len(layers))
     left = sum(matrix(model, name).numel() for name in source.linear_names())
-    count = sum(len(next(iter(each.values()))) for each in feeds)
+    count, inputs = looked_at(feeds, options)
     source.quantized = {}
     return Pruning(
         share=1 - left / whole,
         sizes=sizes,
         records=count,
-        inputs="own text" if options.calibration is None else "records",
+        inputs=inputs,
         errors=errors,
     )
 

@@ -32,9 +32,9 @@ class _Part:
     """Some rows of a weight.
 
     Attributes:
-        codes: uint8 `[rows, columns]`.
+        codes: as ggml has them, or with the middle code for 0; uint8 `[rows, columns]`.
         scales: of their blocks.
-        minimums: what is added; with them, the layout's `zero` stands for 0, else the middle code.
+        minimums: what is added.
     """
 
     codes: np.ndarray
@@ -50,15 +50,15 @@ class _Layout:
         bits: of the codes that it becomes.
         block_size: columns that share a scale.
         read: the blocks of some rows, uint8 `[rows, blocks, bytes]`, each as ggml has it.
-        zero: the code that stands for 0 beside minimums. Codes of fewer bits are moved up by it, so that they
-            lie around the middle: a product reads codes from there, and what it is moved by, and subtracts
-            again, is no larger than what it computes.
+        up: added to every code, so that codes of fewer bits lie around the middle, which stands for 0; beside
+            minimums it is what ggml's 0 becomes. A product reads codes from the middle, and what it is moved
+            by, and subtracts again, is no larger than what it computes.
     """
 
     bits: int
     block_size: int
     read: Callable[[np.ndarray], _Part]
-    zero: int = 0
+    up: int = 0
 
 
 def has_layout(kind: GGMLQuantizationType) -> bool:
@@ -91,16 +91,15 @@ def quantized_weight(
             part = layout.read(np.asarray(stored[chosen]).reshape(-1, columns // block, block_bytes))
             scales.append(part.scales)
             minimums.extend([] if part.minimums is None else [part.minimums])
-            yield torch.from_numpy(pack(part.codes + np.uint8(layout.zero), layout.bits))
+            yield torch.from_numpy(pack(part.codes + np.uint8(layout.up), layout.bits))
 
     codes = spooled((rows, columns * layout.bits // 8), torch.uint8, packed())
-    zeros = np.full((rows, columns // layout.block_size), layout.zero, np.uint8)
     return QuantizedWeight(
         codes.numpy(),
         stacked(scales),
         layout.bits,
         layout.block_size,
-        zero_points=zeros if minimums else None,
+        zero_points=np.full((rows, columns // layout.block_size), layout.up, np.uint8) if minimums else None,
         minimums=stacked(minimums) if minimums else None,
     )
 
@@ -148,7 +147,7 @@ def _five_bits(stored: np.ndarray) -> np.ndarray:
 
 
 def _q5_0(blocks: np.ndarray) -> _Part:
-    return _Part(_flat(_five_bits(blocks[..., 2:]) + np.uint8(128 - 16)), BlockValues(_halves(blocks, 0)))
+    return _Part(_flat(_five_bits(blocks[..., 2:])), BlockValues(_halves(blocks, 0)))
 
 
 def _q5_1(blocks: np.ndarray) -> _Part:
@@ -178,7 +177,7 @@ def _q3_k(blocks: np.ndarray) -> _Part:
     codes = _fields(blocks[..., 32:96], 32, 2) | _fields(blocks[..., :32], 32, 1) << 2
     scales = _fields(blocks[..., 96:104], 8, 4) | _fields(blocks[..., 104:108], 4, 2) << 4
     return _Part(
-        _flat(codes + np.uint8(8 - 4)),
+        _flat(codes),
         BlockValues(_flat(scales.view(np.int8) - np.int8(32)), _halves(blocks, 108)),
     )
 
@@ -206,7 +205,7 @@ def _q5_k(blocks: np.ndarray) -> _Part:
 def _q6_k(blocks: np.ndarray) -> _Part:
     codes = _fields(blocks[..., :128], 64, 4) | _fields(blocks[..., 128:192], 32, 2) << 4
     return _Part(
-        _flat(codes + np.uint8(128 - 32)),
+        _flat(codes),
         BlockValues(_flat(blocks[..., 192:208]).view(np.int8), _halves(blocks, 208)),
     )
 
@@ -223,14 +222,14 @@ def _iq4_xs(blocks: np.ndarray) -> _Part:
 _LAYOUTS = {
     GGMLQuantizationType.Q4_0: _Layout(4, 32, _q4_0),
     GGMLQuantizationType.Q4_1: _Layout(4, 32, _q4_1),
-    GGMLQuantizationType.Q5_0: _Layout(8, 32, _q5_0),
-    GGMLQuantizationType.Q5_1: _Layout(8, 32, _q5_1, zero=128 - 16),
+    GGMLQuantizationType.Q5_0: _Layout(8, 32, _q5_0, up=128 - 16),
+    GGMLQuantizationType.Q5_1: _Layout(8, 32, _q5_1, up=128 - 16),
     GGMLQuantizationType.Q8_0: _Layout(8, 32, _q8_0),
-    GGMLQuantizationType.Q2_K: _Layout(4, 16, _q2_k, zero=8 - 2),
-    GGMLQuantizationType.Q3_K: _Layout(4, 16, _q3_k),
+    GGMLQuantizationType.Q2_K: _Layout(4, 16, _q2_k, up=8 - 2),
+    GGMLQuantizationType.Q3_K: _Layout(4, 16, _q3_k, up=8 - 4),
     GGMLQuantizationType.Q4_K: _Layout(4, 32, _q4_k),
-    GGMLQuantizationType.Q5_K: _Layout(8, 32, _q5_k, zero=128 - 16),
-    GGMLQuantizationType.Q6_K: _Layout(8, 16, _q6_k),
+    GGMLQuantizationType.Q5_K: _Layout(8, 32, _q5_k, up=128 - 16),
+    GGMLQuantizationType.Q6_K: _Layout(8, 16, _q6_k, up=128 - 32),
     GGMLQuantizationType.IQ4_NL: _Layout(8, 32, _iq4_nl),
     GGMLQuantizationType.IQ4_XS: _Layout(8, 32, _iq4_xs),
 }

@@ -20,7 +20,7 @@ import edgepeft
 from ... import models
 from .. import gguf_llama
 from . import writers
-from .test_bitsandbytes import INT8_SETTINGS, NF4_SETTINGS, drawn_table
+from .test_bitsandbytes import INT8_SETTINGS, NF4_SETTINGS, drawn_int8, drawn_table
 from .test_checkpoint import AWQ, EMBEDDING, GPTQ, HEAD, MLX
 from .test_compressed_tensors import drawn as draw_compressed
 from .test_compressed_tensors import settings
@@ -102,14 +102,7 @@ def draw_table(kind: str, *, nested: bool) -> writers.Draw:
 
 def draw_int8(rows: int, columns: int, rng: np.random.Generator) -> writers.Drawn:
     """bitsandbytes of 8 bits."""
-    values = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
-    largest = rng.uniform(0.1, 0.2, rows).astype(np.float32)
-    tensors = {
-        "weight": torch.from_numpy(values),
-        "SCB": torch.from_numpy(largest),
-        "weight_format": torch.tensor(0, dtype=torch.uint8),
-    }
-    weight = values.astype(np.float64) * largest.astype(np.float64)[:, None] / 127
+    tensors, weight = drawn_int8(rng, rows=rows, columns=columns, largest=0.2)
     return writers.Drawn(tensors, torch.from_numpy(weight.astype(np.float32)))
 
 

@@ -76,19 +76,26 @@ def test_bytes_that_are_stored_as_another_type(tmp_path: Path) -> None:
     assert np.array_equal(read(tmp_path, tensors, NF4_SETTINGS).dequantize().numpy(), expected)
 
 
-def test_every_weight_of_8_bits(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    values = rng.integers(-127, 128, (ROWS, COLUMNS)).astype(np.int8)
-    largest = rng.uniform(0.1, 1, ROWS).astype(np.float32)
+def drawn_int8(
+    rng: np.random.Generator, *, rows: int = ROWS, columns: int = COLUMNS, largest: float = 1
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
+    """The tensors, and the weight in float64, whose rows are at most `largest`."""
+    values = rng.integers(-127, 128, (rows, columns)).astype(np.int8)
+    scales = rng.uniform(0.1, largest, rows).astype(np.float32)
     tensors = {
         "weight": torch.from_numpy(values),
-        "SCB": torch.from_numpy(largest),
+        "SCB": torch.from_numpy(scales),
         "weight_format": torch.tensor(0, dtype=torch.uint8),
     }
+    return tensors, values.astype(np.float64) * scales.astype(np.float64)[:, None] / 127
+
+
+def test_every_weight_of_8_bits(tmp_path: Path) -> None:
+    tensors, expected = drawn_int8(np.random.default_rng(0))
+    values = tensors["weight"].numpy()
     weight = read(tmp_path, tensors, INT8_SETTINGS)
     assert isinstance(weight, QuantizedWeight)
     assert np.array_equal(weight.packed.astype(int) - 128, values)
-    expected = values.astype(np.float64) * largest.astype(np.float64)[:, None] / 127
     np.testing.assert_allclose(weight.dequantize().numpy(), expected, rtol=2e-7)
     tensors["weight_format"] = torch.tensor(1, dtype=torch.uint8)
     with pytest.raises(ExportError, match="weight_format is not 0"):
