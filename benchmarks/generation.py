@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,17 @@ def _random_adapter(bundle: Path, folder: Path) -> None:
     write_adapter(adapter, folder)
 
 
+def take_turns(sides: Sequence[GenerationSide], rounds: int, name: str) -> None:
+    """Rounds of all sides, in turn; one more comes first and does not count."""
+    for number in range(rounds + 1):
+        click.echo(f"{name}: round {number} of {rounds}", err=True)
+        for side in sides:
+            side.round()
+            time.sleep(REST_S)
+    for side in sides:
+        del side.rounds[0]
+
+
 def compare(shape: str, work: Path, rounds: int) -> list[dict[str, Any]]:
     """A row a side, the peer's first."""
     bundle, folder = prepare(shape, work)
@@ -105,16 +117,11 @@ def compare(shape: str, work: Path, rounds: int) -> list[dict[str, Any]]:
     }
     with ExitStack() as stack:
         running = [stack.enter_context(GenerationSide(name, side)) for name, side in sides.items()]
-        for number in range(rounds + 1):
-            click.echo(f"{shape}: round {number} of {rounds}", err=True)
-            for side in running:
-                side.round()
-                time.sleep(REST_S)
+        take_turns(running, rounds, shape)
         for side in running:
             if "LoRA" in side.name:
                 for _ in range(SWAPS):
                     side.swap()
-            side.rounds = side.rounds[1:]
             side.end()
     return [_row(shape, side, running) for side in running]
 

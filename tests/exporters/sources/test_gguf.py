@@ -14,10 +14,10 @@ import edgepeft
 from edgepeft.errors import ExportError, UsageError
 from edgepeft.exporters.sources.gguf import load_gguf
 from edgepeft.exporters.sources.loading import load_source
+from samples.smollm2 import smollm2
 
 from .. import models
 from . import gguf_llama
-from .smollm2 import smollm2
 
 pytestmark = pytest.mark.versions
 

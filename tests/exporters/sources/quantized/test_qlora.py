@@ -14,8 +14,7 @@ import torch
 import transformers
 
 import edgepeft
-
-from ..smollm2 import smollm2
+from samples.smollm2 import smollm2
 
 pytestmark = pytest.mark.slow
 
