@@ -10,6 +10,7 @@ from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
 from edgepeft.slots import LORA, WHOLE, Slot
 from edgepeft.techniques import technique
+from edgepeft.techniques.base import Settings
 
 from .decoder.build import Decoder, build_decoder
 from .graph import tidy
@@ -22,7 +23,7 @@ from .sources.base import ModelSource
 from .sources.model_info import default_targets
 from .sources.pooling import append_pooling
 from .sources.tasks import CLASSIFICATION
-from .techniques import find_sites, insert_slots
+from .techniques import find_sites, insert_slots, plain_slots
 from .techniques.base import BaseGraph
 
 
@@ -45,7 +46,7 @@ def build_forward(
     source: ModelSource,
     freezer: Freezer,
     *,
-    modules: Mapping[str, Sequence[str]] | None,
+    modules: Mapping[str, Mapping[str, Settings]] | None,
     modules_to_save: Sequence[str] = (),
     training: bool = False,
 ) -> Forward:
@@ -53,8 +54,8 @@ def build_forward(
 
     Args:
         freezer: stores the frozen weights, for this and the other graphs of the bundle.
-        modules: names (or suffixes) of the modules that get a slot, by technique; None: a LoRA on all linears
-            but the output head.
+        modules: names (or suffixes) of the modules that get a slot, with its settings, by technique; None: a
+            LoRA on all linears but the output head.
         modules_to_save: modules whose parameters stay inputs.
         training: the graph that is to be differentiated, without a key/value cache.
 
@@ -68,7 +69,7 @@ def build_forward(
     weights = {name: by_name[name] for name in traced.weights if name in by_name}
     model_inputs = tuple(name for name in by_name if name not in weights)
     linears = unpack(find_linears(weights.values()) | find_marked_linears(graph), traced.packed)
-    wanted = {LORA: default_targets(source)} if modules is None else modules
+    wanted = {LORA: plain_slots(default_targets(source))} if modules is None else modules
     named = {name for of_technique in wanted.values() for name in of_technique}
     # One adapter may have a LoRA on what another replaces whole; then it is named, not meant by its ending.
     whole = tuple(f"{module}." for module in modules_to_save)
@@ -76,7 +77,7 @@ def build_forward(
         name: item for name, item in linears.items() if name in named or not f"{name}.".startswith(whole)
     }
     base = BaseGraph(graph, weights, offered, traced.turned)
-    sites = find_sites(base, {WHOLE: modules_to_save, **wanted})
+    sites = find_sites(base, {WHOLE: plain_slots(modules_to_save), **wanted})
     if modules is None and not any(sites.values()):
         raise ExportError(
             f"{source.name} has no linear module that a LoRA could be added to: --targets '' exports it "

@@ -1,7 +1,7 @@
 """Small helpers for editing `onnx_ir` graphs, shared by the passes, the losses and the training graphs."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -122,17 +122,23 @@ def new_model(graph: ir.Graph) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="edgepeft")
 
 
-def put_behind(graph: ir.Graph, output: ir.Value, op_type: str, other: ir.Value) -> None:
+def put_behind(
+    graph: ir.Graph,
+    output: ir.Value,
+    op_type: str,
+    other: ir.Value,
+    only: Collection[ir.Node] | None = None,
+) -> None:
     """Have everything that reads `output`, and the graph where it is an output, read `op_type(output, other)`
-    instead, which has its shape; `other` is not made of `output`."""
-    readers = list(output.uses())
+    instead, which has its shape; `other` is not made of `output`. With `only`, these nodes alone do."""
+    readers = [(reader, position) for reader, position in output.uses() if only is None or reader in only]
     made = append(graph, op_type, [output, other], shape=output.shape)
     node = made.producer()
     assert node is not None
     node.metadata_props[_BEHIND] = op_type
     for reader, position in readers:
         reader.replace_input_with(position, made)
-    if output.is_graph_output():
+    if only is None and output.is_graph_output():
         graph.outputs[list(graph.outputs).index(output)] = made
         made.name, output.name = output.name, None
 

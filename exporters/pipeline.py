@@ -13,6 +13,7 @@ from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest
 from edgepeft.errors import UsageError
 from edgepeft.files import atomic_folder, check_replaceable, temporary_folder
 from edgepeft.slots import LORA
+from edgepeft.techniques.base import Settings
 
 from .base_fingerprint import base_fingerprint
 from .calibration.calibrate import Progress
@@ -29,6 +30,7 @@ from .shrink.vocabulary import trim_vocabulary, vocabulary_records
 from .sources.base import ModelSource
 from .sources.model_info import model_info, saved_module_names
 from .sources.open import opened_source
+from .techniques import plain_slots
 from .techniques.prepare import Adapters, prepare_adapters, read_adapters
 from .techniques.stored_modules import without_unused
 from .verify.bundle import verify_bundle
@@ -174,10 +176,10 @@ def _shorter(source: ModelSource, max_length: int) -> int:
     return max_length
 
 
-def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, list[str]] | None:
-    """Modules that get a slot, by technique; None where nothing says which."""
+def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, dict[str, Settings]] | None:
+    """Modules that get a slot, with its settings, by technique; None where nothing says which."""
     found = adapters.modules
-    found[LORA] = list(dict.fromkeys([*found.get(LORA, []), *(options.targets or [])]))
+    found[LORA] = found.get(LORA, {}) | plain_slots(options.targets or ())
     return found if any(found.values()) or options.targets is not None else None
 
 

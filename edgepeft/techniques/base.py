@@ -15,6 +15,8 @@ Tensors: TypeAlias = Mapping[str, FloatArray]
 """By PEFT's state-dict key in PEFT's layout, or by the graphs' input in theirs."""
 ReadWeight: TypeAlias = Callable[[str], FloatArray]
 """Reads a tensor of `weights.bin`."""
+Settings: TypeAlias = Mapping[str, bool | int | float | str]
+"""What a slot has fixed at export beside the sizes of its module; see `Slot.settings`."""
 
 
 class Held(Protocol):
@@ -207,6 +209,11 @@ class PeftTechnique(Technique):
         """The modules that an adapter with these tensors is on."""
         first = self.suffixes[0]
         return tuple(key[len(PREFIX) : -len(first)] for key in tensors if key.endswith(first))
+
+    def settings(self, adapter: Held, module: str) -> Settings:
+        """What a slot on the module has to have fixed for the adapter."""
+        del adapter, module
+        return {}
 
     def owns(self, key: str) -> bool:
         """Whether a key is one of the technique's, and not of a parameter that is stored whole."""

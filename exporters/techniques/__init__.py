@@ -5,11 +5,12 @@ A technique is a module of this package with its `GRAPH_TECHNIQUE`, and one of t
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgepeft import techniques
 from edgepeft.slots import WHOLE, Slot
+from edgepeft.techniques.base import Settings
 
 from .base import BaseGraph, GraphTechnique
 
@@ -24,8 +25,13 @@ def graph_technique(name: str) -> GraphTechnique[Any]:
     return found
 
 
-def find_sites(base: BaseGraph, modules: Mapping[str, Sequence[str]]) -> dict[str, list[Any]]:
-    """The places in the graph for slots on modules, by technique.
+def plain_slots(modules: Iterable[str]) -> dict[str, Settings]:
+    """Modules for slots of techniques that have no settings."""
+    return {module: {} for module in modules}
+
+
+def find_sites(base: BaseGraph, modules: Mapping[str, Mapping[str, Settings]]) -> dict[str, list[Any]]:
+    """The places in the graph for slots on modules, which have settings, by technique.
 
     Raises:
         ExportError: a module is none that its technique can be applied to.

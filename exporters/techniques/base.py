@@ -1,13 +1,14 @@
 """What a technique does to a graph: where it may be applied, and the operators that apply it."""
 
 import abc
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
 import onnx_ir as ir
 
 from edgepeft.slots import SIZE, SIZE_AXIS, Slot
+from edgepeft.techniques.base import Settings
 
 from ..graph import graph_input
 from ..passes.weights.linears import Linear
@@ -40,8 +41,8 @@ class GraphTechnique(abc.ABC, Generic[Site]):
     """What a slot is on; see `edgepeft.slots.Slot`."""
 
     @abc.abstractmethod
-    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Site]:
-        """The places in the graph for slots on these modules.
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Site]:
+        """The places in the graph for slots on these modules, which have these settings.
 
         Raises:
             ExportError: a module is none that the technique can be applied to.
@@ -54,6 +55,12 @@ class GraphTechnique(abc.ABC, Generic[Site]):
         Raises:
             ExportError: the graph says too little of a place.
         """
+
+
+def activation_axes(linear: Linear) -> int:
+    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
+    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
+    return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
 def slot_inputs(graph: ir.Graph, slot: Slot) -> list[ir.Value]:

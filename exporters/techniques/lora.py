@@ -9,7 +9,7 @@ axes of x, `[batch, 1, …, rank]`: every row of the batch then has an adapter o
 Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,10 +17,11 @@ import onnx_ir as ir
 from edgepeft.errors import ExportError
 from edgepeft.slots import LINEAR, LORA, Slot
 from edgepeft.techniques import lora
+from edgepeft.techniques.base import Settings
 
 from ..graph import append, initializer, put_behind
 from ..passes.weights.linears import Linear, select
-from .base import BaseGraph, GraphTechnique, slot_inputs
+from .base import BaseGraph, GraphTechnique, activation_axes, slot_inputs
 
 
 class Lora(GraphTechnique[Linear]):
@@ -28,7 +29,7 @@ class Lora(GraphTechnique[Linear]):
 
     name, site = LORA, LINEAR
 
-    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Linear]:
         """The linears that these are the names of, or the ends of names."""
         return list(select(base.linears, modules).values())
 
@@ -36,7 +37,7 @@ class Lora(GraphTechnique[Linear]):
         slots = []
         for linear in sites:
             slot = lora.new_slot(
-                linear.module, linear.in_features, linear.out_features, _activation_axes(linear)
+                linear.module, linear.in_features, linear.out_features, activation_axes(linear)
             )
             _insert(base.graph, linear, slot)
             slots.append(slot)
@@ -44,12 +45,6 @@ class Lora(GraphTechnique[Linear]):
 
 
 GRAPH_TECHNIQUE = Lora()
-
-
-def _activation_axes(linear: Linear) -> int:
-    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
-    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
-    return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
 def _insert(graph: ir.Graph, linear: Linear, slot: Slot) -> None:

@@ -15,7 +15,7 @@ from edgepeft.bundle.wiring import GroupedSlot, LoraGroup
 from edgepeft.slots import SIZE_AXIS
 
 from ..graph import append, graph_input, put_behind, take_place
-from ..passes.weights.linears import Linear
+from ..passes.weights.linears import Linear, with_bias
 from ..passes.weights.side_by_side import Place
 
 
@@ -31,7 +31,7 @@ def insert_lora_groups(
     slots: dict[tuple[ir.Value, ir.Value], list[GroupedSlot]] = {}
     for linear in linears:
         for node, x in linear.uses:
-            place = places.get(node) or Place(x, _with_bias(node), 0)
+            place = places.get(node) or Place(x, with_bias(node), 0)
             slot = GroupedSlot(linear.module, place.first + linear.first)
             slots.setdefault((place.x, place.output), []).append(slot)
     return [
@@ -68,14 +68,3 @@ def remove_lora_groups(graph: ir.Graph, groups: Iterable[LoraGroup]) -> None:
                 if total.op_type == "Add" and output is not None:
                     take_place(output, total.outputs[0])
         graph.inputs.remove(value)
-
-
-def _with_bias(product: ir.Node) -> ir.Value:
-    """The product, or its sum with a vector where that is all that it is read for."""
-    output = product.outputs[0]
-    readers = [reader for reader, _ in output.uses()]
-    if len(readers) == 1 and readers[0].op_type == "Add" and not output.is_graph_output():
-        other = next((value for value in readers[0].inputs if value is not output), None)
-        if other is not None and other.shape is not None and len(other.shape) == 1:
-            return readers[0].outputs[0]
-    return output

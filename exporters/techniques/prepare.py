@@ -8,6 +8,7 @@ from pathlib import Path
 from edgepeft.adapters import Adapter, check_base, load_adapter
 from edgepeft.errors import AdapterError
 from edgepeft.slots import LINEAR
+from edgepeft.techniques.base import Settings
 
 from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
@@ -26,11 +27,22 @@ class Adapters:
     folders: dict[str, Path]
 
     @property
-    def modules(self) -> dict[str, list[str]]:
-        """Modules that one of them is applied to, by technique."""
-        found: dict[str, list[str]] = {}
+    def modules(self) -> dict[str, dict[str, Settings]]:
+        """Modules that one of them is applied to, each with its slot's settings, by technique.
+
+        Raises:
+            AdapterError: two of them need other settings on one module.
+        """
+        found: dict[str, dict[str, Settings]] = {}
         for adapter in self.loaded.values():
-            found.setdefault(adapter.technique.name, []).extend(adapter.modules)
+            of_technique = found.setdefault(adapter.technique.name, {})
+            for module in adapter.modules:
+                settings = adapter.technique.settings(adapter, module)
+                if of_technique.setdefault(module, settings) != settings:
+                    raise AdapterError(
+                        f"{adapter.origin}: module {module} needs a slot with {dict(settings)}, another adapter "
+                        f"one with {dict(of_technique[module])}: export each in a bundle of its own"
+                    )
         return found
 
 

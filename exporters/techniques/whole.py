@@ -1,9 +1,10 @@
 """Parameters that an adapter replaces whole (PEFT's `modules_to_save`): they stay graph inputs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from edgepeft.slots import PARAMETER, PREFIX, WHOLE, Slot
 from edgepeft.techniques import whole
+from edgepeft.techniques.base import Settings
 
 from ..graph import transposed_input
 from .base import BaseGraph, GraphTechnique
@@ -14,7 +15,7 @@ class Whole(GraphTechnique[str]):
 
     name, site = WHOLE, PARAMETER
 
-    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[str]:
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[str]:
         """The parameters of the modules that the graph reads."""
         prefixes = tuple(f"{module}." for module in modules)
         return [name for name, value in base.weights.items() if name.startswith(prefixes) and value.uses()]

@@ -1,6 +1,6 @@
 """The graph half of `bias_vector`: what real techniques have in `exporters/techniques/`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -9,6 +9,7 @@ from edgepeft.exporters.graph import put_behind
 from edgepeft.exporters.passes.weights.linears import Linear, select
 from edgepeft.exporters.techniques.base import BaseGraph, GraphTechnique, slot_inputs
 from edgepeft.slots import LINEAR, Slot
+from edgepeft.techniques.base import Settings
 
 from . import bias_vector
 from .bias_vector import NAME, new_slot
@@ -19,7 +20,7 @@ class BiasVectorGraph(GraphTechnique[Linear]):
 
     name, site = NAME, LINEAR
 
-    def sites(self, base: BaseGraph, modules: Sequence[str]) -> list[Linear]:
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Linear]:
         return list(select(base.linears, modules).values())
 
     def insert(self, base: BaseGraph, sites: Sequence[Linear]) -> list[Slot]:

@@ -127,6 +127,17 @@ def select(linears: Mapping[str, _Found], targets: Iterable[str]) -> dict[str, _
     return {name: linear for name, linear in linears.items() if name in chosen}
 
 
+def with_bias(product: ir.Node) -> ir.Value:
+    """The product, or its sum with a vector where that is all that it is read for."""
+    output = product.outputs[0]
+    readers = [reader for reader, _ in output.uses()]
+    if len(readers) == 1 and readers[0].op_type == "Add" and not output.is_graph_output():
+        other = next((value for value in readers[0].inputs if value is not output), None)
+        if other is not None and other.shape is not None and len(other.shape) == 1:
+            return readers[0].outputs[0]
+    return output
+
+
 def _products(weight: ir.Value) -> Iterator[tuple[ir.Node, ir.Value]]:
     for node, index in weight.uses():
         if node.op_type == "Transpose" and list(node.attributes.get_ints("perm", [])) == [1, 0]:

@@ -1,0 +1,82 @@
+"""Insert IA³ slots at linear layers.
+
+    y = l * (x Wᵀ + b)        l [1, out_features]
+    y = (l * x) Wᵀ + b        l [1, in_features], of a feed-forward module
+
+Source: arXiv 2205.05638; keys and shapes as PEFT writes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from edgepeft.errors import ExportError
+from edgepeft.slots import LINEAR, Slot
+from edgepeft.techniques import ia3
+from edgepeft.techniques.base import Settings
+
+from ..graph import append, initializer, put_behind
+from ..passes.weights.linears import Linear, select, with_bias
+from .base import BaseGraph, GraphTechnique, activation_axes, slot_inputs
+
+
+class Site(NamedTuple):
+    """A linear module, and whether what it reads is multiplied."""
+
+    linear: Linear
+    feedforward: bool
+
+
+class IA3(GraphTechnique[Site]):
+    """Its sites are linear modules."""
+
+    name, site = ia3.NAME, LINEAR
+
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Site]:
+        """The linears of these names."""
+        chosen = select(base.linears, modules)
+        sites = [Site(linear, bool(modules[name][ia3.FEEDFORWARD])) for name, linear in chosen.items()]
+        for linear, feedforward in sites:
+            if feedforward and any(_width(node.outputs[0]) != linear.out_features for node in linear.nodes):
+                raise ExportError(
+                    f"linear {linear.module} reads what others read in the same product, so IA³ cannot multiply "
+                    "it there: take it out of feedforward_modules"
+                )
+        return sites
+
+    def insert(self, base: BaseGraph, sites: Sequence[Site]) -> list[Slot]:
+        slots = []
+        for linear, feedforward in sites:
+            features = linear.in_features if feedforward else linear.out_features
+            slot = ia3.new_slot(linear.module, features, activation_axes(linear), feedforward=feedforward)
+            (vector,) = slot_inputs(base.graph, slot)
+            for node, x in linear.uses:
+                if feedforward:
+                    put_behind(base.graph, x, "Mul", vector, only=[node])
+                else:
+                    output = with_bias(node)
+                    put_behind(base.graph, output, "Mul", _in_place(base.graph, vector, linear.first, output))
+            slots.append(slot)
+        return slots
+
+
+GRAPH_TECHNIQUE = IA3()
+
+
+def _width(output: ir.Value) -> object:
+    return None if output.shape is None else output.shape[-1]
+
+
+def _in_place(graph: ir.Graph, vector: ir.Value, first: int, output: ir.Value) -> ir.Value:
+    """`vector` in the columns from `first` on of ones as wide as `output`."""
+    assert output.shape is not None
+    assert vector.shape is not None
+    width, own = output.shape[-1], vector.shape[-1]
+    if width == own or not isinstance(width, int) or not isinstance(own, int):
+        return vector
+    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
+    one = initializer(graph, "one_float32", np.array(1, np.float32))
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+    return append(graph, "Pad", [vector, pads, one, last], shape=[1, width])
