@@ -41,8 +41,8 @@ class IA3(GraphTechnique[Site]):
         for linear, feedforward in sites:
             if feedforward and any(_width(node.outputs[0]) != linear.out_features for node in linear.nodes):
                 raise ExportError(
-                    f"linear {linear.module} reads what others read in the same product, so IA³ cannot multiply "
-                    "it there: take it out of feedforward_modules"
+                    f"linear {linear.module} reads what others read in the same product, so IA³ cannot "
+                    "multiply it there: take it out of feedforward_modules"
                 )
         return sites
 

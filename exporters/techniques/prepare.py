@@ -40,8 +40,8 @@ class Adapters:
                 settings = adapter.technique.settings(adapter, module)
                 if of_technique.setdefault(module, settings) != settings:
                     raise AdapterError(
-                        f"{adapter.origin}: module {module} needs a slot with {dict(settings)}, another adapter "
-                        f"one with {dict(of_technique[module])}: export each in a bundle of its own"
+                        f"{adapter.origin}: module {module} needs a slot with {dict(settings)}, another "
+                        f"adapter one with {dict(of_technique[module])}: export each in a bundle of its own"
                     )
         return found
 
