@@ -9,7 +9,6 @@ import torch
 from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
 from edgepeft.slots import LORA, WHOLE, Slot
-from edgepeft.techniques import technique
 from edgepeft.techniques.base import Settings
 
 from .decoder.build import Decoder, build_decoder
@@ -83,9 +82,9 @@ def build_forward(
             f"{source.name} has no linear module that a LoRA could be added to: --targets '' exports it "
             "without"
         )
-    slotted = [name for name, found in sites.items() if found]
     generates = source.task == "text-generation" and not training
-    plain = traced.model.clone() if generates and set(slotted) <= {LORA} else None
+    matrices = [name for name in sites[WHOLE] if len(weights[name].shape or ()) > 1]
+    plain = traced.model.clone() if generates and not matrices else None
     slots = insert_slots(base, sites)
     if source.pooling is not None:
         append_pooling(graph, source.pooling)
@@ -101,15 +100,20 @@ def build_forward(
     forward = Forward(traced.model, model_inputs, tuple(slots), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")
-    if generates and (others := set(slotted) - {LORA, WHOLE}):
-        titles = ", ".join(technique(name).title for name in sorted(others))
-        forward.undecoded = f"it takes no {titles}"
+    if generates and matrices:
+        forward.undecoded = f"an adapter replaces {matrices[0]} whole"
     if plain is not None:
         forward.decoder = build_decoder(
             plain,
             traced.weights,
             traced.packed,
-            [slot.module for slot in slots],
+            traced.turned,
+            [slot.module for slot in slots if slot.technique == LORA],
+            {
+                name: asked
+                for name, asked in {WHOLE: plain_slots(modules_to_save), **wanted}.items()
+                if name != LORA
+            },
             freezer,
             source.max_length,
         )

@@ -7,6 +7,8 @@ from typing import Any, Self
 
 from edgepeft.errors import UsageError
 from edgepeft.sizes import parse_share, parse_size
+from edgepeft.slots import LORA
+from edgepeft.techniques import peft_methods
 
 from .quantize.blockwise import BLOCK_SIZES
 
@@ -35,6 +37,8 @@ class ExportOptions:
             `adapters`, or every linear but the output head where there are none; empty: those of `adapters`
             alone. Of an ONNX file also names of nodes and of initializers.
         lora_alpha: of the fresh adapter; twice the rank where None.
+        method: the technique of the slots at `targets`, one of `edgepeft.techniques` that PEFT has adapters
+            of; where `targets` is None, at the modules that PEFT takes for it.
         loss: a loss other than the task's own: `triplet`, for feature-extraction.
         drift_penalty: let the loss also count how far the logits drift from the base model's.
         calibration: records (a JSONL file by path, or mappings) that are like what the model will read, a few
@@ -70,6 +74,7 @@ class ExportOptions:
     rank: int | None = None
     targets: Sequence[str] | None = None
     lora_alpha: int | None = None
+    method: str = LORA
     loss: str | None = None
     drift_penalty: bool = False
     calibration: str | Path | Iterable[Mapping[str, Any]] | None = field(default=None, repr=False)
@@ -95,6 +100,13 @@ class ExportOptions:
             raise UsageError(f"block_size must be one of {sizes}, got {self.block_size}")
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(f"max_length must be one token or more, got {self.max_length}")
+        if self.method not in (known := peft_methods()):
+            raise UsageError(f"method is {self.method!r}, expected one of {', '.join(known)}")
+        if self.rank is not None and self.method != LORA:
+            raise UsageError(
+                f"rank makes a LoRA, method is {self.method!r}: leave out rank, and start a fresh adapter on "
+                "the device (adapt --method)"
+            )
         if self.rank is not None and STARTING_ADAPTER in (self.adapters or {}):
             raise UsageError(
                 f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"

@@ -30,7 +30,7 @@ from .shrink.vocabulary import trim_vocabulary, vocabulary_records
 from .sources.base import ModelSource
 from .sources.model_info import model_info, saved_module_names
 from .sources.open import opened_source
-from .techniques import plain_slots
+from .techniques import graph_technique, plain_slots
 from .techniques.prepare import Adapters, prepare_adapters, read_adapters
 from .techniques.stored_modules import without_unused
 from .verify.bundle import verify_bundle
@@ -115,7 +115,7 @@ def export(
             report("calibrating" if records else "calibrating on text of the model's own")
             calibration = calibrated(source, feeds, chosen, freezer, saved, progress)
         report("tracing and quantizing the inference graph")
-        modules = _modules(adapters, chosen)
+        modules = _modules(adapters, source, chosen)
         inference = training = build_forward(source, freezer, modules=modules, modules_to_save=saved)
         for name, adapter in adapters.loaded.items():
             adapters.loaded[name] = without_unused(adapter, inference.slots, report)
@@ -176,10 +176,16 @@ def _shorter(source: ModelSource, max_length: int) -> int:
     return max_length
 
 
-def _modules(adapters: Adapters, options: ExportOptions) -> dict[str, dict[str, Settings]] | None:
+def _modules(
+    adapters: Adapters, source: ModelSource, options: ExportOptions
+) -> dict[str, dict[str, Settings]] | None:
     """Modules that get a slot, with its settings, by technique; None where nothing says which."""
-    found = adapters.modules
-    found[LORA] = found.get(LORA, {}) | plain_slots(options.targets or ())
+    found, method = adapters.modules, options.method
+    if method == LORA:  # of ends of names, too
+        added = plain_slots(options.targets or ())
+    else:
+        added = graph_technique(method).fresh_modules(source, options)
+    found[method] = added | found.get(method, {})
     return found if any(found.values()) or options.targets is not None else None
 
 

@@ -15,8 +15,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     Raises:
         BundleError: names the graph or group, and what is wrong with it.
     """
-    others = [slot.module for slot in manifest.slots if slot.technique != LORA]
-    _require(not others, f"decoder: {others[:1]} has a slot that its graphs do not take")
+    others = {name for slot in manifest.slots if slot.technique != LORA for name in slot.inputs}
     slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
     cache = {
         spec.name: spec
@@ -50,7 +49,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     for role, takes in takes_lora:
         if role is None:
             continue
-        expected = _INPUTS | cache.keys() | (lora if takes else set())
+        expected = _INPUTS | cache.keys() | others | (lora if takes else set())
         graph = manifest.graphs.get(role)
         _require(graph is not None, f"decoder: there is no graph {role!r}")
         assert graph is not None

@@ -131,9 +131,10 @@ class DecoderGraph:
     one row any number. `logits` float32 `[batch, vocab]` are of the last token of each row. `memory` leaves
     out the cache.
 
-    `plain_graph` is the same without LoRA inputs, for no adapter. `int8_graph` and `int8_plain_graph` are
-    these two with products that round the activations to 8 bits; null where no weight is quantized. A formula
-    is of the graph with LoRA inputs, and above what the plain one needs.
+    `plain_graph` is the same without LoRA inputs, for no LoRA; both have the slots of other techniques.
+    `int8_graph` and `int8_plain_graph` are these two with products that round the activations to 8 bits; null
+    where no weight is quantized. A formula is of the graph with LoRA inputs, and above what the plain one
+    needs.
     """
 
     graph: str

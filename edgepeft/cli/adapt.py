@@ -15,6 +15,7 @@ from .options import (
     check_floor,
     data_option,
     force_option,
+    fresh_options,
     json_option,
     memory_options,
     table,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, type=click.Path(), help="Folder for the new PEFT adapter.")
 @click.option("--adapter", help="Adapter to start from, by name or path; the bundle's first unless given.")
 @force_option()
-@click.option("--rank", type=int, help="Start a fresh LoRA of this rank on every slot instead.")
+@fresh_options()
 @click.option(
     "--add-label",
     "add_labels",

@@ -69,6 +69,9 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
               help="Linear modules that take a LoRA, besides those of the adapters; of an ONNX "
                    "file also names of nodes or initializers. Empty: no others. "
                    "[default: the adapters', or every linear but the output head]")  # fmt: skip
+@click.option("--method", default=LORA, show_default=True,
+              help="The technique of those modules' slots, by PEFT's name, such as ia3; without --targets at "
+                   "the modules that PEFT takes for it.")  # fmt: skip
 @click.option("--labels", callback=_names, metavar="A,B,…", help="Classes of a new classification head.")
 @click.option("--loss", help="triplet (feature-extraction: anchors, positives and negatives). "
                              "[default: the task's own]")  # fmt: skip
@@ -107,6 +110,7 @@ def export(
     rank: int | None,
     alpha: int | None,
     targets: list[str] | None,
+    method: str,
     labels: list[str] | None,
     loss: str | None,
     drift_penalty: bool,
@@ -152,6 +156,7 @@ def export(
         labels=labels,
         rank=rank,
         targets=targets,
+        method=method,
         lora_alpha=alpha,
         loss=loss,
         drift_penalty=drift_penalty,

@@ -94,6 +94,19 @@ def all_of(options: Sequence[Decorator]) -> Decorator:
     return decorate
 
 
+def fresh_options() -> Decorator:
+    """What of `TrainingOptions` says which fresh adapter to train."""
+    options = (
+        click.option("--rank", type=int, help="Train a fresh adapter of this rank on every slot instead."),
+        click.option(
+            "--method",
+            help="Train a fresh adapter of this technique instead, such as ia3; the bundle has "
+            "to have slots of it.",
+        ),
+    )
+    return all_of(options)
+
+
 def memory_options() -> Decorator:
     """What of `TrainingOptions` trades time or freedom for memory."""
     options = (

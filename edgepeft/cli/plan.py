@@ -16,6 +16,7 @@ from .options import (
     bundle_argument,
     device_option,
     force_option,
+    fresh_options,
     json_option,
     memory_options,
     table,
@@ -32,7 +33,7 @@ from .options import (
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Records computed at once.")
 @click.option("--adapter", help="Adapter to train; the bundle's first unless given.")
 @force_option()
-@click.option("--rank", type=int, help="Plan for a fresh adapter of this rank instead.")
+@fresh_options()
 @memory_options()
 @json_option()
 @click.pass_obj
@@ -46,7 +47,6 @@ def plan(
     batch_size: int,
     adapter: str | None,
     force: bool,
-    rank: int | None,
     **switches: Any,
 ) -> None:
     """Predict the peak memory of adapting BUNDLE with every strategy it has, and the time of a step relative
@@ -81,7 +81,7 @@ def plan(
         raise UsageError("neither --budget nor --device is given: give one of them, such as --budget 256MiB")
     console.progress.stage("opening the bundle")
     opened = open_bundle(bundle, force=force)
-    options = TrainingOptions(adapter=adapter, rank=rank, seq_len=seq_len, batch_size=batch_size, **switches)
+    options = TrainingOptions(adapter=adapter, seq_len=seq_len, batch_size=batch_size, **switches)
     options.check(opened.manifest)
     start = starting_adapter(opened, options)
     names = trained_names(opened.manifest, start, options)

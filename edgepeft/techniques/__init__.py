@@ -39,6 +39,11 @@ def peft_slots(slots: Iterable[Slot]) -> list[tuple[Slot, PeftTechnique]]:
     return [(slot, item) for slot, item in found if isinstance(item, PeftTechnique)]
 
 
+def peft_methods() -> list[str]:
+    """The names of the techniques that PEFT has a type of adapters for."""
+    return [name for name in MODULES if isinstance(technique(name), PeftTechnique)]
+
+
 def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
     """The technique of an adapter with this configuration, which it has checked.
 

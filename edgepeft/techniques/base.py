@@ -181,9 +181,9 @@ class PeftTechnique(Technique):
         del size, rng
         return self.write(slot, self.neutral(slot, read_weight))
 
-    def fresh_config(self, size: int) -> dict[str, Any]:
-        """What PEFT's configuration of a new adapter of this size has of this technique's own."""
-        del size
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        """What PEFT's configuration of a new adapter of this size, in these slots, has of the technique's."""
+        del size, slots
         return {}
 
     def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
@@ -192,8 +192,8 @@ class PeftTechnique(Technique):
         Raises:
             AdapterError: no configuration says so.
         """
-        del values, origin
-        return self.fresh_config(0)
+        del origin
+        return self.fresh_config(0, [slot for slot, _ in values])
 
     def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
         """An adapter's tensors with normal noise of this deviation in what keeps a fresh one from having an

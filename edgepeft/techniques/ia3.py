@@ -60,14 +60,10 @@ class IA3(PeftTechnique):
         """PEFT keeps the vector of a feed-forward module as a row, any other as a column."""
         return {FEEDFORWARD: adapter.tensors[f"{PREFIX}{module}{_KEY}"].shape[0] == 1}
 
-    def fresh_config(self, size: int) -> dict[str, Any]:
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         del size
-        return {"feedforward_modules": [], "fan_in_fan_out": False, "init_ia3_weights": True}
-
-    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
-        del origin
-        modules = [slot.module for slot, _ in values if slot.settings[FEEDFORWARD]]
-        return self.fresh_config(0) | {"feedforward_modules": modules}
+        modules = [slot.module for slot in slots if slot.settings.get(FEEDFORWARD)]
+        return {"feedforward_modules": modules, "fan_in_fan_out": False, "init_ia3_weights": True}
 
     def has_effect(self, adapter: Held) -> bool:
         return any(bool((value != 1).any()) for key, value in adapter.tensors.items() if self.owns(key))

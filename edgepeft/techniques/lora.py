@@ -113,8 +113,9 @@ class Lora(PeftTechnique):
         a = rng.uniform(-bound, bound, (size, in_features)).astype(np.float32)
         return {slot.input(A): a, slot.input(B): np.zeros((out_features, size), np.float32)}
 
-    def fresh_config(self, size: int) -> dict[str, Any]:
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         """With alpha = 2 r."""
+        del slots
         return {
             "bias": "none",
             "init_lora_weights": True,
@@ -138,7 +139,7 @@ class Lora(PeftTechnique):
             ranks[slot.module] = scaling.size
             alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
         rank, alpha = max(ranks.values(), default=1), next(iter(alphas.values()), 1.0)
-        return self.fresh_config(rank) | {
+        return self.fresh_config(rank, ()) | {
             "lora_alpha": alpha,
             "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
             "alpha_pattern": {module: own for module, own in alphas.items() if own != alpha},

@@ -16,6 +16,7 @@ import torch
 
 from edgepeft.bundle.memory_formula import UNKNOWN_MEMORY
 from edgepeft.bundle.wiring import DecoderGraph
+from edgepeft.techniques.base import Settings
 
 from ..graph import tidy
 from ..passes.drop_cache import is_cache
@@ -23,6 +24,8 @@ from ..passes.shapes.from_inputs import take_sizes_from_inputs
 from ..passes.weights.linears import Linear, find_linears, find_marked_linears, unpack
 from ..passes.weights.side_by_side import put_side_by_side
 from ..quantize.freeze import Freezer
+from ..techniques import find_sites, insert_slots
+from ..techniques.base import BaseGraph
 from ..techniques.lora_groups import insert_lora_groups, remove_lora_groups
 from ..writer import WeightWriter
 from .cache_in_place import keep_cache_in_place
@@ -55,7 +58,9 @@ def build_decoder(
     model: ir.Model,
     tensors: dict[str, torch.Tensor],
     packed: dict[str, dict[str, int]],
+    turned: Collection[str],
     modules: Collection[str],
+    others: Mapping[str, Mapping[str, Settings]],
     freezer: Freezer,
     max_length: int,
 ) -> Decoder | None:
@@ -65,7 +70,9 @@ def build_decoder(
         model: with a key/value cache, its weights inputs.
         tensors: the weights by name.
         packed: see `Traced`.
+        turned: see `Traced`.
         modules: names of the linears that have LoRA slots.
+        others: modules that have slots of other techniques, which the plain graph has too.
         freezer: that has stored the weights for the inference graph.
         max_length: positions that the model knows.
 
@@ -77,13 +84,17 @@ def build_decoder(
         return None
     by_name = {value.name or "": value for value in graph.inputs}
     weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
-    linears = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
+    found = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
+    linears = unpack(found, packed)
+    base = BaseGraph(graph, {name: value for name, (value, _) in weights.items()}, linears, turned)
+    insert_slots(base, find_sites(base, others))
+    weights = {name: weights[name] for name in base.weights}
     keep_last_token(graph, graph.outputs[0])
     take_sizes_from_inputs(graph)
     _count_rows_of_tokens(graph)
     tidy(model)
     joined = put_side_by_side(graph, weights, freezer.can_join)
-    chosen: list[Linear] = [linear for name, linear in unpack(linears, packed).items() if name in modules]
+    chosen: list[Linear] = [linear for name, linear in linears.items() if name in modules]
     groups = insert_lora_groups(graph, chosen, joined.places)
     freezer.freeze(graph, weights, joined.parts)
     tidy(model)

@@ -73,7 +73,7 @@ def treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
     """Whether a node computes every token of `hidden` by itself, with the same weights."""
     others = [value for value in node.inputs if value is not None and value not in hidden]
     if node.op_type in _ELEMENTWISE and not node.domain:
-        return all(_axes(value) in (0, 1) for value in others)
+        return all(_is_vector(value) for value in others)
     if node.op_type not in _OF_ROWS or node.inputs[0] not in hidden:
         return False
     if node.op_type == "MatMul":
@@ -88,6 +88,11 @@ def treats_tokens_alike(node: ir.Node, hidden: set[ir.Value]) -> bool:
 def _set_axis(node: ir.Node) -> bool:
     node.attributes["axis"] = ir.AttrInt64("axis", -1)
     return True
+
+
+def _is_vector(value: ir.Value) -> bool:
+    """Whether a value is a scalar, `[width]` or `[1, width]`."""
+    return _axes(value) in (0, 1) or (value.shape is not None and list(value.shape)[:-1] == [1])
 
 
 def _axes(value: ir.Value) -> int:

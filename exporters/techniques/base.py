@@ -11,7 +11,10 @@ from edgepeft.slots import SIZE, SIZE_AXIS, Slot
 from edgepeft.techniques.base import Settings
 
 from ..graph import graph_input
-from ..passes.weights.linears import Linear
+from ..options import ExportOptions
+from ..passes.weights.linears import Linear, select
+from ..sources.base import ModelSource
+from ..sources.model_info import default_targets
 
 Site = TypeVar("Site")
 
@@ -47,6 +50,15 @@ class GraphTechnique(abc.ABC, Generic[Site]):
         Raises:
             ExportError: a module is none that the technique can be applied to.
         """
+
+    def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
+        """Modules for slots that no adapter at hand asks for, with their settings.
+
+        Raises:
+            ExportError: a target of the options is none of the model's, or none are given and PEFT has none.
+        """
+        targets = default_targets(source) if options.targets is None else options.targets
+        return {name: {} for name in select(source.linear_sizes(), targets)}
 
     @abc.abstractmethod
     def insert(self, base: BaseGraph, sites: Sequence[Site]) -> list[Slot]:

@@ -11,6 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
+from peft.utils.constants import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
 
 from edgepeft.errors import ExportError
 from edgepeft.slots import LINEAR, Slot
@@ -18,7 +22,9 @@ from edgepeft.techniques import ia3
 from edgepeft.techniques.base import Settings
 
 from ..graph import append, initializer, put_behind
+from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select, with_bias
+from ..sources.base import ModelSource
 from .base import BaseGraph, GraphTechnique, activation_axes, slot_inputs
 
 
@@ -45,6 +51,23 @@ class IA3(GraphTechnique[Site]):
                     "multiply it there: take it out of feedforward_modules"
                 )
         return sites
+
+    def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
+        """As PEFT chooses them by the model's type, or the targets; what PEFT takes for feed-forward is."""
+        model_type = str(getattr(source.config, "model_type", None))
+        targets = options.targets
+        if targets is None:
+            targets = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.get(model_type)
+        if targets is None:
+            raise ExportError(
+                f"{source.name}: PEFT names no modules for IA³ in a model of type {model_type!r}: say which "
+                "with --targets"
+            )
+        feedforward = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.get(model_type, [])
+        return {
+            name: {ia3.FEEDFORWARD: name.endswith(tuple(feedforward))}
+            for name in select(source.linear_sizes(), targets)
+        }
 
     def insert(self, base: BaseGraph, sites: Sequence[Site]) -> list[Slot]:
         slots = []

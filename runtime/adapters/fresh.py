@@ -5,18 +5,30 @@ from typing import Any
 
 from edgepeft.adapters import NO_TARGETS, TASK_TYPES
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.errors import UsageError
 from edgepeft.slots import LORA, WHOLE, Slot
 from edgepeft.techniques import peft_slots, technique
 from edgepeft.techniques.base import PeftTechnique
 
 
-def fresh_technique(manifest: Manifest) -> PeftTechnique:
-    """What a fresh adapter is of: LoRA where the bundle has slots of it or none but of saved modules, else
-    what its first slot is of."""
-    found = [item for _, item in peft_slots(manifest.slots)]
+def fresh_technique(manifest: Manifest, method: str | None = None) -> PeftTechnique:
+    """What a fresh adapter is of: `method`, or LoRA where the bundle has slots of it or none but of saved
+    modules, else what its first slot is of.
+
+    Raises:
+        UsageError: the bundle has no slots of the method.
+    """
+    found = {item.name: item for _, item in peft_slots(manifest.slots)}
+    if method is not None and method not in found:
+        raise UsageError(
+            f"method is {method!r}, the bundle has slots of {', '.join(found) or 'none'}: export the model "
+            f"with --method {method}"
+        )
     lora = technique(LORA)
     assert isinstance(lora, PeftTechnique)
-    return lora if lora in found or not found else found[0]
+    if method is not None:
+        return found[method]
+    return lora if LORA in found or not found else next(iter(found.values()))
 
 
 def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Slot]) -> dict[str, Any]:
@@ -34,9 +46,10 @@ def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Sl
     }
 
 
-def fresh_slots(manifest: Manifest) -> list[Slot]:
-    """The slots that a fresh adapter has something in: PEFT puts nothing on a saved module."""
-    name, saved = fresh_technique(manifest).name, {slot.module for slot in manifest.slots_of(WHOLE)}
+def fresh_slots(manifest: Manifest, technique: PeftTechnique) -> list[Slot]:
+    """The slots that a fresh adapter of the technique has something in: PEFT puts nothing on a saved
+    module."""
+    name, saved = technique.name, {slot.module for slot in manifest.slots_of(WHOLE)}
     return [
         slot
         for slot in manifest.slots

@@ -208,7 +208,8 @@ def inputs_taken(manifest: Manifest, role: str, inputs: dict[str, FloatArray]) -
     if not is_decoder(manifest, role):
         return inputs
     assert manifest.decoder is not None
-    return {} if manifest.decoder.adapted_twin(role) else group_inputs(manifest, inputs)
+    others = {name: inputs[name] for slot in manifest.slots if slot.technique != LORA for name in slot.inputs}
+    return others if manifest.decoder.adapted_twin(role) else group_inputs(manifest, inputs) | others
 
 
 def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str, FloatArray]:

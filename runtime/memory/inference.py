@@ -177,7 +177,7 @@ def _in_place(
     if decoder is None:
         return None
     adapted, plain = decoder.pairs[int8]
-    role = adapted if rank else plain  # there are slots of LoRA alone where there is such a graph
+    role = adapted if rank else plain  # which takes what has no rank
     memory = decoder.int8_memory if int8 else decoder.memory
     if role is None or memory is None:
         return None

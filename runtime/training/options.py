@@ -13,6 +13,7 @@ from .steps.schedule import SCHEDULES
 DEFAULT_SEQ_LEN = 128
 DEFAULT_SAMPLES = 10 * 16_000
 """Ten seconds at 16 kHz."""
+DEFAULT_RANK = 8
 TRAINABLE = ("all", "lora", "lora_B", "modules_to_save", "head")
 
 
@@ -29,7 +30,9 @@ class TrainingOptions:
     Attributes:
         add_labels: names of classes that the bundle's classifier does not have yet.
         adapter: name (or path) of the adapter to start from; None takes the bundle's first.
-        rank: start a fresh LoRA of this rank on every slot instead.
+        rank: start a fresh adapter of this rank on every slot instead.
+        method: start a fresh adapter of this technique instead, such as `ia3`; of rank 8 where it has one and
+            none is given.
         trainable: `all`, only the `lora` factors, of them only `lora_B` (LoRA-FA, arXiv 2308.03303), only
             `modules_to_save`, or a classifier's `head` in closed form, which takes no steps.
         top_blocks: train only the adapters of so many of the topmost transformer blocks, and saved modules.
@@ -58,6 +61,7 @@ class TrainingOptions:
     add_labels: tuple[str, ...] = ()
     adapter: str | None = None
     rank: int | None = None
+    method: str | None = None
     trainable: str = "all"
     top_blocks: int | None = None
     steps: int | None = None
@@ -122,9 +126,10 @@ class TrainingOptions:
                 f"optimizer_state is {self.optimizer_state!r}, but the bundle has no graph {role!r}: export "
                 "it again"
             )
-        if self.rank is not None and self.adapter is not None:
+        if self.starts_fresh and self.adapter is not None:
             raise UsageError(
-                "both an adapter to start from and the rank of a fresh one are given: give one of them"
+                "both an adapter to start from and the rank or method of a fresh one are given: give one of "
+                "them"
             )
         if self.add_labels and not manifest.takes_labels:
             raise UsageError(
@@ -163,6 +168,11 @@ class TrainingOptions:
             raise UsageError(
                 f"optimizer_state is {self.optimizer_state!r}, but {self.strategy} keeps none: leave it out"
             )
+
+    @property
+    def starts_fresh(self) -> bool:
+        """Whether a new adapter is trained."""
+        return self.rank is not None or self.method is not None
 
     @property
     def updates_in_backward(self) -> bool:

@@ -91,7 +91,7 @@ def prepare(
     head = trained_head(bundle.manifest, names)
     classes = classes_of(examples, task)
     held = {}
-    if head is not None and classes is not None and options.rank is None:
+    if head is not None and classes is not None and not options.starts_fresh:
         held = _held(adapter, head, classes, task)
     if options.add_labels and not held:
         _check_old_labels(bundle, classes, task)

@@ -18,7 +18,7 @@ from edgepeft.techniques.base import FloatArray, PeftTechnique
 from ..adapters.fresh import fresh_slots, fresh_technique, peft_config
 from ..adapters.graph_inputs import find_adapter
 from ..memory.room import check_room
-from .options import TrainingOptions
+from .options import DEFAULT_RANK, TrainingOptions
 
 
 def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
@@ -28,8 +28,9 @@ def starting_adapter(bundle: Bundle, options: TrainingOptions) -> Adapter:
         UsageError: the bundle has none and no rank for a fresh one is given.
         AdapterError: it is damaged, does not fit or was trained on another base.
     """
-    if options.rank is not None:
-        return fresh_adapter(bundle, options.rank, options.seed)
+    if options.starts_fresh:
+        rank = DEFAULT_RANK if options.rank is None else options.rank
+        return fresh_adapter(bundle, rank, options.seed, options.method)
     names = bundle.manifest.adapters
     if options.adapter is None and not names:
         raise UsageError("the bundle has no adapter to start from: start a fresh one with --rank 8")
@@ -61,18 +62,19 @@ def with_labels(bundle: Bundle, adapter: Adapter, added: Sequence[str]) -> Adapt
     return dataclasses.replace(adapter, tensors=tensors, labels=(*labels, *added))
 
 
-def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
-    """An adapter as PEFT initializes it, on every slot of the bundle's technique, and the base's own saved
-    modules; a LoRA with alpha = 2 r.
+def fresh_adapter(bundle: Bundle, rank: int, seed: int, method: str | None = None) -> Adapter:
+    """An adapter as PEFT initializes it, on every slot of `method` (None: see `fresh_technique`), and the
+    base's own saved modules; a LoRA with alpha = 2 r. Where a method has no rank, none is used.
 
     Raises:
-        UsageError: the bundle has no slots.
+        UsageError: the bundle has no slots, or none of the method.
         BudgetError: the memory budget has no room for it.
     """
     manifest = bundle.manifest
     if not manifest.slots:
         raise UsageError("the bundle has no slots for an adapter: export it with --rank and --targets")
-    technique, slots = fresh_technique(manifest), fresh_slots(manifest)
+    technique = fresh_technique(manifest, method)
+    slots = fresh_slots(manifest, technique)
     values = sum(math.prod(tensor.sized(rank)) for slot in slots for tensor in slot.tensors if tensor.key)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])
@@ -84,7 +86,8 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int) -> Adapter:
         else:
             tensors.update(own.write(slot, own.neutral(slot, bundle.read_weight)))
     return Adapter(
-        config=peft_config(manifest, technique, slots) | technique.fresh_config(rank),
+        config=peft_config(manifest, technique, slots)
+        | technique.fresh_config(rank, [slot for slot in slots if slot.technique == technique.name]),
         tensors=tensors,
         origin=f"a fresh adapter of rank {rank}",
         base=manifest.base,
