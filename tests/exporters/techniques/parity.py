@@ -1,0 +1,127 @@
+"""PEFT's methods on small models of random weights: an adapter of each that PEFT made, and on the device.
+
+`python -m tests.exporters.techniques.parity` measures what `docs/methods.md` says of them.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+import edgepeft
+from edgepeft.bundle.manifest import Manifest
+
+from .. import models, task_models, zoo
+
+FAMILIES: Mapping[str, Callable[[], transformers.PreTrainedModel]] = {
+    "llama": lambda: models.llama(tied=True),
+    "bert": models.bert_classifier,
+    "vit": task_models.vit,
+}
+TASK_TYPES = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "vit": None}
+BITS = (32, 4)
+#: Linears of each family: of attention and of a feed-forward layer.
+TARGETS = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "bert": ["key", "value", "output.dense"],
+    "vit": ["k_proj", "v_proj", "fc2"],
+}
+_HEADS = {"bert": ["classifier"], "vit": ["classifier"]}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of PEFT's.
+
+    Attributes:
+        title: in the table.
+        config: PEFT's configuration for a family.
+        families: those that it applies to.
+        noise: deviation of what is added to each of its parameters: it has an effect then.
+    """
+
+    title: str
+    config: Callable[[str], peft.PeftConfig]
+    families: tuple[str, ...] = ("llama", "bert", "vit")
+    noise: float = 0.2
+
+
+def options(family: str, *, heads: bool = True) -> dict[str, Any]:
+    """What the configuration of any method on linears has."""
+    found = {"target_modules": TARGETS[family], "task_type": TASK_TYPES[family]}
+    return found | ({"modules_to_save": _HEADS.get(family)} if heads else {})
+
+
+METHODS: Mapping[str, Method] = {
+    "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
+    "ia3": Method(
+        "IA³",
+        lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),
+    ),
+}
+
+
+def save(method: str, family: str, folder: Path) -> Path:
+    """An adapter of the method as PEFT writes it, with noise on every parameter of its own."""
+    torch.manual_seed(1)
+    wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter += METHODS[method].noise * torch.randn_like(parameter)
+    wrapped.save_pretrained(str(folder))
+    return folder
+
+
+def write(method: str, family: str, bits: int, root: Path) -> Manifest:
+    """Export the family with an adapter `a` of the method to `root/b`.
+
+    On the way its outputs and gradients, in one piece, in stages and in the decoder's graph, are compared with
+    PEFT's.
+
+    Raises:
+        VerificationError: they differ.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    return edgepeft.export(
+        FAMILIES[family](),
+        root / "b",
+        bits=bits,
+        block_size=zoo.BLOCK_SIZE,
+        adapters={"a": save(method, family, root / "a")},
+        quick=True,
+    )
+
+
+def in_torch(family: str, folder: Path, adapter: Path, *, trains: bool = False) -> Any:
+    """PEFT's model with the adapter over the weights that the bundle in `folder` holds."""
+    model = FAMILIES[family]()
+    manifest = edgepeft.bundle.reader.open_bundle(folder).manifest
+    models.use_reference(model, models.read_reference(folder, manifest))
+    model.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trains).eval()
+
+
+def batch(family: str) -> models.Batch:
+    """Inputs of a family."""
+    if family == "vit":
+        return models.Batch({"pixel_values": task_models.batch("vit")["pixel_values"]})
+    return models.batch()
+
+
+def difference(device: Any, family: str, adapter: Any, model: Any) -> float:
+    """The largest difference of the logits from PyTorch's, relative to their largest magnitude."""
+    given = batch(family)
+    (got,) = device.forward(given.arrays, adapter=adapter).values()
+    with torch.no_grad():
+        expected = model(**given.tensors).logits.numpy()
+    counted = given.arrays["attention_mask"] == 1 if expected.ndim == 3 else slice(None)
+    return float(np.abs(got[counted] - expected[counted]).max() / max(1.0, np.abs(expected[counted]).max()))

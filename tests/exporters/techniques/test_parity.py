@@ -1,0 +1,156 @@
+"""Every method of PEFT's that there is: outputs, gradients, training and text are PEFT's, and back again."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+
+import edgepeft
+from edgepeft.adapters import load_adapter
+from edgepeft.bundle.reader import open_bundle
+from edgepeft.techniques import peft_methods
+
+from .. import sharing
+from ..training.test_learning import (
+    BATCH,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    SEED,
+    WARMUP,
+    WEIGHT_DECAY,
+    records,
+    step_by_step,
+    torch_losses,
+)
+from . import parity
+
+Make = Callable[[str, str, int], Path]
+KINDS = {"llama": "llama-tied", "bert": "bert-classifier", "vit": "vit"}
+CASES = [(name, family) for name, method in parity.METHODS.items() for family in method.families]
+LANGUAGE = [name for name, family in CASES if family == "llama"]
+
+
+@pytest.fixture(scope="module")
+def bundle(shared: sharing.Shared) -> Make:
+    """`bundle(method, family, bits)`: the folder with the bundle `b` and PEFT's adapter `a`."""
+
+    def make(method: str, family: str, bits: int) -> Path:
+        def export(root: Path) -> None:
+            parity.write(method, family, bits, root)
+
+        return shared(f"parity/{method}/{family}/{bits}", export)
+
+    return make
+
+
+def adapted(path: Path, output: Path, family: str, steps: int, **options: Any) -> Any:
+    """The report of an update, as `torch_losses` trains."""
+    with edgepeft.load(path, memory_budget="2GiB") as device:
+        return device.adapt(
+            records(KINDS[family]),
+            output,
+            **{
+                "steps": steps,
+                "batch_size": BATCH,
+                "seq_len": None if family == "vit" else 16,
+                "seed": SEED,
+                "warmup_steps": WARMUP,
+                "learning_rate": LEARNING_RATE,
+                "weight_decay": WEIGHT_DECAY,
+                "max_grad_norm": MAX_GRAD_NORM,
+            }
+            | options,
+        )
+
+
+def test_every_method_has_a_case() -> None:
+    assert {peft.PeftType[technique.upper()].value.lower() for technique in peft_methods()} <= {
+        parity.METHODS[name].config("llama").peft_type.value.lower() for name in parity.METHODS
+    }
+
+
+@pytest.mark.parametrize("bits", parity.BITS)
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_outputs_and_gradients_are_pefts(method: str, family: str, bits: int, bundle: Make) -> None:
+    """As export has compared them; and once more with PEFT's model over the bytes of the bundle."""
+    root = bundle(method, family, bits)
+    manifest = open_bundle(root / "b").manifest
+    assert manifest.verification is not None
+    assert manifest.verification["outputs"]["adapter 'a'"] <= (1e-4 if bits == 32 else 1e-3)
+    assert manifest.verification["gradients"]["a"]["smallest_cosine"] >= (0.9999 if bits == 32 else 0.999)
+    assert {strategy.name for strategy in manifest.strategies} >= {"resident", "checkpointed", "streamed"}
+    model = parity.in_torch(family, root / "b", root / "a")
+    with edgepeft.load(root / "b") as device:
+        assert parity.difference(device, family, "a", model) <= (1e-4 if bits == 32 else 1e-3)
+        with model.disable_adapter():
+            assert parity.difference(device, family, "a", model) > 1e-2, "it has no effect"
+
+
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_text_is_pefts(method: str, bundle: Make) -> None:
+    """Greedy, in the decoder's graph and without it, and as a row beside one without an adapter."""
+    root = bundle(method, "llama", 32)
+    model = parity.in_torch("llama", root / "b", root / "a")
+    model.config.use_cache = True
+    prompts = [[5, 9, 11], [7, 200, 31, 8, 90]]
+    said = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        written = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=12,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        said.append(written[0, len(prompt) :].tolist())
+    with edgepeft.load(root / "b") as device:
+        assert device.manifest.decoder is not None
+        assert [device.generate_ids(prompt, "a", max_new_tokens=12) for prompt in prompts] == said
+        plain = device.generate_ids(prompts[0], None, max_new_tokens=12)
+        assert plain != said[0]
+        rows = device.generate_ids([prompts[0], *prompts], [None, "a", "a"], max_new_tokens=12)
+        assert rows == [plain, *said]
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_training_follows_pytorch_and_returns_to_peft(
+    method: str, family: str, bundle: Make, tmp_path: Path
+) -> None:
+    root = bundle(method, family, 32)
+    path, kind = step_by_step(root / "b", tmp_path / "b"), KINDS[family]
+    model = parity.in_torch(family, root / "b", root / "a", trains=True)
+    expected = torch_losses(model, records(kind), 20)
+    report = adapted(path, tmp_path / "out", family, 20, adapter="a")
+    np.testing.assert_allclose(report.losses, expected, rtol=0.01)
+    reopened = parity.in_torch(family, root / "b", tmp_path / "out")
+    with edgepeft.load(root / "b") as device:
+        assert parity.difference(device, family, tmp_path / "out", reopened) <= 1e-4
+    assert load_adapter(tmp_path / "out").config["peft_type"] == load_adapter(root / "a").config["peft_type"]
+
+
+@pytest.mark.parametrize(("method", "family"), CASES)
+def test_every_strategy_learns_the_same_from_a_fresh_one(
+    method: str, family: str, bundle: Make, tmp_path: Path
+) -> None:
+    """Which begins as the base, and opens in PEFT."""
+    root = bundle(method, family, 4)
+    path, technique = step_by_step(root / "b", tmp_path / "b"), load_adapter(root / "a").technique.name
+    reports = {
+        strategy: adapted(
+            *(path, tmp_path / strategy, family, 12),
+            method=technique, strategy=strategy, learning_rate=2e-2, max_grad_norm=0.0,
+        )
+        for strategy in ("resident", "checkpointed", "streamed")
+    }  # fmt: skip
+    assert all(report.strategy.startswith(name) for name, report in reports.items())
+    losses = [report.losses for report in reports.values()]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=2e-3)
+    assert losses[0][-1] < losses[0][0]
+    reopened = parity.in_torch(family, root / "b", tmp_path / "streamed")
+    with edgepeft.load(root / "b") as device:
+        assert parity.difference(device, family, tmp_path / "streamed", reopened) <= 1e-4
