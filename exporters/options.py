@@ -32,7 +32,7 @@ class ExportOptions:
         block_size: weights that share a scale, at 4 and 8 bits.
         adapters: PEFT LoRA folders by the name they get in the bundle.
         labels: classes of a new classification head.
-        rank: makes a fresh adapter named `default` of this rank.
+        rank: makes a fresh adapter named `default` of this rank; with a `method`, the rank of its slots.
         targets: suffixes of the linears that get LoRA slots, besides those of `adapters`; None: those of
             `adapters`, or every linear but the output head where there are none; empty: those of `adapters`
             alone. Of an ONNX file also names of nodes and of initializers.
@@ -102,12 +102,7 @@ class ExportOptions:
             raise UsageError(f"max_length must be one token or more, got {self.max_length}")
         if self.method not in (known := peft_methods()):
             raise UsageError(f"method is {self.method!r}, expected one of {', '.join(known)}")
-        if self.rank is not None and self.method != LORA:
-            raise UsageError(
-                f"rank makes a LoRA, method is {self.method!r}: leave out rank, and start a fresh adapter on "
-                "the device (adapt --method)"
-            )
-        if self.rank is not None and STARTING_ADAPTER in (self.adapters or {}):
+        if self.rank is not None and self.method == LORA and STARTING_ADAPTER in (self.adapters or {}):
             raise UsageError(
                 f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"
             )

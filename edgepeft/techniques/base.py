@@ -1,15 +1,19 @@
 """What a technique is: the meaning of a slot's tensors in an adapter's file and in the graphs."""
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from ..adapter_settings import check_number, check_pattern, read_patterns
 from ..errors import AdapterError
 from ..slots import EMPTY, ONES, PREFIX, SIZE, ZEROS, Slot, SlotTensor
 
+SCALING = "scaling"
+"""What a slot's tensor is called that is a factor of the others."""
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Tensors: TypeAlias = Mapping[str, FloatArray]
 """By PEFT's state-dict key in PEFT's layout, or by the graphs' input in theirs."""
@@ -245,6 +249,103 @@ class PeftTechnique(Technique):
                     f"{adapter.origin}: module {slot.module}: {tensor.name} is {list(shape)} in the adapter, "
                     f"{list(expected)} in this bundle: the adapter was made for another base"
                 )
+
+
+class Factors(PeftTechnique):
+    """Small matrices whose product is added to a linear module's weight, times `alpha / r`.
+
+    Their sizes are fixed at export (`Slot.settings`); the factor is a tensor of the slot, of one value, 0
+    where no adapter has anything there.
+    """
+
+    title: ClassVar[str]
+    optional: ClassVar[Mapping[str, Any]] = {}
+    """Options that make the module something else, by the value that switches them off."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Ends of keys that are no linear module's, and what they belong to."""
+
+    @abc.abstractmethod
+    def features(self, slot: Slot) -> tuple[int, int]:
+        """What the slot's module reads and makes: in_features and out_features."""
+
+    def weight_shape(self, slot: Slot) -> tuple[int, ...]:
+        return self.features(slot)[::-1]
+
+    def owns(self, key: str) -> bool:
+        return key.endswith((*self.suffixes, *self.refused))
+
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        stems = [key.rpartition(".")[0] for key in tensors if key.endswith(self.suffixes)]
+        return tuple(stem.removeprefix(PREFIX) for stem in dict.fromkeys(stems))
+
+    def check_config(self, config: Mapping[str, Any], origin: str) -> None:
+        for key, allowed in self.optional.items():
+            if config.get(key, allowed) != allowed:
+                raise AdapterError(
+                    f"{origin}: {key}={config[key]!r} is not supported: train the adapter without it, or "
+                    "merge it"
+                )
+        check_number(origin, "r", config.get("r"), integer=True)
+        check_number(origin, "alpha", config.get("alpha", 8), integer=False)
+        check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
+        check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+
+    def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        for key, value in tensors.items():
+            for suffix, meaning in self.refused.items():
+                if key.endswith(suffix):
+                    raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
+            if key.endswith(self.suffixes) and value.ndim != 2:
+                raise AdapterError(
+                    f"{origin}: tensor {key} has {value.ndim} axes, edgepeft runs {self.title} on linear "
+                    "modules (2 axes)"
+                )
+        modules = self.modules(tensors)
+        ranks, alphas = (
+            read_patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
+        )
+        return {
+            module: float(alphas.value(module, config.get("alpha", 8))) / ranks.value(module, config["r"])
+            for module in modules
+        }
+
+    def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
+        found = super().values(slot, adapter)
+        factor = np.full(1, adapter.scaling(slot.module) if found else 0, np.float32)
+        return found | {slot.input(SCALING): factor} if found else {}
+
+    def has_effect(self, adapter: Held) -> bool:
+        """Whether no factor is all zeros, and the scaling is not zero, on one of the modules."""
+        for module in self.modules(adapter.tensors):
+            stem = f"{PREFIX}{module}."
+            own = [value for key, value in adapter.tensors.items() if key.startswith(stem) and self.owns(key)]
+            if all(value.any() for value in own) and adapter.scaling(module) != 0:
+                return True
+        return False
+
+    def mixed(
+        self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """One adapter may have a weight."""
+        if len(weighted) != 1:
+            return super().mixed(slot, weighted, read_weight)
+        values, weight = weighted[0]
+        found = super().mixed(slot, [(values, 1)], read_weight)
+        scaling = slot.input(SCALING)
+        return found if weight == 1 else found | {scaling: found[scaling] * np.float32(weight)}
+
+
+def scaling_tensor(module: str) -> SlotTensor:
+    """The factor of a slot on a module."""
+    return SlotTensor(
+        SCALING, f"{PREFIX}{module}.{SCALING}", None, (1,), transposed=False, trains=False, neutral=ZEROS
+    )
+
+
+def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    """As `kaiming_uniform_(a=sqrt(5))` draws a matrix `[out, in]`: within 1 / sqrt(in)."""
+    bound = 1 / math.sqrt(shape[1])
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def difference(slot: Slot, expected: Slot) -> str | None:

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from ..adapter_settings import check_number, check_pattern, read_patterns
 from ..errors import AdapterError
-from ..patterns import ModulePatterns
 from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
 
@@ -189,10 +189,10 @@ class Lora(PeftTechnique):
                 raise AdapterError(
                     f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
                 )
-        _check_number(origin, "r", config.get("r"), integer=True)
-        _check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
-        _check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
-        _check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+        check_number(origin, "r", config.get("r"), integer=True)
+        check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
+        check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
+        check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         for key, tensor in tensors.items():
@@ -248,7 +248,7 @@ class Lora(PeftTechnique):
         """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
         modules = self.modules(tensors)
         ranks, alphas = (
-            _patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
+            read_patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
         )
         found = {}
         for module in modules:
@@ -280,38 +280,8 @@ def _times(scaling: FloatArray, weight: float) -> FloatArray:
     return scaling if weight == 1 else scaling * np.float32(weight)
 
 
-def _patterns(config: Mapping[str, Any], name: str, modules: Sequence[str], origin: str) -> ModulePatterns:
-    try:
-        patterns = ModulePatterns(config.get(name))
-        patterns.check_cost(modules)
-    except ValueError as error:
-        raise AdapterError(f"{origin}: adapter_config.json: {name} {error}") from error
-    return patterns
-
-
 def _alpha(scaling: float, rank: int) -> float:
     """PEFT's `lora_alpha` that gives this float32 scaling; a round number where one does."""
     exact = scaling * rank
     rounded = round(exact, 4)
     return rounded if np.float32(rounded / rank) == np.float32(scaling) else exact
-
-
-def _check_number(origin: str, key: str, value: object, *, integer: bool) -> None:
-    kinds = int if integer else (int, float)
-    if (
-        not isinstance(value, kinds)
-        or isinstance(value, bool)
-        or not abs(value) <= 2**31
-        or (integer and value < 1)
-    ):
-        expected = "a whole number of at least 1" if integer else "a number"
-        raise AdapterError(f"{origin}: adapter_config.json: {key} is {value!r}, expected {expected}")
-
-
-def _check_pattern(origin: str, name: str, patterns: object) -> None:
-    if patterns is None:
-        return
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{origin}: adapter_config.json: {name} is {patterns!r}, expected an object")
-    for key, value in patterns.items():
-        _check_number(origin, f"{name}[{key!r}]", value, integer=name == "rank_pattern")

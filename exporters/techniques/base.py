@@ -5,17 +5,22 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
-from edgepeft.slots import SIZE, SIZE_AXIS, Slot
+from edgepeft.errors import ExportError
+from edgepeft.slots import LINEAR, SIZE, SIZE_AXIS, Slot
+from edgepeft.techniques import technique
 from edgepeft.techniques.base import Settings
 
-from ..graph import graph_input
+from ..graph import append, graph_input, initializer, put_behind
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select
 from ..sources.base import ModelSource
 from ..sources.model_info import default_targets
 
+#: Of a method's slots, where no adapter at hand and no option says.
+DEFAULT_RANK = 8
 Site = TypeVar("Site")
 
 
@@ -73,6 +78,56 @@ def activation_axes(linear: Linear) -> int:
     """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
     shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
     return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
+
+
+class BesideLinear(GraphTechnique[tuple[Linear, Settings]]):
+    """A technique that adds to what linear modules make of what they read: `y += delta(x)`."""
+
+    site = LINEAR
+
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[tuple[Linear, Settings]]:
+        """The linears of these names."""
+        return [(linear, modules[name]) for name, linear in select(base.linears, modules).items()]
+
+    @abc.abstractmethod
+    def slot(self, linear: Linear, settings: Settings) -> Slot:
+        """A slot on the linear."""
+
+    @abc.abstractmethod
+    def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
+        """What is added, `[…, out_features]`; `inputs` are the slot's by what the technique calls them."""
+
+    def insert(self, base: BaseGraph, sites: Sequence[tuple[Linear, Settings]]) -> list[Slot]:
+        slots = []
+        for linear, settings in sites:
+            slot = self.slot(linear, settings)
+            inputs = dict(
+                zip((tensor.name for tensor in slot.tensors), slot_inputs(base.graph, slot), strict=True)
+            )
+            for node, x in linear.uses:
+                output = node.outputs[0]
+                if output.shape is None or x.shape is None:
+                    raise ExportError(
+                        f"linear {linear.module}: the shape of its output is unknown, so it takes no "
+                        f"{technique(self.name).title}"
+                    )
+                delta = self.delta(base.graph, slot, inputs, x)
+                put_behind(base.graph, output, "Add", in_columns(base.graph, delta, linear.first, output))
+            slots.append(slot)
+        return slots
+
+
+def in_columns(graph: ir.Graph, value: ir.Value, first: int, output: ir.Value, fill: float = 0) -> ir.Value:
+    """`value` in the columns from `first` on of what is as wide as `output`, `fill` in the others."""
+    assert output.shape is not None
+    assert value.shape is not None
+    width, own = output.shape[-1], value.shape[-1]
+    if width == own or not isinstance(width, int) or not isinstance(own, int):
+        return value
+    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
+    filled = initializer(graph, "one_float32" if fill else "zero_float32", np.array(fill, np.float32))
+    last = initializer(graph, "axis_last", np.array([-1], np.int64))
+    return append(graph, "Pad", [value, pads, filled, last], shape=[*list(value.shape)[:-1], width])
 
 
 def slot_inputs(graph: ir.Graph, slot: Slot) -> list[ir.Value]:

@@ -9,7 +9,6 @@ Source: arXiv 2205.05638; keys and shapes as PEFT writes them.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import onnx_ir as ir
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
@@ -21,11 +20,11 @@ from edgepeft.slots import LINEAR, Slot
 from edgepeft.techniques import ia3
 from edgepeft.techniques.base import Settings
 
-from ..graph import append, initializer, put_behind
+from ..graph import put_behind
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select, with_bias
 from ..sources.base import ModelSource
-from .base import BaseGraph, GraphTechnique, activation_axes, slot_inputs
+from .base import BaseGraph, GraphTechnique, activation_axes, in_columns, slot_inputs
 
 
 class Site(NamedTuple):
@@ -80,7 +79,12 @@ class IA3(GraphTechnique[Site]):
                     put_behind(base.graph, x, "Mul", vector, only=[node])
                 else:
                     output = with_bias(node)
-                    put_behind(base.graph, output, "Mul", _in_place(base.graph, vector, linear.first, output))
+                    put_behind(
+                        base.graph,
+                        output,
+                        "Mul",
+                        in_columns(base.graph, vector, linear.first, output, fill=1),
+                    )
             slots.append(slot)
         return slots
 
@@ -90,16 +94,3 @@ GRAPH_TECHNIQUE = IA3()
 
 def _width(output: ir.Value) -> object:
     return None if output.shape is None else output.shape[-1]
-
-
-def _in_place(graph: ir.Graph, vector: ir.Value, first: int, output: ir.Value) -> ir.Value:
-    """`vector` in the columns from `first` on of ones as wide as `output`."""
-    assert output.shape is not None
-    assert vector.shape is not None
-    width, own = output.shape[-1], vector.shape[-1]
-    if width == own or not isinstance(width, int) or not isinstance(own, int):
-        return vector
-    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
-    one = initializer(graph, "one_float32", np.array(1, np.float32))
-    last = initializer(graph, "axis_last", np.array([-1], np.int64))
-    return append(graph, "Pad", [vector, pads, one, last], shape=[1, width])

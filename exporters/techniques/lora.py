@@ -11,7 +11,6 @@ Source: LoRA, arXiv 2106.09685; keys as PEFT writes them.
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
 
 from edgepeft.errors import ExportError
@@ -19,9 +18,9 @@ from edgepeft.slots import LINEAR, LORA, Slot
 from edgepeft.techniques import lora
 from edgepeft.techniques.base import Settings
 
-from ..graph import append, initializer, put_behind
+from ..graph import append, put_behind
 from ..passes.weights.linears import Linear, select
-from .base import BaseGraph, GraphTechnique, activation_axes, slot_inputs
+from .base import BaseGraph, GraphTechnique, activation_axes, in_columns, slot_inputs
 
 
 class Lora(GraphTechnique[Linear]):
@@ -61,18 +60,5 @@ def _insert(graph: ir.Graph, linear: Linear, slot: Slot) -> None:
         low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
         scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
         delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, linear.out_features])
-        delta = _in_place(graph, delta, linear.first, output)
+        delta = in_columns(graph, delta, linear.first, output)
         put_behind(graph, output, "Add", delta)
-
-
-def _in_place(graph: ir.Graph, delta: ir.Value, first: int, output: ir.Value) -> ir.Value:
-    """`delta` in the columns from `first` on of zeros as wide as `output`."""
-    assert output.shape is not None
-    assert delta.shape is not None
-    width, own = output.shape[-1], delta.shape[-1]
-    if width == own or not isinstance(width, int) or not isinstance(own, int):
-        return delta
-    pads = initializer(graph, f"columns_{first}_{own}", np.array([first, width - first - own], np.int64))
-    zero = initializer(graph, "zero_float32", np.array(0, np.float32))
-    last = initializer(graph, "axis_last", np.array([-1], np.int64))
-    return append(graph, "Pad", [delta, pads, zero, last], shape=output.shape)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgepeft.adapters import Adapter, check_base, load_adapter
 from edgepeft.errors import AdapterError
-from edgepeft.slots import LINEAR
+from edgepeft.slots import LINEAR, LORA
 from edgepeft.techniques.base import Settings
 
 from ..options import STARTING_ADAPTER, ExportOptions
@@ -75,7 +75,7 @@ def prepare_adapters(
     for folder in adapters.folders.values():
         source.check_patterns(folder)
     loaded, folders = prepare_stored(adapters.loaded, source, report), dict(adapters.folders)
-    if options.rank is not None:
+    if options.rank is not None and options.method == LORA:
         folder = folders[STARTING_ADAPTER] = scratch / STARTING_ADAPTER
         write_fresh_adapter(source, folder, options)
         loaded[STARTING_ADAPTER] = load_adapter(folder)

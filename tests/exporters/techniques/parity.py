@@ -64,6 +64,7 @@ METHODS: Mapping[str, Method] = {
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),
     ),
+    "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
 
 
@@ -82,8 +83,8 @@ def save(method: str, family: str, folder: Path) -> Path:
 def write(method: str, family: str, bits: int, root: Path) -> Manifest:
     """Export the family with an adapter `a` of the method to `root/b`.
 
-    On the way its outputs and gradients, in one piece, in stages and in the decoder's graph, are compared with
-    PEFT's.
+    On the way its outputs and gradients, in one piece, in stages and in the decoder's graph, are compared
+    with PEFT's.
 
     Raises:
         VerificationError: they differ.

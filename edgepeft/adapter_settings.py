@@ -1,0 +1,52 @@
+"""Numbers and patterns of an adapter's configuration, checked: what techniques with a rank have in common."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import AdapterError
+from .patterns import ModulePatterns
+
+
+def check_number(origin: str, key: str, value: object, *, integer: bool) -> None:
+    """
+    Raises:
+        AdapterError: the value is no number, or, where `integer`, no whole number from 1 on.
+    """
+    kinds = int if integer else (int, float)
+    if (
+        not isinstance(value, kinds)
+        or isinstance(value, bool)
+        or not abs(value) <= 2**31
+        or (integer and value < 1)
+    ):
+        expected = "a whole number of at least 1" if integer else "a number"
+        raise AdapterError(f"{origin}: adapter_config.json: {key} is {value!r}, expected {expected}")
+
+
+def check_pattern(origin: str, name: str, patterns: object) -> None:
+    """
+    Raises:
+        AdapterError: it is no object, or one of its values is no rank or alpha.
+    """
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{origin}: adapter_config.json: {name} is {patterns!r}, expected an object")
+    for key, value in patterns.items():
+        check_number(origin, f"{name}[{key!r}]", value, integer=name == "rank_pattern")
+
+
+def read_patterns(
+    config: Mapping[str, Any], name: str, modules: Sequence[str], origin: str
+) -> ModulePatterns:
+    """The configuration's `rank_pattern` or `alpha_pattern`.
+
+    Raises:
+        AdapterError: a key is no regular expression, or too costly to match with these modules.
+    """
+    try:
+        patterns = ModulePatterns(config.get(name))
+        patterns.check_cost(modules)
+    except ValueError as error:
+        raise AdapterError(f"{origin}: adapter_config.json: {name} {error}") from error
+    return patterns
