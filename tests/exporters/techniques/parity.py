@@ -64,6 +64,17 @@ METHODS: Mapping[str, Method] = {
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),
     ),
+    "lokr": Method("LoKr", lambda family: peft.LoKrConfig(**options(family), r=4, alpha=6)),
+    "lokr, both": Method(
+        "LoKr, both matrices as products",
+        lambda family: peft.LoKrConfig(
+            **options(family),
+            r=2,
+            decompose_both=True,
+            decompose_factor=8,
+            rank_pattern={TARGETS[family][0]: 1},
+        ),
+    ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
 

@@ -1,0 +1,76 @@
+"""Insert LoKr slots at linear layers, as two small products of a reshaped input.
+
+    X = x as [in_blocks, in_block];  y += w1 (X w2ᵀ) · scaling, as [out_blocks · out_block]
+
+A weight of the layer's size is never made.
+
+Source: LyCORIS, arXiv 2309.14859; keys and sizes as PEFT has them.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+from peft.tuners.lokr.layer import factorization
+
+from edgepeft.slots import Slot
+from edgepeft.techniques import lokr
+from edgepeft.techniques.base import SCALING, Settings
+
+from ..graph import append, initializer
+from ..options import ExportOptions
+from ..passes.weights.linears import Linear
+from ..sources.base import ModelSource
+from .base import DEFAULT_RANK, BesideLinear
+
+
+class LoKr(BesideLinear):
+    """Its sites are linear modules."""
+
+    name = lokr.NAME
+
+    def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
+        """With PEFT's default decomposition."""
+        rank, sizes = DEFAULT_RANK if options.rank is None else options.rank, source.linear_sizes()
+        return {name: _settings(*sizes[name], rank) for name in super().fresh_modules(source, options)}
+
+    def slot(self, linear: Linear, settings: Settings) -> Slot:
+        return lokr.new_slot(linear.module, settings)
+
+    def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
+        a, b, c, d = (int(slot.settings[name]) for name in lokr.SIZES)
+        assert x.shape is not None
+        lead = list(x.shape)[:-1]
+        w1, w2 = (_whole(graph, matrix, inputs) for matrix in lokr.RANKS)
+        turned = append(graph, "Transpose", [w2], {"perm": [1, 0]}, shape=[d, b])
+        parted = append(graph, "Reshape", [x, _target(graph, len(lead), c, d)], shape=[*lead, c, d])
+        inner = append(graph, "MatMul", [parted, turned], shape=[*lead, c, b])
+        scaled = append(graph, "Mul", [inner, inputs[SCALING]], shape=[*lead, c, b])
+        outer = append(graph, "MatMul", [w1, scaled], shape=[*lead, a, b])
+        return append(graph, "Reshape", [outer, _target(graph, len(lead), a * b)], shape=[*lead, a * b])
+
+
+GRAPH_TECHNIQUE = LoKr()
+
+
+def _settings(out_features: int, in_features: int, rank: int) -> Settings:
+    """As `peft.tuners.lokr.layer.LoKrLayer.update_layer` decides."""
+    (a, b), (c, d) = factorization(out_features), factorization(in_features)
+    sizes = dict(zip(lokr.SIZES, (a, b, c, d), strict=True))
+    ranks = {"w1_rank": 0, "w2_rank": rank if rank < max(b, d) / 2 else 0}
+    return sizes | ranks | {lokr.RANK: rank, lokr.FACTOR: -1, lokr.BOTH: False}
+
+
+def _whole(graph: ir.Graph, matrix: str, inputs: Mapping[str, ir.Value]) -> ir.Value:
+    if matrix in inputs:
+        return inputs[matrix]
+    up, down = inputs[f"{matrix}_a"], inputs[f"{matrix}_b"]
+    assert up.shape is not None
+    assert down.shape is not None
+    return append(graph, "MatMul", [up, down], shape=[up.shape[0], down.shape[1]])
+
+
+def _target(graph: ir.Graph, leading: int, *sizes: int) -> ir.Value:
+    """Where the axes in front stay as they are."""
+    target = [0] * leading + [*sizes]
+    return initializer(graph, "shape_" + "_".join(map(str, target)), np.array(target, np.int64))
