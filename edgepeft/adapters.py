@@ -116,9 +116,10 @@ class Adapter:
         """Whether the adapter can change the model's output: by its technique's tensors, or a saved module.
 
         Args:
-            defaults: the base's own saved modules by key; one that equals its default does not count.
+            defaults: the base's own by key, of what adapters replace; what equals its default does not count.
         """
-        for key in self.saved_keys:
+        replaced = {*self.saved_keys, *(defaults or {})} & self.tensors.keys()
+        for key in replaced:
             default = (defaults or {}).get(key)
             if default is None or not np.array_equal(default, self.tensors[key]):
                 return True

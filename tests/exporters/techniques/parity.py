@@ -32,6 +32,11 @@ TARGETS = {
     "bert": ["key", "value", "output.dense"],
     "vit": ["k_proj", "v_proj", "fc2"],
 }
+NORMS = {
+    "llama": ["input_layernorm", "post_attention_layernorm", "norm"],
+    "bert": ["LayerNorm"],
+    "vit": ["layernorm_before", "layernorm_after", "layernorm"],
+}
 _HEADS = {"bert": ["classifier"], "vit": ["classifier"]}
 
 
@@ -64,6 +69,10 @@ METHODS: Mapping[str, Method] = {
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),
     ),
+    "ln_tuning": Method(
+        "Layer-norm tuning",
+        lambda family: peft.LNTuningConfig(**options(family) | {"target_modules": NORMS[family]}),
+    ),
     "lokr": Method("LoKr", lambda family: peft.LoKrConfig(**options(family), r=4, alpha=6)),
     "lokr, both": Method(
         "LoKr, both matrices as products",
@@ -82,7 +91,9 @@ METHODS: Mapping[str, Method] = {
 def save(method: str, family: str, folder: Path) -> Path:
     """An adapter of the method as PEFT writes it, with noise on every parameter of its own."""
     torch.manual_seed(1)
-    wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))
+    with warnings.catch_warnings():  # PEFT calls normalizations unsupported
+        warnings.simplefilter("ignore")
+        wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
