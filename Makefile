@@ -82,6 +82,7 @@ docs: $(STAMP)
 	$(BIN)/python -m tests.gradcheck.operator_table
 	$(BIN)/python -m tests.exporters.architecture_table
 	$(BIN)/python -m tests.exporters.layout_table
+	$(BIN)/python -m tests.exporters.techniques.method_table
 
 # The pages of docs/ and the API as a site, in build/site; a warning is an error (`--quiet` would hide warnings from
 # `--strict`).

@@ -59,6 +59,9 @@ def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
     found = technique(name) if name in MODULES else None
     if not isinstance(found, PeftTechnique) or peft_type != found.peft_type:
         known = [item.peft_type for item in map(technique, MODULES) if isinstance(item, PeftTechnique)]
-        raise AdapterError(f"{origin}: peft_type is {peft_type!r}, edgepeft runs {', '.join(known)} adapters")
+        raise AdapterError(
+            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {', '.join(known)} adapters: train one "
+            "of these, or merge it into its base (PEFT's merge_and_unload) and export that"
+        )
     found.check_config(config, origin)
     return found

@@ -40,7 +40,7 @@ RANK, FACTOR, BOTH = "rank", "decompose_factor", "decompose_both"
 def parts(settings: Settings) -> dict[str, tuple[int, int]]:
     """The shapes of what is stored, by its name in PEFT's keys."""
     a, b, c, d = (int(settings[name]) for name in SIZES)
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for (matrix, setting), (rows, columns) in zip(RANKS.items(), ((a, c), (b, d)), strict=True):
         rank = int(settings[setting])
         if rank:

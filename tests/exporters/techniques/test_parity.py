@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import edgepeft
-from edgepeft.adapters import load_adapter
+from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import UpdateRejectedError
-from edgepeft.techniques import peft_methods
+from edgepeft.errors import AdapterError, UpdateRejectedError
+from edgepeft.techniques import peft_methods, technique
 
 from .. import sharing
 from ..training.test_learning import (
@@ -28,6 +28,7 @@ from ..training.test_learning import (
     torch_losses,
 )
 from . import parity
+from .method_table import PATH, REFUSED
 
 Make = Callable[[str, str, int], Path]
 KINDS = {"llama": "llama-tied", "bert": "bert-classifier", "vit": "vit"}
@@ -68,10 +69,18 @@ def adapted(path: Path, output: Path, family: str, steps: int, **options: Any) -
         )
 
 
-def test_every_method_has_a_case() -> None:
-    assert {peft.PeftType[technique.upper()].value.lower() for technique in peft_methods()} <= {
-        parity.METHODS[name].config("llama").peft_type.value.lower() for name in parity.METHODS
-    }
+def test_every_type_of_pefts_is_a_technique_or_refused_by_name() -> None:
+    """And the documents say why; every technique has a case here."""
+    ours = {technique(name).peft_type for name in peft_methods()}
+    assert {method.config("llama").peft_type.value for method in parity.METHODS.values()} == ours
+    types = {item.value for item in peft.PeftType}
+    assert types == ours | REFUSED.keys()
+    assert not ours & REFUSED.keys()
+    page = PATH.read_text(encoding="utf-8")
+    for name in sorted(REFUSED):
+        assert f"| {name} | {REFUSED[name]} |" in page
+        with pytest.raises(AdapterError, match=f"peft_type is '{name}', edgepeft runs .*LORA"):
+            Adapter({"peft_type": name}, {}, "a")
 
 
 @pytest.mark.parametrize("bits", parity.BITS)

@@ -23,7 +23,6 @@ from edgepeft import cli
 from edgepeft.adapters import PREFIX, Adapter, load_adapter, save_adapter
 from edgepeft.bundle.adapter_store import add_adapter
 from edgepeft.bundle.decoder_validation import check_decoder
-from edgepeft.bundle.manifest import DECODER
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.bundle.writer import MANIFEST_FILE
 from edgepeft.errors import AdapterError, BudgetError, BundleError, UpdateRejectedError, UsageError
@@ -212,17 +211,26 @@ def test_inference_is_streamed_where_the_budget_holds_no_more(family: str, bundl
         assert set(model._sessions._open) == {STREAMED}
 
 
-def test_a_language_model_says_that_it_has_no_decoder_graph(bundle: Make, tied_llama: Path) -> None:
-    """Its slots are LoRA's, packed: the inference graph generates. A manifest that lists such a graph, which
-    would run without the adapter, is refused."""
-    manifest = open_bundle(bundle("llama")).manifest
-    assert manifest.decoder is None
-    assert manifest.missing == {DECODER: "it takes no bias vector"}
-    assert "without   decoder graph: it takes no bias vector\n" in run("inspect", bundle("llama")).stdout
+def test_the_decoder_graph_takes_it(bundle: Make, tied_llama: Path) -> None:
+    """Adapted and plain, which has no LoRA; a manifest whose decoder leaves a slot out, and would run without
+    the adapter, is refused."""
+    opened = open_bundle(bundle("llama"))
+    decoder = opened.manifest.decoder
+    assert decoder is not None
+    assert opened.manifest.missing == {}
+    own = set(opened.adapter("toy").tensors)
+    for role in (decoder.graph, decoder.plain_graph):
+        assert own <= {spec.name for spec in opened.manifest.graphs[role].inputs}
+    with edgepeft.load(opened.path) as device:
+        decoded = device.generate_ids([5, 6, 7], "toy", max_new_tokens=8)
+    without = dataclasses.replace(opened, manifest=dataclasses.replace(opened.manifest, decoder=None))
+    with Model(without, threads=1) as model:
+        assert model.generate_ids([5, 6, 7], "toy", max_new_tokens=8) == decoded
+        assert model.generate_ids([5, 6, 7], max_new_tokens=8) != decoded
     packed = open_bundle(tied_llama).manifest
     assert packed.decoder is not None
     slots = (*packed.slots, bias_vector.new_slot("lm_head", 320))
-    with pytest.raises(BundleError, match=r"\['lm_head'\] has a slot that its graphs do not take"):
+    with pytest.raises(BundleError, match="and its wiring differ in the input .*lm_head"):
         check_decoder(dataclasses.replace(packed, slots=slots), packed.decoder)
 
 
