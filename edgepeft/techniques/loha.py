@@ -52,11 +52,13 @@ class LoHa(Factors):
         return int(slot.tensor("hada_w1_b").shape[1]), int(slot.tensor("hada_w1_a").shape[0])
 
     def problem(self, slot: Slot) -> str | None:
-        sizes = [size for tensor in slot.tensors for size in tensor.shape]
-        if [tensor.name for tensor in slot.tensors][:4] != [*FACTORS] or not all(
-            isinstance(size, int) for size in sizes
+        names = [tensor.name for tensor in slot.tensors]
+        shapes = [tensor.shape for tensor in slot.tensors[: len(FACTORS)]]
+        if names[: len(FACTORS)] != [*FACTORS] or any(
+            len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape)
+            for shape in shapes
         ):
-            return f"has the tensors {[tensor.name for tensor in slot.tensors]}, which are no LoHa's"
+            return f"has the tensors {names} of {[list(shape) for shape in shapes]}, which are no LoHa's"
         rank = int(slot.tensor("hada_w1_b").shape[0])
         return difference(slot, new_slot(slot.module, *self.features(slot), rank))
 

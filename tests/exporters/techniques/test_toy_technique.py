@@ -230,7 +230,7 @@ def test_the_decoder_graph_takes_it(bundle: Make, tied_llama: Path) -> None:
     packed = open_bundle(tied_llama).manifest
     assert packed.decoder is not None
     slots = (*packed.slots, bias_vector.new_slot("lm_head", 320))
-    with pytest.raises(BundleError, match="and its wiring differ in the input .*lm_head"):
+    with pytest.raises(BundleError, match=r"and its wiring differ in the input .*lm_head"):
         check_decoder(dataclasses.replace(packed, slots=slots), packed.decoder)
 
 
