@@ -132,7 +132,7 @@ class Adapter:
 
 def _check_tensors(adapter: Adapter) -> None:
     for key, tensor in adapter.tensors.items():
-        if not key.startswith(PREFIX):
+        if not key.startswith(PREFIX) and key not in adapter.technique.shared:
             raise AdapterError(
                 f"{adapter.origin}: tensor {key} does not begin with {PREFIX!r} as PEFT's keys do"
             )

@@ -139,6 +139,8 @@ class PeftTechnique(Technique):
     """When an adapter's tensors change nothing, in a message."""
     suffixes: ClassVar[tuple[str, ...]]
     """What follows the module's name in the key of each tensor."""
+    shared: ClassVar[tuple[str, ...]] = ()
+    """Keys of tensors that are of no module."""
 
     @abc.abstractmethod
     def has_effect(self, adapter: Held) -> bool:

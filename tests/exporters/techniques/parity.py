@@ -84,6 +84,13 @@ METHODS: Mapping[str, Method] = {
             rank_pattern={TARGETS[family][0]: 1},
         ),
     ),
+    "vera": Method("VeRA", lambda family: peft.VeraConfig(**options(family), r=6)),
+    "vera, drawn": Method(
+        "VeRA, its matrices not in the file",
+        lambda family: peft.VeraConfig(
+            **options(family), r=6, save_projection=False, projection_prng_key=7
+        ),
+    ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
 
