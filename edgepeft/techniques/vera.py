@@ -31,7 +31,8 @@ LARGEST_IN, LARGEST_OUT, MODULES = "largest_in", "largest_out", "modules"
 
 _SHARED = {name: f"base_model.{name}" for name in (A, B)}
 _INITIAL_D = 0.1  # PEFT's default of d_initial
-_KEY = 0  # and of projection_prng_key
+_PRNG_KEY = "projection_prng_key"
+_KEY = 0  # its default
 _LARGEST_KEY = 2**32 - 1
 
 
@@ -83,7 +84,9 @@ class Vera(PeftTechnique):
     def problem(self, slot: Slot) -> str | None:
         shapes = [tensor.shape for tensor in slot.tensors]
         sizes = [size for shape in shapes for size in shape]
-        if [len(shape) for shape in shapes] != [1, 1, 2, 2] or not all(isinstance(size, int) for size in sizes):
+        if [len(shape) for shape in shapes] != [1, 1, 2, 2] or not all(
+            isinstance(size, int) for size in sizes
+        ):
             return f"has tensors of shapes {[list(shape) for shape in shapes]}, which are no VeRA's"
         numbers = [slot.settings.get(name) for name in (RANK, LARGEST_IN, LARGEST_OUT, MODULES)]
         if not all(type(number) is int and number > 0 for number in numbers):
@@ -119,7 +122,7 @@ class Vera(PeftTechnique):
                 )
         if not isinstance(saved := config.get("save_projection", True), bool):
             raise AdapterError(f"{origin}: save_projection is {saved!r}, expected true or false")
-        key = config.get("projection_prng_key", _KEY)
+        key = config.get(_PRNG_KEY, _KEY)
         if not saved and not (type(key) is int and 0 <= key <= _LARGEST_KEY):
             raise AdapterError(
                 f"{origin}: projection_prng_key is {key!r}, expected a whole number up to {_LARGEST_KEY}: save "
@@ -132,8 +135,10 @@ class Vera(PeftTechnique):
             if key.endswith(self.suffixes) and value.ndim != 1:
                 raise AdapterError(f"{origin}: tensor {key} has {value.ndim} axes, expected 1")
             if key.endswith(D) and value.size != rank:
-                raise AdapterError(f"{origin}: tensor {key} has {value.size} values, the configuration r={rank}")
-        if config.get("save_projection", True):
+                raise AdapterError(
+                    f"{origin}: tensor {key} has {value.size} values, the configuration r={rank}"
+                )
+        if config.get("save_projection", True) and self.modules(tensors):
             for name, key in _SHARED.items():
                 value = tensors.get(key)
                 if value is None:
@@ -143,11 +148,7 @@ class Vera(PeftTechnique):
                     )
                 if value.ndim != 2 or value.shape[0 if name == A else 1] != rank:
                     raise AdapterError(f"{origin}: tensor {key} is {list(value.shape)}, the rank is {rank}")
-        super().check(config, tensors, origin)
-        saved = config.get("save_projection", True)
-        # How PEFT draws the pair where the file does not have it; kept as what belongs to every module.
-        key = float(_KEY if saved else config.get("projection_prng_key", _KEY))
-        return {} if saved else dict.fromkeys(self.modules(tensors), key)
+        return super().check(config, tensors, origin)
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
         found = super().values(slot, adapter)
@@ -189,7 +190,7 @@ class Vera(PeftTechnique):
         """With the slots' rank."""
         return {
             "r": int(slots[0].settings[RANK]) if slots else size,
-            "projection_prng_key": _KEY,
+            _PRNG_KEY: _KEY,
             "save_projection": True,
             "vera_dropout": 0.0,
             "d_initial": _INITIAL_D,
@@ -222,7 +223,8 @@ class Vera(PeftTechnique):
 
     def has_effect(self, adapter: Held) -> bool:
         return any(
-            adapter.tensors[f"{PREFIX}{module}.{B_SCALE}"].any() and adapter.tensors[f"{PREFIX}{module}.{D}"].any()
+            adapter.tensors[f"{PREFIX}{module}.{B_SCALE}"].any()
+            and adapter.tensors[f"{PREFIX}{module}.{D}"].any()
             for module in self.modules(adapter.tensors)
         )
 
@@ -263,11 +265,9 @@ class Vera(PeftTechnique):
         Raises:
             AdapterError: PEFT drew it for other modules, whose sizes are not known here.
         """
-        modules = self.modules(adapter.tensors)
-        try:
-            key = adapter.scaling(modules[0])
-        except KeyError:
+        if adapter.config.get("save_projection", True):
             return adapter.tensors[_SHARED[A]], adapter.tensors[_SHARED[B]]
+        modules = self.modules(adapter.tensors)
         if len(modules) != slot.settings[MODULES]:
             raise AdapterError(
                 f"{adapter.origin}: is on {len(modules)} modules, the bundle has slots on "
@@ -275,7 +275,7 @@ class Vera(PeftTechnique):
                 "of its modules: save the adapter with save_projection=True"
             )
         largest = (int(slot.settings[name]) for name in (LARGEST_IN, LARGEST_OUT))
-        return drawn(int(key), int(slot.settings[RANK]), *largest)
+        return drawn(adapter.config.get(_PRNG_KEY, _KEY), int(slot.settings[RANK]), *largest)
 
 
 TECHNIQUE = Vera()

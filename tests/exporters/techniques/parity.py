@@ -63,6 +63,12 @@ def options(family: str, *, heads: bool = True) -> dict[str, Any]:
     return found | ({"modules_to_save": _HEADS.get(family)} if heads else {})
 
 
+def _drawn_vera(family: str) -> peft.PeftConfig:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it may be drawn otherwise elsewhere
+        return peft.VeraConfig(**options(family), r=6, save_projection=False, projection_prng_key=7)
+
+
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
     "ia3": Method(
@@ -87,9 +93,7 @@ METHODS: Mapping[str, Method] = {
     "vera": Method("VeRA", lambda family: peft.VeraConfig(**options(family), r=6)),
     "vera, drawn": Method(
         "VeRA, its matrices not in the file",
-        lambda family: peft.VeraConfig(
-            **options(family), r=6, save_projection=False, projection_prng_key=7
-        ),
+        _drawn_vera,
     ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
