@@ -37,6 +37,9 @@ LABELS_KEY = "edgepeft_labels"
 BASE_LAYER = ".base_layer."
 """In the key of what lies below a LoRA: PEFT stores it of an output layer, frozen as it is."""
 
+_LAYER_BIAS = ".base_layer.bias"
+"""How the key of a linear's bias ends that PEFT trains beside the LoRA on it."""
+
 NO_TARGETS = "dummy-target-modules"
 """What PEFT calls the target modules of an adapter that only replaces saved ones: it refuses none at all."""
 
@@ -62,7 +65,8 @@ class Adapter:
 
     Attributes:
         config: `adapter_config.json` as PEFT wrote it, unknown keys included.
-        tensors: float32 arrays by PEFT's state-dict key, in PEFT's layout.
+        tensors: float32 arrays by PEFT's state-dict key, in PEFT's layout; a bias below a LoRA that trains
+            with it has the key of any other bias, and PEFT's own (`…base_layer.bias`) only in the file.
         origin: where it came from, for messages.
         base: fingerprint of the base it was trained on (`Manifest.base`); None where that is not recorded.
         labels: of a classifier with more of them than the base; None: the base's own.
@@ -93,6 +97,16 @@ class Adapter:
     def saved_keys(self) -> tuple[str, ...]:
         """Keys of the parameters that the adapter replaces whole (`modules_to_save`)."""
         return tuple(key for key in self.tensors if not self.technique.owns(key) and BASE_LAYER not in key)
+
+    @property
+    def bias_keys(self) -> tuple[str, ...]:
+        """Of `saved_keys`, those of biases that are replaced and not all of their module (PEFT's `bias`)."""
+        saved = tuple(self.config.get("modules_to_save") or ())
+        return tuple(
+            key
+            for key in (self.saved_keys if trains_biases(self.config) else ())
+            if key.endswith(".bias") and not key.removesuffix(".bias").endswith(saved)
+        )
 
     @property
     def base_layer_keys(self) -> tuple[str, ...]:
@@ -140,6 +154,11 @@ def _check_tensors(adapter: Adapter) -> None:
             raise AdapterError(f"{adapter.origin}: tensor {key} holds NaN or infinity")
 
 
+def trains_biases(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT trains the base's own biases with such an adapter, and stores them in its file."""
+    return config.get("bias") not in (None, "none")
+
+
 def load_adapter(folder: Path | str) -> Adapter:
     """Read a PEFT adapter folder.
 
@@ -180,6 +199,11 @@ def load_adapter(folder: Path | str) -> Adapter:
         )
     tensors = read_tensors(folder / TENSOR_FILE)
     tensors = {key: value for key, value in tensors.items() if not any(part in key for part in _WRAPPED)}
+    if trains_biases(config):
+        tensors = {
+            key.removesuffix(_LAYER_BIAS) + ".bias" if key.endswith(_LAYER_BIAS) else key: value
+            for key, value in tensors.items()
+        }
     metadata = read_metadata(folder / TENSOR_FILE)
     labels = _labels(metadata, folder / TENSOR_FILE)
     return Adapter(
@@ -235,7 +259,13 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32"
     """Write the adapter's two files into an existing folder, its tensors in this dtype."""
     config = json.dumps(adapter.config, indent=2, sort_keys=True).encode()
     atomic_write(folder / CONFIG_FILE, config)
-    stored = {key: tensor.astype(dtype, copy=False) for key, tensor in adapter.tensors.items()}
+    below = (
+        {f"{PREFIX}{module}.bias" for module in adapter.modules} if trains_biases(adapter.config) else set()
+    )
+    stored = {
+        key.removesuffix(".bias") + _LAYER_BIAS if key in below else key: tensor.astype(dtype, copy=False)
+        for key, tensor in adapter.tensors.items()
+    }
     metadata = {"format": "pt"} | ({} if adapter.base is None else {BASE_KEY: adapter.base})
     if adapter.labels is not None:
         metadata[LABELS_KEY] = json.dumps(adapter.labels)

@@ -55,7 +55,7 @@ def build_forward(
         freezer: stores the frozen weights, for this and the other graphs of the bundle.
         modules: names (or suffixes) of the modules that get a slot, with its settings, by technique; None: a
             LoRA on all linears but the output head.
-        modules_to_save: modules whose parameters stay inputs.
+        modules_to_save: modules whose parameters stay inputs, or single parameters.
         training: the graph that is to be differentiated, without a key/value cache.
 
     Raises:

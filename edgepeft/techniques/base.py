@@ -137,6 +137,8 @@ class PeftTechnique(Technique):
     """Its name in capitals."""
     inert: ClassVar[str]
     """When an adapter's tensors change nothing, in a message."""
+    bias_of_targets: ClassVar[str | None] = None
+    """PEFT's option `bias` where the target modules' own biases train too; None: there is no such option."""
     suffixes: ClassVar[tuple[str, ...]]
     """What follows the module's name in the key of each tensor."""
     shared: ClassVar[tuple[str, ...]] = ()

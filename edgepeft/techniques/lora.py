@@ -29,7 +29,7 @@ _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
-    "bias": ("none", None),
+    "bias": ("none", None, "all", "lora_only"),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
@@ -81,6 +81,7 @@ class Lora(PeftTechnique):
     suffixes = (_A, _B)
     parts: ClassVar = {"lora_B": (B,)}
     by_row = (SCALING,)
+    bias_of_targets = "lora_only"
 
     def problem(self, slot: Slot) -> str | None:
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
@@ -117,7 +118,6 @@ class Lora(PeftTechnique):
         """With alpha = 2 r."""
         del slots
         return {
-            "bias": "none",
             "init_lora_weights": True,
             "lora_alpha": 2 * size,
             "lora_dropout": 0.0,

@@ -1,10 +1,12 @@
-"""A parameter that an adapter replaces whole: PEFT's `modules_to_save`, such as a classification head.
+"""A parameter that an adapter replaces whole: PEFT's `modules_to_save`, such as a classification head, and
+the biases that train beside a LoRA (`bias="all"`, `bias="lora_only"`).
 
 It does not add to what the base has, so a mixture is defined only where it is unambiguous: one adapter that
 carries it is used whole; several are averaged if they are equal or if their weights sum to 1.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,6 +20,13 @@ def new_slot(module: str, parameter: str, shape: Sequence[int], default: str) ->
     key = f"{PREFIX}{module}.{parameter}"
     tensor = SlotTensor(parameter, key, key, tuple(shape), transposed=False, trains=True, neutral=default)
     return Slot(WHOLE, PARAMETER, module, (tensor,))
+
+
+def biases(slots: Iterable[Slot]) -> list[Slot]:
+    """Those slots of whole parameters that are a bias whose module keeps what else it has: PEFT's `bias`."""
+    found = [slot for slot in slots if slot.technique == WHOLE]
+    named = Counter(slot.module for slot in found)
+    return [slot for slot in found if slot.tensors[0].name == "bias" and named[slot.module] == 1]
 
 
 class Whole(Technique):

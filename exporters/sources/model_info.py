@@ -62,15 +62,24 @@ def label_names(id2label: Mapping[Any, Any] | None, count: int) -> tuple[str, ..
 
 
 def saved_module_names(source: ModelSource, adapters: Iterable[Adapter]) -> tuple[str, ...]:
-    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole."""
+    """Modules whose parameters stay inputs: a classifier's head, and what the adapters replace whole.
+
+    Behind them, names of single parameters: biases whose modules are kept otherwise.
+    """
     adapters = tuple(adapters)
     heads = HEADS if source.task in CLASSIFICATION else ()
-    stored = {key.removeprefix(PREFIX).rpartition(".")[0] for each in adapters for key in each.saved_keys}
-    return tuple(
+    biases = {key for each in adapters for key in each.bias_keys}
+    stored = {
+        key.removeprefix(PREFIX).rpartition(".")[0]
+        for each in adapters
+        for key in set(each.saved_keys) - set(each.bias_keys)
+    }
+    modules = tuple(
         name
         for name in source.module_names()
         if name.endswith(heads) or name in stored or any(matches_saved(name, each) for each in adapters)
     )
+    return (*modules, *sorted(key.removeprefix(PREFIX) for key in biases))
 
 
 def matches_saved(module: str, adapter: Adapter) -> bool:

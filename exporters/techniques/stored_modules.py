@@ -130,13 +130,18 @@ def _asked(adapter: Adapter, source: ModelSource) -> list[str]:
     return [name for name in source.module_names() if matches_saved(name, adapter)]
 
 
+def _asked_prefixes(adapter: Adapter, source: ModelSource) -> tuple[str, ...]:
+    """How the names of the parameters begin that the configuration says are stored: biases, too."""
+    return (*(f"{module}." for module in _asked(adapter, source)), *map(_parameter, adapter.bias_keys))
+
+
 def _without_copies(adapter: Adapter, source: Source) -> Adapter:
     """An adapter without the base's own parameters that PEFT stored unasked.
 
     Raises:
         AdapterError: the base below a LoRA was another.
     """
-    asked = tuple(f"{module}." for module in _asked(adapter, source))
+    asked = _asked_prefixes(adapter, source)
     parameters = dict(source.model.named_parameters(remove_duplicate=False))
     copies = list(adapter.base_layer_keys)
     for key in (*adapter.saved_keys, *adapter.base_layer_keys):
@@ -167,7 +172,7 @@ def _renamed(adapter: Adapter, source: Source, before: Mapping[str, str]) -> Ada
     What it overwrites of a shared one, it overwrites for all that shared it `before` some were untied.
     """
     now = canonical_names(source.model)
-    asked = tuple(f"{module}." for module in _asked(adapter, source))
+    asked = _asked_prefixes(adapter, source)
     tensors = {key: value for key, value in adapter.tensors.items() if key not in adapter.saved_keys}
     own = {key: _parameter(key) for key in adapter.saved_keys}
     for key, name in own.items():

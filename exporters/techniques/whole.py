@@ -1,4 +1,4 @@
-"""Parameters that an adapter replaces whole (PEFT's `modules_to_save`): they stay graph inputs."""
+"""Parameters that an adapter replaces whole (PEFT's `modules_to_save`, biases): they stay graph inputs."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,9 +16,13 @@ class Whole(GraphTechnique[str]):
     name, site = WHOLE, PARAMETER
 
     def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[str]:
-        """The parameters of the modules that the graph reads."""
+        """Those parameters that the graph reads of the modules; a name may be a single parameter's, too."""
         prefixes = tuple(f"{module}." for module in modules)
-        return [name for name, value in base.weights.items() if name.startswith(prefixes) and value.uses()]
+        return [
+            name
+            for name, value in base.weights.items()
+            if (name in modules or name.startswith(prefixes)) and value.uses()
+        ]
 
     def insert(self, base: BaseGraph, sites: Sequence[str]) -> list[Slot]:
         """Rename the inputs to PEFT's keys; one that the trace has transposed becomes as PyTorch has it."""

@@ -96,9 +96,9 @@ def long_output(source: Source, batch: Arrays) -> torch.Tensor:
 
 
 def parameters_by_key(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Parameters by PEFT's state-dict key."""
+    """Parameters by the key that `Adapter.tensors` has for them."""
     return {
-        re.sub(r"\.(modules_to_save\.)?default(?=\.|$)", "", name): parameter
+        re.sub(r"\.(modules_to_save\.)?default(?=\.|$)|\.base_layer(?=\.bias$)", "", name): parameter
         for name, parameter in model.named_parameters()
     }
 

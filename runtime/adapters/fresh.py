@@ -9,6 +9,7 @@ from edgepeft.errors import UsageError
 from edgepeft.slots import LORA, WHOLE, Slot
 from edgepeft.techniques import peft_slots, technique
 from edgepeft.techniques.base import PeftTechnique
+from edgepeft.techniques.whole import biases
 
 
 def fresh_technique(manifest: Manifest, method: str | None = None) -> PeftTechnique:
@@ -33,25 +34,33 @@ def fresh_technique(manifest: Manifest, method: str | None = None) -> PeftTechni
 
 def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Slot]) -> dict[str, Any]:
     """What every technique's configuration has, of an adapter that has something in these slots."""
-    modules = {
-        item: [slot.module for slot in slots if slot.technique == item] for item in (technique.name, WHOLE)
-    }
-    return {
+    slots = tuple(slots)
+    trained = [slot.module for slot in biases(slots)]
+    targets = [slot.module for slot in slots if slot.technique == technique.name]
+    saved = {slot.module for slot in slots if slot.technique == WHOLE} - set(trained)
+    config = {
         "base_model_name_or_path": manifest.model.name,
         "inference_mode": True,
-        "modules_to_save": sorted(set(modules[WHOLE])) or None,
+        "modules_to_save": sorted(saved) or None,
         "peft_type": technique.peft_type,
-        "target_modules": modules[technique.name] or NO_TARGETS,
+        "target_modules": targets or NO_TARGETS,
         "task_type": TASK_TYPES.get(manifest.task),
     }
+    if technique.bias_of_targets is None:
+        return config
+    option = "all" if set(trained) - set(targets) else technique.bias_of_targets
+    return config | {"bias": option if trained else "none"}
 
 
 def fresh_slots(manifest: Manifest, technique: PeftTechnique) -> list[Slot]:
     """The slots that a fresh adapter of the technique has something in: PEFT puts nothing on a saved
-    module."""
-    name, saved = technique.name, {slot.module for slot in manifest.slots_of(WHOLE)}
+    module, and trains biases only where a method has that option."""
+    trained = biases(manifest.slots)
+    without = trained if technique.bias_of_targets is None else []
+    name, saved = technique.name, {slot.module for slot in manifest.slots_of(WHOLE) if slot not in trained}
     return [
         slot
         for slot in manifest.slots
-        if slot.technique == WHOLE or (slot.technique == name and slot.module not in saved)
+        if (slot.technique == WHOLE and slot not in without)
+        or (slot.technique == name and slot.module not in saved)
     ]

@@ -71,6 +71,14 @@ def _drawn_vera(family: str) -> peft.PeftConfig:
 
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
+    "lora, bias all": Method(
+        "LoRA with all biases", lambda family: peft.LoraConfig(**options(family), r=4, bias="all")
+    ),
+    "lora, bias of targets": Method(
+        "LoRA with the biases of its targets",
+        lambda family: peft.LoraConfig(**options(family), r=4, bias="lora_only"),
+        ("bert", "vit"),
+    ),
     "ia3": Method(
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),

@@ -83,6 +83,7 @@ def test_every_type_of_pefts_is_a_technique_or_refused_by_name() -> None:
             Adapter({"peft_type": name}, {}, "a")
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize("bits", parity.BITS)
 @pytest.mark.parametrize(("method", "family"), CASES)
 def test_outputs_and_gradients_are_pefts(method: str, family: str, bits: int, bundle: Make) -> None:
