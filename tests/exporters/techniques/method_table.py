@@ -55,7 +55,6 @@ REFUSED = {
     "TRAINABLE_TOKENS": "rows of the embedding: not built yet",
     "UNILORA": "not built yet",
     "VBLORA": "a bank of vectors that all layers choose from: not built yet",
-    "VERA": "random matrices that layers share: not built yet",
     "WAVEFT": "not built yet",
     "XLORA": "a router over several LoRA: mix them with weights instead",
 }
