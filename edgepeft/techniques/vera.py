@@ -140,14 +140,14 @@ class Vera(PeftTechnique):
                 )
         if config.get("save_projection", True) and self.modules(tensors):
             for name, key in _SHARED.items():
-                value = tensors.get(key)
-                if value is None:
+                matrix = tensors.get(key)
+                if matrix is None:
                     raise AdapterError(
                         f"{origin}: holds no {key}, which save_projection says it does: say "
                         "save_projection=false where PEFT drew it from projection_prng_key"
                     )
-                if value.ndim != 2 or value.shape[0 if name == A else 1] != rank:
-                    raise AdapterError(f"{origin}: tensor {key} is {list(value.shape)}, the rank is {rank}")
+                if matrix.ndim != 2 or matrix.shape[0 if name == A else 1] != rank:
+                    raise AdapterError(f"{origin}: tensor {key} is {list(matrix.shape)}, the rank is {rank}")
         return super().check(config, tensors, origin)
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:

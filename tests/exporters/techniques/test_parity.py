@@ -160,7 +160,7 @@ def test_every_strategy_learns_the_same_from_a_fresh_one(
     reports = {
         strategy: adapted(
             *(path, tmp_path / strategy, family, 24),
-            method=technique, strategy=strategy, learning_rate=1e-2, max_grad_norm=0.0,
+            method=technique, strategy=strategy, learning_rate=parity.METHODS[method].learning_rate, max_grad_norm=0.0,
         )
         for strategy in ("resident", "checkpointed", "streamed")
     }  # fmt: skip
