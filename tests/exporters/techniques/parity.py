@@ -65,6 +65,9 @@ def options(family: str, *, heads: bool = True) -> dict[str, Any]:
 
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
+    "dora": Method(
+        "DoRA", lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, use_dora=True)
+    ),
     "ia3": Method(
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),

@@ -13,7 +13,7 @@ import edgepeft
 from edgepeft.adapters import load_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import UpdateRejectedError
-from edgepeft.techniques import peft_methods
+from edgepeft.techniques import of_config, peft_methods
 
 from .. import sharing
 from ..training.test_learning import (
@@ -69,9 +69,11 @@ def adapted(path: Path, output: Path, family: str, steps: int, **options: Any) -
 
 
 def test_every_method_has_a_case() -> None:
-    assert {peft.PeftType[technique.upper()].value.lower() for technique in peft_methods()} <= {
-        parity.METHODS[name].config("llama").peft_type.value.lower() for name in parity.METHODS
-    }
+    configs = [
+        method.config("llama").to_dict() | {"peft_type": method.config("llama").peft_type.value}
+        for method in parity.METHODS.values()
+    ]
+    assert set(peft_methods()) == {of_config(config, "PEFT").name for config in configs}
 
 
 @pytest.mark.parametrize("bits", parity.BITS)
