@@ -54,9 +54,7 @@ class Dora(BesideLinear):
                     f"linear {linear.module} has no float weight of its own in the graph, so it takes no "
                     "DoRA: export the transformers model, or train a LoRA"
                 )
-            inputs = dict(
-                zip((item.name for item in slot.tensors), slot_inputs(graph, slot), strict=True)
-            )
+            inputs = dict(zip((item.name for item in slot.tensors), slot_inputs(graph, slot), strict=True))
             shape = _shape(inputs[B])
             norms = _norms(graph, linear, weight, inputs)
             scale = append(graph, "Div", [inputs[dora.MAGNITUDE], norms], shape=norms.shape)
@@ -76,9 +74,7 @@ class Dora(BesideLinear):
 GRAPH_TECHNIQUE = Dora()
 
 
-def _norms(
-    graph: ir.Graph, linear: Linear, weight: ir.Value, inputs: Mapping[str, ir.Value]
-) -> ir.Value:
+def _norms(graph: ir.Graph, linear: Linear, weight: ir.Value, inputs: Mapping[str, ir.Value]) -> ir.Value:
     """`n` `[out_features]`."""
     (rank,), out = _shape(inputs[SCALING]), linear.out_features
     last = initializer(graph, "axis_last", np.array([-1], np.int64))
