@@ -95,8 +95,8 @@ def build_forward(
     values = {
         name: traced.weights[name].T.contiguous() if name in traced.turned else traced.weights[name]
         for name in (tensor.default for slot in slots for tensor in slot.tensors)
-        if name is not None
-    }
+        if name is not None and name not in freezer.row_norms
+    } | freezer.row_norms
     forward = Forward(traced.model, model_inputs, tuple(slots), values)
     if source.task in CLASSIFICATION:
         forward.linear_head = _linear_head(graph, has_labels=source.problem_type != "regression")

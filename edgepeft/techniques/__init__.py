@@ -55,13 +55,13 @@ def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
             f"{origin}: adapter_config.json holds a {type(config).__name__}, expected an object"
         )
     peft_type = config.get("peft_type")
-    name = peft_type.lower() if isinstance(peft_type, str) else ""
-    found = technique(name) if name in MODULES else None
-    if not isinstance(found, PeftTechnique) or peft_type != found.peft_type:
-        known = [item.peft_type for item in map(technique, MODULES) if isinstance(item, PeftTechnique)]
+    offered = [item for item in map(technique, MODULES) if isinstance(item, PeftTechnique)]
+    found = next((item for item in offered if item.peft_type == peft_type and item.is_of(config)), None)
+    if found is None:
+        known = ", ".join(dict.fromkeys(item.peft_type for item in offered))
         raise AdapterError(
-            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {', '.join(known)} adapters: train one "
-            "of these, or merge it into its base (PEFT's merge_and_unload) and export that"
+            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {known} adapters: train one of these, or merge "
+            "it into its base (PEFT's merge_and_unload) and export that"
         )
     found.check_config(config, origin)
     return found

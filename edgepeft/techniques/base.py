@@ -148,6 +148,11 @@ class PeftTechnique(Technique):
     def has_effect(self, adapter: Held) -> bool:
         """Whether the adapter's tensors change what the model computes."""
 
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether a configuration of the type is this technique's, where several have the type."""
+        del config
+        return True
+
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
         """Check an adapter's configuration.
 

@@ -83,6 +83,9 @@ class Lora(PeftTechnique):
     by_row = (SCALING,)
     bias_of_targets = "lora_only"
 
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        return not config.get("use_dora")
+
     def problem(self, slot: Slot) -> str | None:
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
         sizes = (*by_name.get(A, ())[:1], *by_name.get(B, ())[1:2])

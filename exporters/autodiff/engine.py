@@ -16,6 +16,8 @@ from .scatter import accumulate
 
 # The reductions that the rules emit take their axes as an input from this opset on.
 _OLDEST_OPSET = 18
+# Marks a node whose output is a constant to gradients; it is not written into a file.
+_DETACHED = "edgepeft.detached"
 _SCOPE_KEYS = ("namespace", "pkg.torch.onnx.name_scopes")
 
 
@@ -85,6 +87,14 @@ def differentiate(
     }
     emit.remove_unused(keep=by_primal.values())
     return by_primal
+
+
+def detach(value: ir.Value) -> ir.Value:
+    """Have no gradient flow through the node that makes `value`; returns it."""
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[_DETACHED] = "true"
+    return value
 
 
 def _check_request(loss: ir.Value, opsets: Mapping[str, int], cotangent: ir.Value | None) -> None:
@@ -163,6 +173,8 @@ def _judge(
     node: ir.Node, reached: set[ir.Value], opsets: Mapping[str, int], registry: Registry
 ) -> Rule | str | None:
     """The rule for a node, the reason why there is none, or None when no gradient flows through it."""
+    if _DETACHED in node.metadata_props:
+        return None
     used = [i for i, value in enumerate(node.inputs) if value is not None and value in reached]
     captured = any(
         value in reached

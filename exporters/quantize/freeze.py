@@ -20,6 +20,7 @@ from ..scratch import converted, spooled
 from .blockwise import can_quantize, quantize
 from .layouts import QuantizedWeight, concatenate
 from .products import QuantizedConstant, TableConstant
+from .row_norms import find_row_norms
 from .table_weight import StoredWeight, TableWeight
 
 #: Of a matrix that are looked at together.
@@ -60,6 +61,7 @@ class Freezer:
         quantized: by state-dict key, weights that are quantized; those of a calibration are there from the
             start.
         rounded: names of those that were not.
+        row_norms: lengths of the rows of stored weights, float32 `[rows]`, by the constant's name.
     """
 
     bits: int
@@ -69,6 +71,7 @@ class Freezer:
     exceptions: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, StoredWeight] = field(default_factory=dict)
     rounded: list[str] = field(default_factory=list)
+    row_norms: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def freeze(
         self,
@@ -113,6 +116,12 @@ class Freezer:
                 if tensor.ndim == 2 and (self.given or stored != self.bits):
                     self.exceptions[name] = stored
             graph.inputs.remove(value)
+        for value, name in find_row_norms(graph):
+            norms = torch.linalg.vector_norm(self.reference[name], dim=1)
+            assert value.name is not None
+            self.row_norms[value.name] = norms
+            graph.inputs.remove(value)
+            _use_float(graph, value, norms.numpy())
 
     def described(self) -> Quantization:
         """How the weights are stored, after all were frozen; of given ones, how most of them are."""

@@ -223,7 +223,7 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
     shapes = _group_shapes(manifest, inputs)
     slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
     ends = np.cumsum([math.prod(shape) for shape in shapes])
-    parts = np.split(np.zeros(sum(map(math.prod, shapes)), np.float32), ends[:-1])
+    parts = np.split(np.zeros(sum(map(math.prod, shapes)), np.float32), ends)[:-1]  # none without groups
     factors = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
     grouped: dict[str, FloatArray] = {}
     for group in manifest.decoder.groups:

@@ -81,6 +81,9 @@ METHODS: Mapping[str, Method] = {
         lambda family: peft.LoraConfig(**options(family), r=4, bias="lora_only"),
         ("bert", "vit"),
     ),
+    "dora": Method(
+        "DoRA", lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, use_dora=True)
+    ),
     "ia3": Method(
         "IA³",
         lambda family: peft.IA3Config(**options(family), feedforward_modules=TARGETS[family][-1:]),

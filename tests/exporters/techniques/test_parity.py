@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 
@@ -13,7 +12,7 @@ import edgepeft
 from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError, UpdateRejectedError
-from edgepeft.techniques import peft_methods, technique
+from edgepeft.techniques import of_config, peft_methods, technique
 
 from .. import sharing
 from ..training.test_learning import (
@@ -71,8 +70,12 @@ def adapted(path: Path, output: Path, family: str, steps: int, **options: Any) -
 
 def test_every_type_of_pefts_is_a_technique_or_refused_by_name() -> None:
     """And the documents say why; every technique has a case here."""
+    configs = [
+        method.config("llama").to_dict() | {"peft_type": method.config("llama").peft_type.value}
+        for method in parity.METHODS.values()
+    ]
+    assert set(peft_methods()) == {of_config(config, "PEFT").name for config in configs}
     ours = {technique(name).peft_type for name in peft_methods()}
-    assert {method.config("llama").peft_type.value for method in parity.METHODS.values()} == ours
     types = {item.value for item in peft.PeftType}
     assert types == ours | REFUSED.keys()
     assert not ours & REFUSED.keys()
