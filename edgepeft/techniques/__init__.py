@@ -60,8 +60,8 @@ def of_config(config: Mapping[str, Any], origin: str) -> PeftTechnique:
     if found is None:
         known = ", ".join(dict.fromkeys(item.peft_type for item in offered))
         raise AdapterError(
-            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {known} adapters: train one of these, or merge "
-            "it into its base (PEFT's merge_and_unload) and export that"
+            f"{origin}: peft_type is {peft_type!r}, edgepeft runs {known} adapters: train one of these, or "
+            "merge it into its base (PEFT's merge_and_unload) and export that"
         )
     found.check_config(config, origin)
     return found

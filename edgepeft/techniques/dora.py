@@ -1,4 +1,6 @@
-"""DoRA: a LoRA whose sum with the weight has rows of learned lengths, `y = m / ‖W + s·BA‖ · (x (W + s·BA)ᵀ) + b`.
+"""DoRA: a LoRA whose sum with the weight has rows of learned lengths.
+
+    y = m / ‖W + s·BA‖ · (x (W + s·BA)ᵀ) + b
 
 `A`, `B` and the scaling are those of `lora`; the magnitude `m` is `[out_features]`. Rank 0 and the lengths of
 the stored weight's own rows, which `weights.bin` has, leave the module exactly as it is.

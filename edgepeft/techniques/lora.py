@@ -78,9 +78,9 @@ class Lora(PeftTechnique):
 
     name, title, peft_type = LORA, "LoRA", "LORA"
     inert = "every lora_B is zero"
-    suffixes = (_A, _B)
+    suffixes: ClassVar[tuple[str, ...]] = (_A, _B)
     parts: ClassVar = {"lora_B": (B,)}
-    by_row = (SCALING,)
+    by_row: ClassVar[Sequence[str]] = (SCALING,)
     bias_of_targets = "lora_only"
 
     def is_of(self, config: Mapping[str, Any]) -> bool:

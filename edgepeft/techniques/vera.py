@@ -1,4 +1,4 @@
-"""VeRA: a low-rank product of frozen random matrices beside a linear module, scaled by two vectors that train.
+"""VeRA: a low-rank product of frozen random matrices beside a linear module, scaled by two trained vectors.
 
     y += lambda_b * (((x Aᵀ) * lambda_d) Bᵀ)
 
@@ -125,8 +125,8 @@ class Vera(PeftTechnique):
         key = config.get(_PRNG_KEY, _KEY)
         if not saved and not (type(key) is int and 0 <= key <= _LARGEST_KEY):
             raise AdapterError(
-                f"{origin}: projection_prng_key is {key!r}, expected a whole number up to {_LARGEST_KEY}: save "
-                "the adapter with save_projection=True"
+                f"{origin}: projection_prng_key is {key!r}, expected a whole number up to {_LARGEST_KEY}: "
+                "save the adapter with save_projection=True"
             )
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
@@ -271,8 +271,8 @@ class Vera(PeftTechnique):
         if len(modules) != slot.settings[MODULES]:
             raise AdapterError(
                 f"{adapter.origin}: is on {len(modules)} modules, the bundle has slots on "
-                f"{slot.settings[MODULES]}, and without {A} and {B} in the file PEFT draws them by the largest "
-                "of its modules: save the adapter with save_projection=True"
+                f"{slot.settings[MODULES]}, and without {A} and {B} in the file PEFT draws them by the "
+                "largest of its modules: save the adapter with save_projection=True"
             )
         largest = (int(slot.settings[name]) for name in (LARGEST_IN, LARGEST_OUT))
         return drawn(adapter.config.get(_PRNG_KEY, _KEY), int(slot.settings[RANK]), *largest)

@@ -127,7 +127,6 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, dtype: torch.dtype) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "use_dora=True"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),

@@ -89,4 +89,5 @@ def test_every_module_of_the_package_is_a_technique() -> None:
         found = technique(name)
         assert found.name == name
         if isinstance(found, PeftTechnique):
-            assert found.peft_type == name.upper()
+            # Named like PEFT's type, or chosen by its configuration where several have that type.
+            assert found.peft_type == name.upper() or not found.is_of({"peft_type": found.peft_type})

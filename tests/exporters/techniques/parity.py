@@ -49,14 +49,12 @@ class Method:
         config: PEFT's configuration for a family.
         families: those that it applies to.
         noise: deviation of what is added to each of its parameters: it has an effect then.
-        learning_rate: at which a fresh one learns in some steps.
     """
 
     title: str
     config: Callable[[str], peft.PeftConfig]
     families: tuple[str, ...] = ("llama", "bert", "vit")
     noise: float = 0.2
-    learning_rate: float = 1e-2
 
 
 def options(family: str, *, heads: bool = True) -> dict[str, Any]:
@@ -103,11 +101,10 @@ METHODS: Mapping[str, Method] = {
             rank_pattern={TARGETS[family][0]: 1},
         ),
     ),
-    "vera": Method("VeRA", lambda family: peft.VeraConfig(**options(family), r=6), learning_rate=0.1),
+    "vera": Method("VeRA", lambda family: peft.VeraConfig(**options(family), r=6)),
     "vera, drawn": Method(
         "VeRA, its matrices not in the file",
         _drawn_vera,
-        learning_rate=0.1,
     ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
