@@ -22,6 +22,8 @@ OPSET_IMPORTS = {"": 23, MICROSOFT: 1}
 IR_VERSION = 11
 # Marks a node that a technique put behind another's output; it is not written into a file.
 _BEHIND = "edgepeft.behind"
+# Marks a node whose output is a constant to gradients; nor is this.
+_DETACHED = "edgepeft.detached"
 
 Shape = Sequence[int | str | ir.SymbolicDim | None]
 
@@ -141,6 +143,19 @@ def put_behind(
     if only is None and output.is_graph_output():
         graph.outputs[list(graph.outputs).index(output)] = made
         made.name, output.name = output.name, None
+
+
+def detach(value: ir.Value) -> ir.Value:
+    """Have no gradient flow through the node that makes `value`; returns it."""
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[_DETACHED] = "true"
+    return value
+
+
+def is_detached(node: ir.Node) -> bool:
+    """Whether `detach` made what the node computes a constant to gradients."""
+    return _DETACHED in node.metadata_props
 
 
 def is_behind(node: ir.Node) -> bool:

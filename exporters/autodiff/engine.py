@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from edgepeft.errors import ExportError, UnsupportedOperatorError
 
+from ..graph import is_detached
 from . import rules as _rules  # noqa: F401  (fills the table)
 from .context import RuleContext
 from .emitter import Emitter
@@ -16,8 +17,6 @@ from .scatter import accumulate
 
 # The reductions that the rules emit take their axes as an input from this opset on.
 _OLDEST_OPSET = 18
-# Marks a node whose output is a constant to gradients; it is not written into a file.
-_DETACHED = "edgepeft.detached"
 _SCOPE_KEYS = ("namespace", "pkg.torch.onnx.name_scopes")
 
 
@@ -87,14 +86,6 @@ def differentiate(
     }
     emit.remove_unused(keep=by_primal.values())
     return by_primal
-
-
-def detach(value: ir.Value) -> ir.Value:
-    """Have no gradient flow through the node that makes `value`; returns it."""
-    node = value.producer()
-    assert node is not None
-    node.metadata_props[_DETACHED] = "true"
-    return value
 
 
 def _check_request(loss: ir.Value, opsets: Mapping[str, int], cotangent: ir.Value | None) -> None:
@@ -173,7 +164,7 @@ def _judge(
     node: ir.Node, reached: set[ir.Value], opsets: Mapping[str, int], registry: Registry
 ) -> Rule | str | None:
     """The rule for a node, the reason why there is none, or None when no gradient flows through it."""
-    if _DETACHED in node.metadata_props:
+    if is_detached(node):
         return None
     used = [i for i, value in enumerate(node.inputs) if value is not None and value in reached]
     captured = any(

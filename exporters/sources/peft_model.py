@@ -110,7 +110,7 @@ def _merged(model: peft.PeftModel) -> Any:
         kind = model.active_peft_config.peft_type
         raise ExportError(
             f"a PEFT model of type {getattr(kind, 'value', kind)} cannot be merged into its base, and "
-            "edgepeft runs LoRA adapters: train one of these"
+            "edgepeft runs none of its type: see docs/methods.md"
         )
     # A LoRA on a tied output layer is not one on the embedding.
     changed = [

@@ -20,8 +20,7 @@ from edgepeft.techniques import dora
 from edgepeft.techniques.base import Settings
 from edgepeft.techniques.lora import SCALING, A, B
 
-from ..autodiff.engine import detach
-from ..graph import append, initializer, put_behind
+from ..graph import append, detach, initializer, put_behind
 from ..passes.weights.linears import Linear, linear_products
 from ..quantize.row_norms import row_norms
 from .base import BaseGraph, BesideLinear, slot_inputs
