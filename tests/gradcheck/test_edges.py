@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 
 from edgepeft.exporters.autodiff import differentiate
+from edgepeft.exporters.graph import detach
 from edgepeft.exporters.passes.shapes.infer import infer_shapes
 
 
@@ -108,3 +109,29 @@ def test_a_row_that_is_masked_throughout_has_no_gradient(guard: str) -> None:
     v = np.array([[1, 2, 3], [4, 6, 8]], np.float32)
     found = gradient(text, {"x": np.zeros((2, 3), np.float32), "mask": mask, "v": v})
     np.testing.assert_allclose(found, [[0, 0, 0], [-0.5, 0.5, 0]], rtol=1e-6)
+
+
+def test_no_gradient_flows_through_what_is_detached() -> None:
+    """Of x * exp(x), with the exponential detached, that is exp(x): not exp(x) + x exp(x)."""
+    text = """
+        <ir_version: 10, opset_import: ["": 21]>
+        scaled (float[2,3] x) => (float loss) {
+            e = Exp(x)
+            y = Mul(x, e)
+            loss = ReduceSum <keepdims = 0> (y)
+        }
+    """
+    x = np.arange(6, dtype=np.float32).reshape(2, 3) / 4
+    model = ir.from_onnx_text(text)
+    infer_shapes(model)
+    (exponential,) = next(node for node in model.graph if node.op_type == "Exp").outputs
+    detach(exponential)
+    (given,) = model.graph.inputs
+    cotangent = differentiate(model.graph, model.graph.outputs[0], [given])[given]
+    node = ir.node("Identity", [cotangent])
+    node.outputs[0].name, node.outputs[0].type = "gradient", given.type
+    model.graph.append(node)
+    model.graph.outputs.append(node.outputs[0])
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    np.testing.assert_allclose(session.run(["gradient"], {"x": x})[0], np.exp(x), rtol=1e-6)
+    np.testing.assert_allclose(gradient(text, {"x": x}), np.exp(x) * (1 + x), rtol=1e-6)

@@ -110,9 +110,9 @@ METHODS: Mapping[str, Method] = {
 }
 
 
-def save(method: str, family: str, folder: Path) -> Path:
+def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
     """An adapter of the method as PEFT writes it, with noise on every parameter of its own."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():  # PEFT calls normalizations unsupported
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))

@@ -33,6 +33,9 @@ from .method_table import PATH, REFUSED
 Make = Callable[[str, str, int], Path]
 KINDS = {"llama": "llama-tied", "bert": "bert-classifier", "vit": "vit"}
 CASES = [(name, family) for name, method in parity.METHODS.items() for family in method.families]
+ROWS = ("lora", "lora, bias all", "ia3", "vera", "vera, drawn")
+"""Those whose rows may differ."""
+WITHOUT_WEIGHTS = ("dora", "ia3", "ln_tuning")
 LANGUAGE = [name for name, family in CASES if family == "llama"]
 
 
@@ -130,6 +133,39 @@ def test_text_is_pefts(method: str, bundle: Make) -> None:
         assert plain != said[0]
         rows = device.generate_ids([prompts[0], *prompts], [None, "a", "a"], max_new_tokens=12)
         assert rows == [plain, *said]
+
+
+@pytest.mark.parametrize("method", LANGUAGE)
+def test_rows_and_mixtures_are_exact_or_refused(method: str, bundle: Make) -> None:
+    """A row beside one without an adapter is what it is alone; half of an adapter and two of them are refused
+    where that has no meaning."""
+    root, arrays = bundle(method, "llama", 32), parity.batch("llama").arrays
+    counted = arrays["attention_mask"] == 1
+    with edgepeft.load(root / "b") as device:
+        alone = [next(iter(device.forward(arrays, name).values())) for name in ("a", None)]
+        expected = np.where(np.array([1, 0, 1, 0], bool)[:, None, None], *alone)
+        if method in ROWS:
+            (got,) = device.forward(arrays, ["a", None, "a", None]).values()
+            np.testing.assert_allclose(got[counted], expected[counted], rtol=0, atol=1e-4)
+        else:
+            with pytest.raises(AdapterError, match="cannot differ in it"):
+                device.forward(arrays, ["a", None, "a", None])
+        if method in WITHOUT_WEIGHTS:
+            with pytest.raises(AdapterError, match="cannot be mixed"):
+                device.forward(arrays, {"a": 0.5})
+        else:
+            (half,) = device.forward(arrays, {"a": 0.5}).values()
+            assert np.abs(half - alone[0])[counted].max() > 1e-3
+
+
+def test_two_ia3_multiply_as_in_peft(bundle: Make, tmp_path: Path) -> None:
+    root = bundle("ia3", "llama", 32)
+    other = parity.save("ia3", "llama", tmp_path / "other", seed=2)
+    model = parity.in_torch("llama", root / "b", root / "a")
+    model.load_adapter(str(other), "other")
+    model.base_model.set_adapter(["default", "other"])
+    with edgepeft.load(root / "b") as device:
+        assert parity.difference(device, "llama", {"a": 1.0, other: 1.0}, model) <= 1e-4
 
 
 @pytest.mark.parametrize(("method", "family"), CASES)
