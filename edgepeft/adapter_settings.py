@@ -50,3 +50,32 @@ def read_patterns(
     except ValueError as error:
         raise AdapterError(f"{origin}: adapter_config.json: {name} {error}") from error
     return patterns
+
+
+def check_rank(config: Mapping[str, Any], alpha: str, origin: str) -> None:
+    """Check a configuration's rank `r`, what it calls `alpha`, and their patterns.
+
+    Raises:
+        AdapterError: names the field.
+    """
+    check_number(origin, "r", config.get("r"), integer=True)
+    check_number(origin, alpha, config.get(alpha, 8), integer=False)
+    check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
+    check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+
+
+def ranks_and_alphas(
+    config: Mapping[str, Any], alpha: str, modules: Sequence[str], origin: str
+) -> dict[str, tuple[int, float]]:
+    """The rank and the alpha that a checked configuration gives each module, after its patterns.
+
+    Raises:
+        AdapterError: see `read_patterns`.
+    """
+    ranks, alphas = (
+        read_patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
+    )
+    return {
+        module: (ranks.value(module, config["r"]), float(alphas.value(module, config.get(alpha, 8))))
+        for module in modules
+    }

@@ -76,7 +76,8 @@ def build_forward(
         name: item for name, item in linears.items() if name in named or not f"{name}.".startswith(whole)
     }
     base = BaseGraph(graph, weights, offered, traced.turned)
-    sites = find_sites(base, {WHOLE: plain_slots(modules_to_save), **wanted})
+    asked = {WHOLE: plain_slots(modules_to_save), **wanted}
+    sites = find_sites(base, asked)
     if modules is None and not any(sites.values()):
         raise ExportError(
             f"{source.name} has no linear module that a LoRA could be added to: --targets '' exports it "
@@ -109,11 +110,7 @@ def build_forward(
             traced.packed,
             traced.turned,
             [slot.module for slot in slots if slot.technique == LORA],
-            {
-                name: asked
-                for name, asked in {WHOLE: plain_slots(modules_to_save), **wanted}.items()
-                if name != LORA
-            },
+            {name: own for name, own in asked.items() if name != LORA},
             freezer,
             source.max_length,
         )

@@ -8,12 +8,14 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from ..adapter_settings import check_number, check_pattern, read_patterns
+from ..adapter_settings import check_rank, ranks_and_alphas
 from ..errors import AdapterError
 from ..slots import EMPTY, ONES, PREFIX, SIZE, ZEROS, Slot, SlotTensor
 
 SCALING = "scaling"
 """What a slot's tensor is called that is a factor of the others."""
+RANK = "rank"
+"""A slot's setting, where its rank is fixed at export."""
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Tensors: TypeAlias = Mapping[str, FloatArray]
 """By PEFT's state-dict key in PEFT's layout, or by the graphs' input in theirs."""
@@ -49,6 +51,8 @@ class Technique(abc.ABC):
     """Why the rows of a batch cannot have adapters of their own, after `module NAME`."""
     parts: ClassVar[Mapping[str, Sequence[str]]] = {}
     """Tensors of a slot that may be chosen to train without its others, by what the choice is called."""
+    weighted: ClassVar[str | None] = None
+    """The tensor that an adapter's weight multiplies, where it may have one other than 1."""
     by_row: ClassVar[Sequence[str]] = ()
     """Tensors of a slot that have an axis for the rows of a batch in front where `rows` makes them differ."""
 
@@ -89,12 +93,17 @@ class Technique(abc.ABC):
         """
         if not weighted:
             return self.neutral(slot, read_weight)
-        if len(weighted) > 1 or weighted[0][1] != 1:
+        values, weight = weighted[0]
+        if len(weighted) > 1 or (weight != 1 and self.weighted is None):
             raise AdapterError(
                 f"module {slot.module}: {self.title} of several adapters, or with a weight, cannot be mixed: "
                 "use one that has it, with weight 1"
             )
-        return {name: weighted[0][0][name] for name in slot.inputs}
+        found = {name: values[name] for name in slot.inputs}
+        if weight != 1 and self.weighted is not None:
+            name = slot.input(self.weighted)
+            found[name] = found[name] * np.float32(weight)
+        return found
 
     def rows(
         self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
@@ -269,9 +278,7 @@ class Factors(PeftTechnique):
     where no adapter has anything there.
     """
 
-    title: ClassVar[str]
-    optional: ClassVar[Mapping[str, Any]] = {}
-    """Options that make the module something else, by the value that switches them off."""
+    weighted = SCALING
     refused: ClassVar[Mapping[str, str]] = {}
     """Ends of keys that are no linear module's, and what they belong to."""
 
@@ -290,16 +297,7 @@ class Factors(PeftTechnique):
         return tuple(stem.removeprefix(PREFIX) for stem in dict.fromkeys(stems))
 
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
-        for key, allowed in self.optional.items():
-            if config.get(key, allowed) != allowed:
-                raise AdapterError(
-                    f"{origin}: {key}={config[key]!r} is not supported: train the adapter without it, or "
-                    "merge it"
-                )
-        check_number(origin, "r", config.get("r"), integer=True)
-        check_number(origin, "alpha", config.get("alpha", 8), integer=False)
-        check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
-        check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+        check_rank(config, "alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         for key, value in tensors.items():
@@ -311,19 +309,14 @@ class Factors(PeftTechnique):
                     f"{origin}: tensor {key} has {value.ndim} axes, edgepeft runs {self.title} on linear "
                     "modules (2 axes)"
                 )
-        modules = self.modules(tensors)
-        ranks, alphas = (
-            read_patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
-        )
-        return {
-            module: float(alphas.value(module, config.get("alpha", 8))) / ranks.value(module, config["r"])
-            for module in modules
-        }
+        given = ranks_and_alphas(config, "alpha", self.modules(tensors), origin)
+        return {module: alpha / rank for module, (rank, alpha) in given.items()}
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
         found = super().values(slot, adapter)
-        factor = np.full(1, adapter.scaling(slot.module) if found else 0, np.float32)
-        return found | {slot.input(SCALING): factor} if found else {}
+        if not found:
+            return {}
+        return found | {slot.input(SCALING): np.full(1, adapter.scaling(slot.module), np.float32)}
 
     def has_effect(self, adapter: Held) -> bool:
         """Whether no factor is all zeros, and the scaling is not zero, on one of the modules."""
@@ -334,16 +327,21 @@ class Factors(PeftTechnique):
                 return True
         return False
 
-    def mixed(
-        self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
-    ) -> dict[str, FloatArray]:
-        """One adapter may have a weight."""
-        if len(weighted) != 1:
-            return super().mixed(slot, weighted, read_weight)
-        values, weight = weighted[0]
-        found = super().mixed(slot, [(values, 1)], read_weight)
-        scaling = slot.input(SCALING)
-        return found if weight == 1 else found | {scaling: found[scaling] * np.float32(weight)}
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        """With alpha = r; the ranks are the slots'."""
+        ranks = {slot.module: int(slot.settings[RANK]) for slot in slots}
+        rank = max(ranks.values(), default=size)
+        others = {module: own for module, own in ranks.items() if own != rank}
+        return {
+            "r": rank,
+            "alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": dict(others),
+            "rank_dropout": 0.0,
+            "module_dropout": 0.0,
+            "use_effective_conv2d": False,
+            "init_weights": True,
+        }
 
 
 def scaling_tensor(module: str) -> SlotTensor:

@@ -7,13 +7,13 @@ In the graphs `w1_a`, `w2_a` are `[out_features, r]` and `w1_b`, `w2_b` `[r, in_
 Source: FedPara, arXiv 2108.06098; `peft.tuners.loha`.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import (
+    RANK,
     Factors,
     FloatArray,
     Held,
@@ -25,7 +25,7 @@ from .base import (
     uniform,
 )
 
-NAME, RANK = "loha", "rank"
+NAME = "loha"
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 
 
@@ -77,22 +77,6 @@ class LoHa(Factors):
         values = {tensor.name: uniform(rng, tensor.sized(0)) for tensor in slot.tensors if tensor.key}
         values["hada_w2_b"][:] = 0
         return {slot.input(name): value for name, value in values.items()}
-
-    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
-        """With alpha = r; the rank is the slots'."""
-        ranks = {slot.module: int(slot.settings[RANK]) for slot in slots if slot.technique == NAME}
-        rank = max(ranks.values(), default=size)
-        own = {module: item for module, item in ranks.items() if item != rank}
-        return {
-            "r": rank,
-            "alpha": rank,
-            "rank_pattern": own,
-            "alpha_pattern": dict(own),
-            "rank_dropout": 0.0,
-            "module_dropout": 0.0,
-            "use_effective_conv2d": False,
-            "init_weights": True,
-        }
 
 
 TECHNIQUE = LoHa()

@@ -17,6 +17,7 @@ from ..adapter_settings import read_patterns
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import (
+    RANK,
     Factors,
     FloatArray,
     Held,
@@ -33,8 +34,8 @@ SIZES = ("out_blocks", "out_block", "in_blocks", "in_block")
 """Settings: a, b, c, d."""
 RANKS = {"lokr_w1": "w1_rank", "lokr_w2": "w2_rank"}
 """Settings: the rank of the product that a matrix is stored as, 0 where it is stored whole."""
-RANK, FACTOR, BOTH = "rank", "decompose_factor", "decompose_both"
-"""Settings: PEFT's own, from which it derives the others."""
+FACTOR, BOTH = "decompose_factor", "decompose_both"
+"""Settings: PEFT's own, from which, and the rank, it derives the others."""
 
 
 def parts(settings: Settings) -> dict[str, tuple[int, int]]:
@@ -129,25 +130,10 @@ class LoKr(Factors):
         return {slot.input(name): value for name, value in values.items()}
 
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
-        """With alpha = r; rank and decomposition are the slots'."""
-        own = [slot for slot in slots if slot.technique == NAME]
-        settings = own[0].settings if own else {FACTOR: -1, BOTH: False}
-        ranks = {slot.module: int(slot.settings[RANK]) for slot in own}
-        rank = max(ranks.values(), default=size)
-        others = {module: item for module, item in ranks.items() if item != rank}
-        return {
-            "r": rank,
-            "alpha": rank,
-            "rank_pattern": others,
-            "alpha_pattern": dict(others),
-            BOTH: settings[BOTH],
-            FACTOR: settings[FACTOR],
-            "rank_dropout": 0.0,
-            "module_dropout": 0.0,
-            "rank_dropout_scale": False,
-            "use_effective_conv2d": False,
-            "init_weights": True,
-        }
+        """With the slots' decomposition."""
+        settings: Settings = slots[0].settings if slots else {FACTOR: -1, BOTH: False}
+        own = {name: settings[name] for name in (FACTOR, BOTH)}
+        return super().fresh_config(size, slots) | own | {"rank_dropout_scale": False}
 
 
 TECHNIQUE = LoKr()

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..adapter_settings import check_number, check_pattern, read_patterns
+from ..adapter_settings import check_rank, ranks_and_alphas
 from ..errors import AdapterError
 from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
@@ -192,10 +192,7 @@ class Lora(PeftTechnique):
                 raise AdapterError(
                     f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
                 )
-        check_number(origin, "r", config.get("r"), integer=True)
-        check_number(origin, "lora_alpha", config.get("lora_alpha", 8), integer=False)
-        check_pattern(origin, "rank_pattern", config.get("rank_pattern"))
-        check_pattern(origin, "alpha_pattern", config.get("alpha_pattern"))
+        check_rank(config, "lora_alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         for key, tensor in tensors.items():
@@ -249,20 +246,16 @@ class Lora(PeftTechnique):
 
     def _scalings(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
-        modules = self.modules(tensors)
-        ranks, alphas = (
-            read_patterns(config, name, modules, origin) for name in ("rank_pattern", "alpha_pattern")
-        )
+        given = ranks_and_alphas(config, "lora_alpha", self.modules(tensors), origin)
         found = {}
-        for module in modules:
-            rank, rows = ranks.value(module, config["r"]), self.rank(tensors, module)
+        for module, (rank, alpha) in given.items():
+            rows = self.rank(tensors, module)
             if rank != rows:
                 raise AdapterError(
                     f"{origin}: module {module}: adapter_config.json gives rank {rank}, its lora_A has "
                     f"{rows} rows"
                 )
-            alpha = alphas.value(module, config.get("lora_alpha", 8))
-            found[module] = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            found[module] = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         return found
 
 

@@ -21,9 +21,9 @@ import numpy as np
 from ..adapter_settings import check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
-from .base import FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
+from .base import RANK, FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
 
-NAME, RANK = "vera", "rank"
+NAME = "vera"
 D, B_SCALE = "vera_lambda_d", "vera_lambda_b"
 A, B = "vera_A", "vera_B"
 LARGEST_IN, LARGEST_OUT, MODULES = "largest_in", "largest_out", "modules"
@@ -78,6 +78,7 @@ class Vera(PeftTechnique):
     name, title, peft_type = NAME, "VeRA", "VERA"
     inert = "every vera_lambda_b is zero"
     suffixes = (f".{B_SCALE}", f".{D}")
+    weighted = B_SCALE
     by_row = (B_SCALE, D)
     shared: ClassVar = tuple(_SHARED.values())
 
@@ -227,16 +228,6 @@ class Vera(PeftTechnique):
             and adapter.tensors[f"{PREFIX}{module}.{D}"].any()
             for module in self.modules(adapter.tensors)
         )
-
-    def mixed(
-        self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
-    ) -> dict[str, FloatArray]:
-        """One adapter may have a weight."""
-        if len(weighted) != 1 or weighted[0][1] == 1:
-            return super().mixed(slot, weighted, read_weight)
-        ((values, weight),) = weighted
-        name = slot.input(B_SCALE)
-        return super().mixed(slot, [(values, 1)], read_weight) | {name: values[name] * np.float32(weight)}
 
     def rows(
         self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight

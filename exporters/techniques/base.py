@@ -117,6 +117,17 @@ class BesideLinear(GraphTechnique[tuple[Linear, Settings]]):
         return slots
 
 
+def slot_rank(options: ExportOptions) -> int:
+    """The rank of slots that have it fixed and that no adapter at hand asks for."""
+    return DEFAULT_RANK if options.rank is None else options.rank
+
+
+def turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
+    """A matrix transposed."""
+    assert value.shape is not None
+    return append(graph, "Transpose", [value], {"perm": [1, 0]}, shape=list(value.shape)[::-1])
+
+
 def in_columns(graph: ir.Graph, value: ir.Value, first: int, output: ir.Value, fill: float = 0) -> ir.Value:
     """`value` in the columns from `first` on of what is as wide as `output`, `fill` in the others."""
     assert output.shape is not None

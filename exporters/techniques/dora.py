@@ -23,7 +23,7 @@ from edgepeft.techniques.lora import SCALING, A, B
 from ..graph import append, detach, initializer, put_behind
 from ..passes.weights.linears import Linear, linear_products
 from ..quantize.row_norms import row_norms
-from .base import BaseGraph, BesideLinear, slot_inputs
+from .base import BaseGraph, BesideLinear, slot_inputs, turned
 
 
 class Dora(BesideLinear):
@@ -81,9 +81,8 @@ def _norms(graph: ir.Graph, linear: Linear, weight: ir.Value, inputs: Mapping[st
     two = initializer(graph, "float_2", np.array(2, np.float32))
     column = append(graph, "Unsqueeze", [inputs[SCALING], last], shape=[rank, 1])
     c = append(graph, "Mul", [inputs[B], column], shape=[rank, out])
-    rows = append(graph, "Transpose", [inputs[A]], {"perm": [1, 0]}, shape=[rank, linear.in_features])
-    turned = append(graph, "Transpose", [weight], {"perm": [1, 0]}, shape=[linear.in_features, out])
-    across = append(graph, "MatMul", [rows, turned], shape=[rank, out])
+    rows = turned(graph, inputs[A])
+    across = append(graph, "MatMul", [rows, turned(graph, weight)], shape=[rank, out])
     doubled = append(graph, "Mul", [across, two], shape=[rank, out])
     gram = append(graph, "MatMul", [rows, inputs[A]], shape=[rank, rank])
     own = append(graph, "MatMul", [gram, c], shape=[rank, out])

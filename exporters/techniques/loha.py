@@ -15,13 +15,13 @@ import onnx_ir as ir
 
 from edgepeft.slots import Slot
 from edgepeft.techniques import loha
-from edgepeft.techniques.base import SCALING, Settings
+from edgepeft.techniques.base import RANK, SCALING, Settings
 
 from ..graph import append, initializer
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import DEFAULT_RANK, BesideLinear
+from .base import BesideLinear, slot_rank, turned
 
 
 class LoHa(BesideLinear):
@@ -30,22 +30,22 @@ class LoHa(BesideLinear):
     name = loha.NAME
 
     def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
-        rank = DEFAULT_RANK if options.rank is None else options.rank
-        return {module: {loha.RANK: rank} for module in super().fresh_modules(source, options)}
+        rank = slot_rank(options)
+        return {module: {RANK: rank} for module in super().fresh_modules(source, options)}
 
     def slot(self, linear: Linear, settings: Settings) -> Slot:
-        return loha.new_slot(linear.module, linear.in_features, linear.out_features, int(settings[loha.RANK]))
+        return loha.new_slot(linear.module, linear.in_features, linear.out_features, int(settings[RANK]))
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
         in_features, out_features = loha.TECHNIQUE.features(slot)
-        rank = int(slot.settings[loha.RANK])
+        rank = int(slot.settings[RANK])
         assert x.shape is not None
         lead, ranks = list(x.shape)[:-1], rank * rank
         down = _beside(graph, inputs["hada_w1_b"], inputs["hada_w2_b"], (rank, in_features), axis=0)
         up = _beside(graph, inputs["hada_w1_a"], inputs["hada_w2_a"], (out_features, rank), axis=1)
-        low = append(graph, "MatMul", [x, _turned(graph, down)], shape=[*lead, ranks])
+        low = append(graph, "MatMul", [x, turned(graph, down)], shape=[*lead, ranks])
         scaled = append(graph, "Mul", [low, inputs[SCALING]], shape=[*lead, ranks])
-        return append(graph, "MatMul", [scaled, _turned(graph, up)], shape=[*lead, out_features])
+        return append(graph, "MatMul", [scaled, turned(graph, up)], shape=[*lead, out_features])
 
 
 GRAPH_TECHNIQUE = LoHa()
@@ -69,8 +69,3 @@ def _beside(
 def _reshaped(graph: ir.Graph, value: ir.Value, shape: list[int]) -> ir.Value:
     target = initializer(graph, "shape_" + "_".join(map(str, shape)), np.array(shape, np.int64))
     return append(graph, "Reshape", [value, target], shape=shape)
-
-
-def _turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    assert value.shape is not None
-    return append(graph, "Transpose", [value], {"perm": [1, 0]}, shape=list(value.shape)[::-1])

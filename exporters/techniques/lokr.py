@@ -15,13 +15,13 @@ from peft.tuners.lokr.layer import factorization
 
 from edgepeft.slots import Slot
 from edgepeft.techniques import lokr
-from edgepeft.techniques.base import SCALING, Settings
+from edgepeft.techniques.base import RANK, SCALING, Settings
 
 from ..graph import append, initializer
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import DEFAULT_RANK, BesideLinear
+from .base import BesideLinear, slot_rank, turned
 
 
 class LoKr(BesideLinear):
@@ -31,7 +31,7 @@ class LoKr(BesideLinear):
 
     def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
         """With PEFT's default decomposition."""
-        rank, sizes = DEFAULT_RANK if options.rank is None else options.rank, source.linear_sizes()
+        rank, sizes = slot_rank(options), source.linear_sizes()
         return {name: _settings(*sizes[name], rank) for name in super().fresh_modules(source, options)}
 
     def slot(self, linear: Linear, settings: Settings) -> Slot:
@@ -42,9 +42,8 @@ class LoKr(BesideLinear):
         assert x.shape is not None
         lead = list(x.shape)[:-1]
         w1, w2 = (_whole(graph, matrix, inputs) for matrix in lokr.RANKS)
-        turned = append(graph, "Transpose", [w2], {"perm": [1, 0]}, shape=[d, b])
         parted = append(graph, "Reshape", [x, _target(graph, len(lead), c, d)], shape=[*lead, c, d])
-        inner = append(graph, "MatMul", [parted, turned], shape=[*lead, c, b])
+        inner = append(graph, "MatMul", [parted, turned(graph, w2)], shape=[*lead, c, b])
         scaled = append(graph, "Mul", [inner, inputs[SCALING]], shape=[*lead, c, b])
         outer = append(graph, "MatMul", [w1, scaled], shape=[*lead, a, b])
         return append(graph, "Reshape", [outer, _target(graph, len(lead), a * b)], shape=[*lead, a * b])
@@ -58,7 +57,7 @@ def _settings(out_features: int, in_features: int, rank: int) -> Settings:
     (a, b), (c, d) = factorization(out_features), factorization(in_features)
     sizes = dict(zip(lokr.SIZES, (a, b, c, d), strict=True))
     ranks = {"w1_rank": 0, "w2_rank": rank if rank < max(b, d) / 2 else 0}
-    return sizes | ranks | {lokr.RANK: rank, lokr.FACTOR: -1, lokr.BOTH: False}
+    return sizes | ranks | {RANK: rank, lokr.FACTOR: -1, lokr.BOTH: False}
 
 
 def _whole(graph: ir.Graph, matrix: str, inputs: Mapping[str, ir.Value]) -> ir.Value:

@@ -8,19 +8,19 @@ one pair where the layer is as wide as the widest (`B`'s always).
 Source: arXiv 2310.11454; keys as PEFT writes them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from edgepeft.slots import Slot
 from edgepeft.techniques import vera
-from edgepeft.techniques.base import Settings
+from edgepeft.techniques.base import RANK, Settings
 
 from ..graph import append
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import DEFAULT_RANK, BaseGraph, BesideLinear, activation_axes
+from .base import BaseGraph, BesideLinear, activation_axes, slot_rank, turned
 
 
 class Vera(BesideLinear):
@@ -40,8 +40,8 @@ class Vera(BesideLinear):
         return [(linear, {**settings, **sizes}) for linear, settings in found]
 
     def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
-        rank = DEFAULT_RANK if options.rank is None else options.rank
-        return {module: {vera.RANK: rank} for module in super().fresh_modules(source, options)}
+        rank = slot_rank(options)
+        return {module: {RANK: rank} for module in super().fresh_modules(source, options)}
 
     def slot(self, linear: Linear, settings: Settings) -> Slot:
         return vera.new_slot(
@@ -49,12 +49,12 @@ class Vera(BesideLinear):
         )
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
-        in_features, out_features = vera.TECHNIQUE.features(slot)
-        rank = int(slot.settings[vera.RANK])
+        _, out_features = vera.TECHNIQUE.features(slot)
+        rank = int(slot.settings[RANK])
         assert x.shape is not None
         lead = list(x.shape)[:-1]
-        a = _turned(graph, inputs[vera.A], [in_features, rank])
-        b = _turned(graph, inputs[vera.B], [rank, out_features])
+        a = turned(graph, inputs[vera.A])
+        b = turned(graph, inputs[vera.B])
         low = append(graph, "MatMul", [x, a], shape=[*lead, rank])
         scaled = append(graph, "Mul", [low, inputs[vera.D]], shape=[*lead, rank])
         high = append(graph, "MatMul", [scaled, b], shape=[*lead, out_features])
@@ -62,7 +62,3 @@ class Vera(BesideLinear):
 
 
 GRAPH_TECHNIQUE = Vera()
-
-
-def _turned(graph: ir.Graph, value: ir.Value, shape: Sequence[int]) -> ir.Value:
-    return append(graph, "Transpose", [value], {"perm": [1, 0]}, shape=shape)

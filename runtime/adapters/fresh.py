@@ -25,10 +25,10 @@ def fresh_technique(manifest: Manifest, method: str | None = None) -> PeftTechni
             f"method is {method!r}, the bundle has slots of {', '.join(found) or 'none'}: export the model "
             f"with --method {method}"
         )
-    lora = technique(LORA)
-    assert isinstance(lora, PeftTechnique)
     if method is not None:
         return found[method]
+    lora = technique(LORA)
+    assert isinstance(lora, PeftTechnique)
     return lora if LORA in found or not found else next(iter(found.values()))
 
 
