@@ -191,7 +191,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{config_path}: is not JSON ({error})") from error
-    of_config(config, str(folder))
+    technique = of_config(config, str(folder))
     if not (folder / TENSOR_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(
             f"{folder}: holds a pickle (adapter_model.bin), which is never opened: save it again with "
@@ -199,6 +199,11 @@ def load_adapter(folder: Path | str) -> Adapter:
         )
     tensors = read_tensors(folder / TENSOR_FILE)
     tensors = {key: value for key, value in tensors.items() if not any(part in key for part in _WRAPPED)}
+    if technique.file_prefix != PREFIX:
+        tensors = {
+            PREFIX + key.removeprefix(technique.file_prefix) if key not in technique.shared else key: value
+            for key, value in tensors.items()
+        }
     if trains_biases(config):
         tensors = {
             key.removesuffix(_LAYER_BIAS) + ".bias" if key.endswith(_LAYER_BIAS) else key: value
@@ -266,6 +271,12 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32"
         key.removesuffix(".bias") + _LAYER_BIAS if key in below else key: tensor.astype(dtype, copy=False)
         for key, tensor in adapter.tensors.items()
     }
+    technique = adapter.technique
+    if technique.file_prefix != PREFIX:
+        stored = {
+            technique.file_prefix + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key: value
+            for key, value in stored.items()
+        }
     metadata = {"format": "pt"} | ({} if adapter.base is None else {BASE_KEY: adapter.base})
     if adapter.labels is not None:
         metadata[LABELS_KEY] = json.dumps(adapter.labels)

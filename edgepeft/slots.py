@@ -13,8 +13,8 @@ PREFIX = "base_model.model."
 LORA, WHOLE = "lora", "whole"
 """Techniques: a low-rank product beside a linear module, and a parameter that is replaced whole."""
 
-LINEAR, PARAMETER = "linear", "parameter"
-"""Sites: a linear module, and a parameter of any module."""
+LINEAR, PARAMETER, EMBEDDING = "linear", "parameter", "embedding"
+"""Sites: a linear module, a parameter of any module, and the embedding of tokens."""
 
 SIZE = "size"
 """In a shape: the axis that an adapter chooses the size of, such as LoRA's rank."""
@@ -65,7 +65,7 @@ class Slot:
 
     Attributes:
         technique: a name of `edgepeft.techniques.MODULES`, which says what the tensors are.
-        site: what the technique is applied to: `linear` or `parameter`.
+        site: what the technique is applied to: `linear`, `parameter` or `embedding`.
         module: the module's name in the model.
         tensors: the slot's inputs.
         settings: what else the technique has fixed at export.

@@ -10,6 +10,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 
 from .adapters.graph_inputs import to_peft_layout
+from .adapters.virtual_tokens import in_front
 from .inputs import batch_shape, check_batch, model_inputs
 from .memory.inference import RunPlan, plan_graph
 from .open_sessions import Sessions
@@ -36,6 +37,9 @@ def loss_and_gradients(
     role = strategy.graph or "train"
     specs = model_inputs(bundle.manifest, bundle.manifest.graphs[role].inputs)
     arrays = check_batch(bundle.manifest, specs, batch)
+    virtual = sessions.registry.virtual_tokens(adapter, len(next(iter(arrays.values()))))
+    if virtual is not None:
+        arrays = in_front(bundle.manifest, arrays, virtual)
     shape = batch_shape(specs, arrays)
 
     def plan(process_bytes: int, rank: int) -> RunPlan:

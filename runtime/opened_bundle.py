@@ -16,6 +16,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
 
 from .adapters.loaded import AdapterSpecs, check_rows
+from .adapters.virtual_tokens import in_front, without_front
 from .inputs import axis_sizes, batch_shape, check_batch, model_inputs
 from .key_value_cache import empty_cache
 from .memory.inference import RunPlan, plan_forward
@@ -159,6 +160,10 @@ class LoadedBundle:
         arrays = check_batch(self.manifest, specs, batch)
         shape = batch_shape(specs, arrays)
         check_rows(adapter, shape[0], "rows")
+        virtual = self._sessions.registry.virtual_tokens(adapter, shape[0])
+        if virtual is not None:
+            arrays = in_front(self.manifest, arrays, virtual)
+            shape = batch_shape(specs, arrays)
 
         def plan(process_bytes: int, rank: int) -> RunPlan:
             return plan_forward(self.manifest, self._budget_bytes, process_bytes, shape=shape, rank=rank)
@@ -166,13 +171,16 @@ class LoadedBundle:
         session, _ = self._sessions.activated(adapter, plan)
         output = self._task.output
         if isinstance(session, StreamedModel):
-            return {output: session.forward(arrays)}
-        session.bind(arrays)
-        session.bind(empty_cache(session.inputs, shape[0]))
-        found = {output: _in_own_memory(session, output, axis_sizes(specs, arrays))}
-        if self._budget_bytes is not None:
-            session.drop_mapped_pages()  # rows of an embedding, in time all of it
-        return found
+            found = session.forward(arrays)
+        else:
+            session.bind(arrays)
+            session.bind(empty_cache(session.inputs, shape[0]))
+            found = _in_own_memory(session, output, axis_sizes(specs, arrays))
+            if self._budget_bytes is not None:
+                session.drop_mapped_pages()  # rows of an embedding, in time all of it
+        if virtual is not None:
+            found = without_front(self.manifest, output, found, virtual)
+        return {output: found}
 
     @one_at_a_time
     def close(self) -> None:

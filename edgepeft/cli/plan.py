@@ -66,7 +66,7 @@ def plan(
     from edgepeft.runtime.training.preparation import plans_now
     from edgepeft.runtime.training.sampling import batch_indices
     from edgepeft.runtime.training.starting import starting_adapter, trained_names
-    from edgepeft.runtime.training.workload import workload
+    from edgepeft.runtime.training.workload import own_tokens, workload
 
     from ..bundle.reader import open_bundle
 
@@ -98,7 +98,7 @@ def plan(
         later_bytes += LEFT_BYTES
     task.release()
     rows = batch_size * task.rows_per_record
-    sizes = workload(start, names, rows, options.tokens(opened.manifest), options)
+    sizes = workload(start, names, rows, own_tokens(opened.manifest, start, options), options)
     candidates = plans_now(opened, sizes, budget, later_bytes)
     head_alone = [] if trained_head(opened.manifest, names) is None else judging_alone(candidates)
     if options.trainable == "head":

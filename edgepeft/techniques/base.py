@@ -152,6 +152,8 @@ class PeftTechnique(Technique):
     """What follows the module's name in the key of each tensor."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Keys of tensors that are of no module."""
+    file_prefix: ClassVar[str] = PREFIX
+    """What keys of saved modules begin with in PEFT's file, where it wraps no module for the type."""
 
     @abc.abstractmethod
     def has_effect(self, adapter: Held) -> bool:

@@ -86,7 +86,7 @@ def build_decoder(
     weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
     found = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
     linears = unpack(found, packed)
-    base = BaseGraph(graph, {name: value for name, (value, _) in weights.items()}, linears, turned)
+    base = BaseGraph(graph, {name: value for name, (value, _) in weights.items()}, tensors, linears, turned)
     insert_slots(base, find_sites(base, others))
     weights = {name: weights[name] for name in base.weights}
     keep_last_token(graph, graph.outputs[0])

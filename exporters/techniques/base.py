@@ -7,6 +7,7 @@ from typing import ClassVar, Generic, TypeVar
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from edgepeft.errors import ExportError
 from edgepeft.slots import LINEAR, SIZE, SIZE_AXIS, Slot
@@ -31,12 +32,14 @@ class BaseGraph:
     Attributes:
         graph: the graph, its weights inputs.
         weights: those inputs by name; one that adapters replace is taken out.
+        tensors: the values of the weights, by name.
         linears: the linear modules by name.
         turned: weights that the trace has transposed.
     """
 
     graph: ir.Graph
     weights: dict[str, ir.Value]
+    tensors: Mapping[str, torch.Tensor]
     linears: dict[str, Linear] = field(default_factory=dict)
     turned: Collection[str] = ()
 

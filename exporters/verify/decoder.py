@@ -99,7 +99,7 @@ def verify_decoder(
     lengths = mask.sum(axis=1).tolist()
     texts = [row[:length].tolist() for row, length in zip(batch["input_ids"], lengths, strict=True)]
     # Padding on the left moves positions.
-    right = [row for row in range(len(texts)) if mask[row, 0] == 1]
+    right = [row for row, length in enumerate(lengths) if mask[row, :length].all()]
     texts, lengths, expected = [texts[row] for row in right], [lengths[row] for row in right], expected[right]
     decoder_graph = bundle.manifest.decoder
     assert decoder_graph is not None

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 
 from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
+from edgepeft.runtime.adapters.virtual_tokens import ids_of, in_front
 from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT, IGNORED_LABEL, has_drift_penalty
 from edgepeft.runtime.key_value_cache import cache_specs
 from edgepeft.runtime.memory.process import release_freed_memory
@@ -45,6 +45,8 @@ from .reference import (
     torch_drift,
     torch_gradients,
     torch_output,
+    with_adapter,
+    without_adapter,
 )
 from .stages import SMALLEST_NORM, STAGE_TOLERANCE, is_rounding, verify_stages
 from .streamed import verify_streamed
@@ -93,7 +95,7 @@ def verify_against_pytorch(
         adapter = load_adapter(folder / "adapters" / name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = peft.PeftModel.from_pretrained(source.model, str(path), is_trainable=True).eval()
+            model = with_adapter(source.model, path)
         weights.freeze()  # of which the adapter may hold copies that are not rounded
         if name == STARTING_ADAPTER:
             adapter = stirred(adapter)
@@ -105,7 +107,7 @@ def verify_against_pytorch(
         check.effect(name)
         if bundle.manifest.strategies:
             check.gradients(name, adapter, model)
-        source.model = model.unload().requires_grad_(False)
+        source.model = without_adapter(model).requires_grad_(False)
         weights.reset()
     return check.figures
 
@@ -132,12 +134,14 @@ class _Check:
     def outputs(self, what: str, adapter: Adapter | None, model: Any) -> None:
         with torch.no_grad():
             expected, _ = self._torch_output(model)
-        got = self._said(self.batch, adapter)
+        batch = self._read(adapter)
+        got = self._said(batch, adapter)
         counted = got, expected.numpy()
         if got.ndim == 3:  # positions that are padding hold nothing
             decoder = "decoder_input_ids" in self.batch
             filled = self.batch["labels"] != IGNORED_LABEL if decoder else self.batch["attention_mask"] == 1
-            counted = got[filled], expected.numpy()[filled]
+            own = filled.shape[1]  # what virtual tokens stand in front of
+            counted = got[:, -own:][filled], expected.numpy()[:, -own:][filled]
         differs = self.figures["outputs"][what] = relative_difference(*counted)
         if not differs <= self.tolerance:
             raise VerificationError(
@@ -146,11 +150,11 @@ class _Check:
             )
         if self.bundle.manifest.streamed_inference is not None:
             inputs = self._adapter_feeds(adapter)
-            streamed = verify_streamed(self.bundle, self.batch, inputs, got, self.tolerance)
+            streamed = verify_streamed(self.bundle, batch, inputs, got, self.tolerance)
             self.figures.setdefault("streamed_outputs", {})[what] = streamed
         if self.bundle.manifest.decoder is not None:
             inputs = self._adapter_feeds(adapter)
-            decoded = verify_decoder(self.bundle, self.batch, inputs, got, self.tolerance)
+            decoded = verify_decoder(self.bundle, batch, inputs, got, self.tolerance)
             self.figures.setdefault("decoder_outputs", {})[what] = decoded
         if adapter is None:
             self._padding(got)
@@ -234,7 +238,8 @@ class _Check:
     def gradients(self, name: str, adapter: Adapter, model: Any) -> None:
         trainable = self.bundle.manifest.policy.trainable
         session = GraphSession(self.bundle, "train")
-        session.bind({**self._model_feeds("train"), **self._adapter_feeds(adapter)})
+        feeds = model_feeds(self.bundle, "train", self._read(adapter))
+        session.bind({**feeds, **self._adapter_feeds(adapter)})
         outputs = {key: value.numpy() for key, value in session.run_for(list(session.outputs)).items()}
         session.close()
         model.zero_grad()
@@ -251,6 +256,11 @@ class _Check:
         worst_cosine, worst_norm, tolerance = 1.0, 0.0, STAGE_TOLERANCE
         inputs = self.bundle.manifest.adapter_inputs
         gradients = {key: value for key, value in torch_gradients(model).items() if key in trainable}
+        if unseen := sorted({*trainable} & adapter.tensors.keys() - gradients.keys()):
+            raise VerificationError(
+                f"PyTorch has no gradient of {unseen[0]} with adapter {name!r} to compare with: nothing was "
+                "written"
+            )
         largest = max((float(np.linalg.norm(value)) for value in gradients.values()), default=1.0)
         for key, expected in gradients.items():
             got = outputs[f"grad.{key}"]
@@ -276,14 +286,18 @@ class _Check:
             # which a few activations are a thousand times the others, more than in models of random weights.
             # Stages that err as much as the graph does are at most 2 e from it.
             self.figures["gradients"][name]["stage_difference"] = verify_stages(
-                self.bundle, self._model_feeds("train"), self._adapter_feeds(adapter), outputs, tolerance
+                self.bundle, feeds, self._adapter_feeds(adapter), outputs, tolerance
             )
 
     def _torch_output(self, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return torch_output(self.source, model, self.batch, self.bundle.manifest.model.loss)
 
-    def _model_feeds(self, role: str) -> Arrays:
-        return model_feeds(self.bundle, role, self.batch)
+    def _read(self, adapter: Adapter | None) -> Arrays:
+        """The batch as it is read with an adapter."""
+        ids = None if adapter is None else ids_of(self.bundle.manifest, adapter)
+        if ids is None:
+            return self.batch
+        return in_front(self.bundle.manifest, self.batch, [ids] * len(self.batch["input_ids"]))
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))

@@ -2,13 +2,17 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 
+from edgepeft.adapters import PREFIX
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.inputs import BASE_LOGITS, IGNORED_LABEL
+from edgepeft.virtual_tokens import KEY
 
 from ..losses.contrastive import SCALE
 from ..losses.triplet import MARGIN
@@ -17,6 +21,12 @@ from ..sources.tracing import conv1d_weights
 from ..sources.transformers_model import Source
 from .batch import Arrays
 
+# What PEFT's names of parameters have beside the keys.
+_WRAPPED = re.compile(
+    r"(?<=\.lora_magnitude_vector)\.default\.weight$"
+    r"|\.(modules_to_save\.)?default(?=\.|$)|\.base_layer(?=\.bias$)"
+)
+_PROMPT = "prompt_encoder.embedding.weight"
 TAKEN = ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "input_values")
 
 
@@ -74,12 +84,14 @@ def torch_output(
 
 
 def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    hidden = model(**inputs).last_hidden_state
+    hidden, mask = model(**inputs).last_hidden_state, inputs["attention_mask"]
+    virtual = hidden.shape[1] - mask.shape[1]  # which sentence-transformers counts too
+    mask = torch.nn.functional.pad(mask, (virtual, 0), value=1)
     if pooling.mode == "mean":
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        mask = mask.unsqueeze(-1).float()
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
     elif pooling.mode == "max":
-        mask = inputs["attention_mask"].unsqueeze(-1)
+        mask = mask.unsqueeze(-1)
         pooled = hidden.masked_fill(mask == 0, -1e9).amax(1)
     else:
         pooled = hidden[:, 0]
@@ -95,12 +107,33 @@ def long_output(source: Source, batch: Arrays) -> torch.Tensor:
     return logits
 
 
+def with_adapter(model: Any, path: Path) -> Any:
+    """PEFT's model of an adapter, which trains. PEFT trains no prompt that it has read: here it does."""
+    prompts = peft.PeftConfig.from_pretrained(str(path)).is_prompt_learning
+    wrapped = peft.PeftModel.from_pretrained(model, str(path), is_trainable=not prompts).eval()
+    if prompts:
+        for name, parameter in wrapped.named_parameters():
+            trains = name.startswith("prompt_encoder.default.") or ".modules_to_save.default." in name
+            parameter.requires_grad_(trains)
+    return wrapped
+
+
+def without_adapter(model: Any) -> Any:
+    """The base of `with_adapter`'s model."""
+    return model.get_base_model() if model.active_peft_config.is_prompt_learning else model.unload()
+
+
 def parameters_by_key(model: Any) -> dict[str, torch.nn.Parameter]:
     """Parameters by the key that `Adapter.tensors` has for them."""
-    return {
-        re.sub(r"\.(modules_to_save\.)?default(?=\.|$)|\.base_layer(?=\.bias$)", "", name): parameter
-        for name, parameter in model.named_parameters()
-    }
+    wrapped = not (isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning)
+    return {_key(name, wrapped=wrapped): parameter for name, parameter in model.named_parameters()}
+
+
+def _key(name: str, *, wrapped: bool) -> str:
+    plain = _WRAPPED.sub("", name)
+    if plain == _PROMPT:
+        return KEY
+    return plain if wrapped else f"{PREFIX}{plain.removeprefix('base_model.')}"
 
 
 def torch_gradients(model: Any) -> dict[str, np.ndarray]:

@@ -9,10 +9,12 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.validation import is_adapter_name
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.techniques.base import FloatArray
+from edgepeft.virtual_tokens import Ids
 
 from .graph_inputs import (
     AdapterSpec,
     PreparedAdapter,
+    Weighted,
     check_effect_of,
     find_adapter,
     graph_inputs,
@@ -22,6 +24,7 @@ from .graph_inputs import (
     row_inputs,
     weights_of,
 )
+from .virtual_tokens import has_virtual_tokens, ids_of_rows
 
 AdapterSpecs: TypeAlias = AdapterSpec | list[AdapterSpec] | tuple[AdapterSpec, ...]
 """One specification for all rows of a batch, or a list with one for each."""
@@ -114,6 +117,21 @@ class AdapterRegistry:
         folder = Path(name) if is_path(name) else self._bundle.path / "adapters" / name
         return read_labels(folder) if (folder / TENSOR_FILE).is_file() else None
 
+    def virtual_tokens(self, spec: AdapterSpecs, count: int) -> list[Ids] | None:
+        """Ids to put in front of each of `count` rows; None where no adapter of the bundle can have any.
+
+        Raises:
+            UsageError, AdapterError: see `inputs`.
+        """
+        if not has_virtual_tokens(self._bundle.manifest):
+            return None
+        rows = _rows(spec)
+        if rows is None:
+            assert not isinstance(spec, list | tuple)
+            chosen = resolve(self._bundle, spec, check_effect=False, loaded=self._loaded)
+            return ids_of_rows(self._bundle.manifest, [chosen]) * count
+        return ids_of_rows(self._bundle.manifest, self._resolved(rows, check_effect=False))
+
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.
 
@@ -127,14 +145,17 @@ class AdapterRegistry:
             assert not isinstance(spec, list | tuple)
             chosen = resolve(self._bundle, spec, check_effect=check_effect, loaded=self._loaded)
             return graph_inputs(self._bundle, chosen)
-        # Each adapter is read once, whatever number of rows uses it.
+        return row_inputs(self._bundle, self._resolved(rows, check_effect=check_effect))
+
+    def _resolved(self, rows: Sequence[AdapterSpec], *, check_effect: bool) -> list[Weighted]:
+        """Each row's adapters; every one is read once, whatever number of rows uses it."""
         named = {str(name): name for row in rows for name in weights_of(row)}
         at_hand = {
             key: adapter
             for key, name in named.items()
             for adapter, _ in resolve(self._bundle, name, check_effect=check_effect, loaded=self._loaded)
         }
-        return row_inputs(self._bundle, [resolve(self._bundle, row, loaded=at_hand) for row in rows])
+        return [resolve(self._bundle, row, loaded=at_hand) for row in rows]
 
 
 def check_rows(spec: AdapterSpecs, count: int, what: str) -> None:

@@ -186,7 +186,9 @@ class Generator:
     def read_prompt(self, prompt: str | None, messages: Messages | None, adapter: AdapterSpec) -> PromptCache:
         """See `edgepeft.runtime.model.Model.read_prompt`."""
         ids = self._encode(prompt, messages)
-        self._check([ids], 0)
+        self._check([ids])
+        (ids,) = self._with_virtual([ids], adapter)
+        check_lengths(self._manifest, [ids], 0)
         self._require_cache()
         # The snapshot is as large as another row's cache.
         (own,), plan = self._sessions.borrowed([adapter], self._planned([ids], 0, rows=2))
@@ -208,8 +210,10 @@ class Generator:
         keep: bool = False,
     ) -> _Begun:
         """A generation that has read nothing yet."""
-        self._check(prompts, options.max_new_tokens)
+        self._check(prompts)
         check_rows(adapter, len(prompts), "prompts")
+        prompts = self._with_virtual(prompts, adapter)
+        check_lengths(self._manifest, prompts, options.max_new_tokens)
         if keep or prompt_cache is not None:
             self._require_cache()
         cache = (
@@ -291,10 +295,19 @@ class Generator:
             check_room(_ENCODED * count, f"a prompt of {format_size(count)}")
         return self._task.text.encode(text, special_tokens=messages is None)[0]
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    def _with_virtual(self, prompts: Sequence[Sequence[int]], adapter: AdapterSpecs) -> list[list[int]]:
+        """The prompts with the virtual tokens of their adapters in front."""
+        found = [list(prompt) for prompt in prompts]
+        for spec, rows in grouped(adapter, len(prompts)):  # which have bindings of their own
+            for ids in self._sessions.registry.virtual_tokens(spec, 1) or ():
+                for row in rows:
+                    found[row][:0] = ids.tolist()
+        return found
+
+    def _check(self, prompts: Sequence[Sequence[int]]) -> None:
         """Refuse what cannot be generated, before any work is done."""
         self._require_language_model()
-        check_lengths(self._manifest, prompts, max_new_tokens)
+        check_lengths(self._manifest, prompts, 0)
         specs = model_inputs(self._manifest, self._manifest.graphs["inference"].inputs)
         start = self._manifest.model.decoder_start_token_id
         answer = {"decoder_input_ids": [[start]]} if self._decodes else {}

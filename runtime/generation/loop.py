@@ -40,9 +40,11 @@ class _Row:
         self._sampler = sampler
         self._text = None if decode is None else Detokenizer(decode)
         self._stops = StopTexts(options.stop)
-        # An encoder-decoder's penalty counts what the decoder has said, its start token included.
+        # An encoder-decoder's penalty counts what the decoder has said, its start token included; nobody's
+        # counts what is no token of the vocabulary.
         start = manifest.model.decoder_start_token_id
-        read = prompt if start is None else [start]
+        known = manifest.model.vocab_size
+        read = [token for token in prompt if token < known] if start is None else [start]
         self._seen = set(read)
         self._rules = Rules(manifest.model, read, options.max_new_tokens)
 

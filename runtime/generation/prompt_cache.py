@@ -18,6 +18,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.tensor_files import TensorFile, check_sums, write_tensors
 
+from ..adapters.virtual_tokens import ids_end
 from ..key_value_cache import cache_specs
 from ..memory.room import check_room
 from .decoders.base import Array
@@ -166,11 +167,11 @@ def open_prompt_cache(path: Path, manifest: Manifest) -> PromptCache:
 
 def _checked_ids(path: Path, made_by: object, manifest: Manifest) -> list[int]:
     ids = made_by.get("ids") if isinstance(made_by, dict) else None
-    vocabulary = manifest.model.vocab_size
+    limit = ids_end(manifest)
     if (
         not isinstance(ids, list)
         or not 0 < len(ids) <= manifest.model.max_length
-        or not all(type(token) is int and 0 <= token < vocabulary for token in ids)
+        or not all(type(token) is int and 0 <= token < limit for token in ids)
     ):
         raise UsageError(f"{path}: is no prompt cache of this model: make it again")
     return ids

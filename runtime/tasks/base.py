@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 
 class Task(ABC):
-    """Records in, batches and results out. The tokenizer is loaded when the first text is met."""
+    """Records in, batches and results out. The tokenizer is loaded when the first text is met.
+
+    Attributes:
+        virtual_ids: tokens of an adapter that trains, which batches have in front of each text; else none.
+    """
 
     field = "text"
     """Field of a record that holds what the model reads."""
@@ -36,6 +40,7 @@ class Task(ABC):
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
+        self.virtual_ids: npt.NDArray[np.int64] | None = None
         self._text: Text | None = None
         self._chat: ChatTemplate | None = None
         names = {spec.name for spec in self.manifest.graphs["inference"].inputs}

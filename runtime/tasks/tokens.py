@@ -6,6 +6,7 @@ import numpy as np
 
 from edgepeft.errors import DataError
 
+from ..adapters.virtual_tokens import in_front
 from ..inputs import IGNORED_LABEL
 from ..records import Record
 from .base import Task, field_names
@@ -36,6 +37,8 @@ class TokenTask(Task):
         batch = {name: value for name, value in batch.items() if name in self._inputs}
         if training:
             batch.update(self.labels(examples, shape))
+        if self.virtual_ids is not None:
+            batch = in_front(self.manifest, batch, [self.virtual_ids] * len(ids))
         return batch
 
     def labels(self, examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, Array]:

@@ -116,6 +116,21 @@ class Update:
         if self._options.resume and is_finished(self._checkpoint, report_file):
             self._checkpoint.unlink(missing_ok=True)
             return read_report(report_file)
+        try:
+            report, rejected = self._update()
+        finally:
+            self._task.virtual_ids = None
+        self._checkpoint.unlink(missing_ok=True)
+        if rejected is not None:
+            raise UpdateRejectedError(
+                f"the update is rejected: {rejected.rejected}, so {self._output} is left as it was: "
+                f"{rejected.remedy}",
+                report.to_dict(),
+            )
+        return report
+
+    def _update(self) -> tuple[AdaptReport, Outcome | None]:
+        """The report, and the outcome if the update is rejected."""
         with self._recorder:
             began_s = time.perf_counter()
             self._recorder.mark("read records")
@@ -134,16 +149,10 @@ class Update:
             except BundleError:
                 self._checkpoint.unlink(missing_ok=True)  # it was trained on them
                 raise
-            if outcome.rejected is None:
-                self._keep(prepared, report, features)
-        self._checkpoint.unlink(missing_ok=True)
-        if outcome.rejected is not None:
-            raise UpdateRejectedError(
-                f"the update is rejected: {outcome.rejected}, so {self._output} is left as it was: "
-                f"{outcome.remedy}",
-                report.to_dict(),
-            )
-        return report
+            if outcome.rejected is not None:
+                return report, outcome
+            self._keep(prepared, report, features)
+            return report, None
 
     def _train(self, prepared: Prepared, judging: Judging) -> Outcome:
         judging.begin()

@@ -1,19 +1,39 @@
 """The sizes of an update that its plan depends on."""
 
 from edgepeft.adapters import Adapter
+from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES
+from edgepeft.errors import UsageError
+from edgepeft.virtual_tokens import count_virtual
 
 from ..memory.plan import Workload
 from .options import TrainingOptions
 
 
+def own_tokens(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> int:
+    """Tokens that a text is cut to, so that it fits the model behind the adapter's virtual ones.
+
+    Raises:
+        UsageError: there is no room for any.
+    """
+    virtual = count_virtual(adapter)
+    room = manifest.model.max_length - virtual
+    if virtual and room < 1:
+        raise UsageError(
+            f"the adapter has {virtual} virtual tokens, the model takes at most {manifest.model.max_length}: "
+            "train one with fewer"
+        )
+    return min(options.tokens(manifest), room) if virtual else options.tokens(manifest)
+
+
 def workload(
     adapter: Adapter, names: list[str], rows: int, seq_len: int, options: TrainingOptions
 ) -> Workload:
-    """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on."""
+    """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on, its
+    virtual tokens in front."""
     return Workload(
         rows=rows,
-        seq_len=seq_len,
+        seq_len=seq_len + count_virtual(adapter),
         rank=max((adapter.rank(module) for module in adapter.modules), default=0),
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),

@@ -327,7 +327,7 @@ def test_layers_packed_in_one_product_have_slots_of_their_own() -> None:
         "attn.k": (4, 2),
         "attn.v": (6, 2),
     }
-    slots = insert_slots(BaseGraph(graph, {}), {"lora": [parts["attn.q"], parts["attn.v"]]})
+    slots = insert_slots(BaseGraph(graph, {}, {}), {"lora": [parts["attn.q"], parts["attn.v"]]})
     tidy(model)
     feeds: Feeds = {"x": random(5, 16)}
     expected = feeds["x"] @ weight

@@ -146,7 +146,7 @@ def test_a_row_that_no_block_divides_is_kept_in_half_precision() -> None:
 @pytest.mark.parametrize("rank", [0, 1, 5])
 def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
     toy = Toy()
-    base = BaseGraph(toy.model.graph, {}, toy.linears())
+    base = BaseGraph(toy.model.graph, {}, {}, toy.linears())
     technique = graph_technique("lora")
     slots = insert_slots(base, {"lora": technique.sites(base, {"up": {}, "down": {}})})
     freezer = toy.freeze(bits)
@@ -166,7 +166,7 @@ def test_a_slot_adds_the_low_rank_product(bits: int, rank: int) -> None:
 def test_a_saved_module_stays_an_input_under_pefts_key() -> None:
     toy = Toy()
     weights = dict(toy.inputs)
-    base = BaseGraph(toy.model.graph, weights)
+    base = BaseGraph(toy.model.graph, weights, {})
     saved = insert_slots(base, {"whole": graph_technique("whole").sites(base, {"down": {}})})
     assert [(slot.tensors[0].input, slot.tensors[0].shape) for slot in saved] == [
         ("base_model.model.down.weight", (WIDTH, HIDDEN)),

@@ -42,7 +42,6 @@ REFUSED = {
     "PEANUT": "not built yet",
     "POLY": "a router over skills that needs a task's number as an input",
     "PREFIX_TUNING": "keys and values in front of a text's: not built yet",
-    "PROMPT_TUNING": "virtual tokens: not built yet",
     "PSOFT": "not built yet",
     "PVERA": "not built yet",
     "P_TUNING": "virtual tokens: not built yet",

@@ -4,7 +4,8 @@
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import transformers
 
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.exporters.verify.reference import with_adapter
 
 from .. import models, task_models, zoo
 
@@ -106,6 +108,11 @@ METHODS: Mapping[str, Method] = {
         "VeRA, its matrices not in the file",
         _drawn_vera,
     ),
+    "prompt_tuning": Method(
+        "Prompt tuning",
+        lambda family: peft.PromptTuningConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
+        ("llama", "bert"),
+    ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
 
@@ -152,7 +159,19 @@ def in_torch(family: str, folder: Path, adapter: Path, *, trains: bool = False) 
     model.config.use_cache = False
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=trains).eval()
+        if trains:
+            return with_adapter(model, adapter)
+        return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[Any]:
+    """PEFT's model without the adapter; of prompts its own `disable_adapter` fails with some models."""
+    if model.active_peft_config.is_prompt_learning:
+        yield model.get_base_model()
+        return
+    with model.disable_adapter():
+        yield model
 
 
 def batch(family: str) -> models.Batch:
@@ -168,5 +187,7 @@ def difference(device: Any, family: str, adapter: Any, model: Any) -> float:
     (got,) = device.forward(given.arrays, adapter=adapter).values()
     with torch.no_grad():
         expected = model(**given.tensors).logits.numpy()
+    if expected.ndim == 3:
+        expected = expected[:, -got.shape[1] :]  # PEFT's virtual tokens have logits too
     counted = given.arrays["attention_mask"] == 1 if expected.ndim == 3 else slice(None)
     return float(np.abs(got[counted] - expected[counted]).max() / max(1.0, np.abs(expected[counted]).max()))

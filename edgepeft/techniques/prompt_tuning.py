@@ -1,0 +1,78 @@
+"""Prompt tuning: embeddings of virtual tokens, which stand in front of every text.
+
+    hidden = where(id is virtual, prompt[id - first_id], embedding[id])
+
+Source: arXiv 2104.08691; `peft.tuners.prompt_tuning`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import AdapterError
+from ..slots import EMBEDDING, EMPTY, SIZE, Slot, SlotTensor
+from ..virtual_tokens import COUNT, FIRST_ID, KEY, VirtualTokens
+from .base import FloatArray, Held, ReadWeight, Tensors, difference
+
+NAME = "prompt_tuning"
+PROMPT = "prompt"
+DEVIATION = "deviation"
+"""A slot's setting: the standard deviation of the base's embeddings, as which a fresh prompt begins."""
+
+
+def new_slot(first_id: int, width: int, deviation: float) -> Slot:
+    """A slot on the embedding of tokens, `[vocabulary, width]`."""
+    prompt = SlotTensor(PROMPT, KEY, KEY, (SIZE, width), transposed=False, trains=True, neutral=EMPTY)
+    settings: dict[str, bool | int | float | str] = {FIRST_ID: first_id, DEVIATION: deviation}
+    return Slot(NAME, EMBEDDING, PromptTuning.module, (prompt,), settings, activation_axes=3)
+
+
+class PromptTuning(VirtualTokens):
+    """See the module."""
+
+    name, title, peft_type = NAME, "prompt tuning", "PROMPT_TUNING"
+    inert = "it stores no prompt"
+    place, module = 0, "word_embeddings"
+
+    def problem(self, slot: Slot) -> str | None:
+        first_id, deviation = slot.settings.get(FIRST_ID), slot.settings.get(DEVIATION)
+        if type(first_id) is not int or first_id < 1 or type(deviation) is not float or not deviation >= 0:
+            return f"has the settings {slot.settings}"
+        width = slot.tensors[0].shape[-1] if slot.tensors else None
+        if not isinstance(width, int) or width < 1:
+            return f"has tensors of shapes {[list(tensor.shape) for tensor in slot.tensors]}"
+        return difference(slot, new_slot(first_id, width, deviation))
+
+    def fresh(
+        self, slot: Slot, size: int, rng: np.random.Generator, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """Normal, as large as the base's embeddings are: from PEFT's own deviation of 1 little is learned."""
+        del read_weight
+        shape = size, int(slot.tensor(PROMPT).shape[1])
+        deviation = float(slot.settings[DEVIATION])
+        return {KEY: (deviation * rng.standard_normal(shape)).astype(np.float32)}
+
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        return {
+            COUNT: size,
+            "num_transformer_submodules": 1,
+            "prompt_tuning_init": "RANDOM",
+            "token_dim": int(slots[0].tensor(PROMPT).shape[1]) if slots else None,
+        }
+
+    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
+        del origin
+        sizes = [self.size(slot, tensors) for slot, tensors in values]
+        return self.fresh_config(max(sizes, default=0), [slot for slot, _ in values])
+
+    def fit(self, slot: Slot, adapter: Held) -> None:
+        width, expected = adapter.tensors[KEY].shape[1], slot.tensor(PROMPT).shape[1]
+        if width != expected:
+            raise AdapterError(
+                f"{adapter.origin}: its prompt is {width} wide, this bundle's embeddings are {expected}: the "
+                "adapter was made for another base"
+            )
+
+
+TECHNIQUE = PromptTuning()

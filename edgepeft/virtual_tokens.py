@@ -1,0 +1,102 @@
+"""Virtual tokens: what a prompt method puts in front of every text.
+
+In the graphs they are token ids behind the vocabulary's, so they may stand anywhere in a row: texts are
+padded, cached and read in pieces as ever, and every row of a batch may have its own. Each slot has a range of
+ids to itself.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .adapters import Adapter
+from .errors import AdapterError
+from .slots import SIZE, Slot
+from .techniques.base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors
+
+FIRST_ID = "first_id"
+"""A slot's setting: the token id of its first virtual token."""
+RANGE = 2**20
+"""Ids that a slot has to itself."""
+KEY = "prompt_embeddings"
+"""PEFT's key of all that it stores of a prompt method."""
+COUNT = "num_virtual_tokens"
+"""PEFT's option that says how many they are."""
+
+Ids = npt.NDArray[np.int64]
+
+
+class VirtualTokens(PeftTechnique):
+    """A technique whose adapters have virtual tokens: the size of its slot."""
+
+    apart = "has one prompt for all rows"
+    suffixes = (KEY,)
+    shared = (KEY,)
+    file_prefix = "base_model."
+    place: int
+    """Of its range of ids among those of all such techniques, from 0."""
+    module: str
+    """What PEFT has it on."""
+
+    def owns(self, key: str) -> bool:
+        return key == KEY
+
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        return (self.module,) if KEY in tensors else ()
+
+    def check_config(self, config: Mapping[str, Any], origin: str) -> None:
+        count = config.get(COUNT)
+        if type(count) is not int or not 0 < count <= RANGE:
+            raise AdapterError(f"{origin}: {COUNT} is {count!r}, expected 1 to {RANGE:,}")
+        if config.get("num_transformer_submodules") not in (1, None):
+            raise AdapterError(
+                f"{origin}: {self.title} of an encoder-decoder is not supported: train a LoRA instead"
+            )
+
+    def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        tensor = tensors.get(KEY)
+        if tensor is not None and (tensor.ndim != 2 or len(tensor) != config[COUNT]):
+            raise AdapterError(
+                f"{origin}: {KEY} is {list(tensor.shape)}, expected [{config[COUNT]}, width], as {COUNT} says"
+            )
+        return {}
+
+    def has_effect(self, adapter: Held) -> bool:
+        """Always: a text with something in front is another one."""
+        return KEY in adapter.tensors
+
+    def rank(self, tensors: Tensors, module: str) -> int:
+        return len(tensors[KEY]) if module == self.module and KEY in tensors else 0
+
+    def rows(
+        self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """Those of all adapters, one behind the other; which are a row's, its token ids say."""
+        for row in weights:
+            self.mixed(
+                slot,
+                [(item, weight) for item, weight in zip(adapters, row, strict=True) if weight],
+                read_weight,
+            )
+        if not adapters:
+            return self.neutral(slot, read_weight)
+        return {
+            tensor.input: np.concatenate(
+                [item[tensor.input] for item in adapters], axis=tensor.shape.index(SIZE)
+            )
+            for tensor in slot.tensors
+        }
+
+
+def count_virtual(adapter: Adapter) -> int:
+    """How many an adapter has."""
+    technique = adapter.technique
+    return adapter.rank(technique.module) if isinstance(technique, VirtualTokens) else 0
+
+
+def token_ids(slot: Slot, first: int, count: int) -> Ids:
+    """Ids of a slot's virtual tokens, from the `first` of those it is fed on."""
+    begin = int(slot.settings[FIRST_ID]) + first
+    return np.arange(begin, begin + count)

@@ -1,0 +1,60 @@
+"""The embedding of tokens: where a graph looks up what `input_ids` name."""
+
+from typing import NamedTuple
+
+import onnx_ir as ir
+
+from edgepeft.errors import ExportError
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+class Embedding(NamedTuple):
+    """The node that looks rows up, its table, what the module makes of them, `[batch, sequence, width]` (some
+    scale them), and its width."""
+
+    lookup: ir.Node
+    table: ir.Value
+    output: ir.Value
+    width: int
+
+
+def find_embedding(graph: ir.Graph, weights: dict[str, ir.Value]) -> Embedding:
+    """The embedding of tokens.
+
+    Raises:
+        ExportError: the graph has none, or several.
+    """
+    tables = set(weights.values())
+    found = [
+        node
+        for node in graph
+        if node.op_type == "Gather" and node.inputs[0] in tables and _names_tokens(node.inputs[1])
+    ]
+    if len(found) != 1:
+        raise ExportError(
+            f"the graph looks {len(found) or 'nothing'} up by input_ids{' times' * (len(found) > 1)}, so it "
+            "has no place for virtual tokens: train a LoRA instead"
+        )
+    (lookup,) = found
+    table, output = lookup.inputs[0], lookup.outputs[0]
+    assert table is not None
+    scope = _scope(lookup)
+    while len(readers := output.consumers()) == 1 and scope and _scope(readers[0]) == scope:
+        output = readers[0].outputs[0]
+    width = None if output.shape is None or len(output.shape) != 3 else output.shape[2]
+    if not isinstance(width, int):
+        raise ExportError("the shape of the graph's embeddings is unknown, so they take no virtual tokens")
+    return Embedding(lookup, table, output, width)
+
+
+def _names_tokens(indices: ir.Value | None) -> bool:
+    """Whether these are the graph's `input_ids`, or those of them that are real tokens."""
+    while indices is not None and (node := indices.producer()) is not None and node.op_type == "Where":
+        indices = node.inputs[2]
+    return indices is not None and indices.is_graph_input() and indices.name == "input_ids"
+
+
+def _scope(node: ir.Node) -> str:
+    """The modules that the node is in."""
+    return node.metadata_props.get(_SCOPES, "").rpartition(",")[0]
