@@ -199,11 +199,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         )
     tensors = read_tensors(folder / TENSOR_FILE)
     tensors = {key: value for key, value in tensors.items() if not any(part in key for part in _WRAPPED)}
-    if technique.file_prefix != PREFIX:
-        tensors = {
-            PREFIX + key.removeprefix(technique.file_prefix) if key not in technique.shared else key: value
-            for key, value in tensors.items()
-        }
+    tensors = technique.from_file(config, tensors, str(folder))
     if trains_biases(config):
         tensors = {
             key.removesuffix(_LAYER_BIAS) + ".bias" if key.endswith(_LAYER_BIAS) else key: value
@@ -269,14 +265,8 @@ def write_adapter(adapter: Adapter, folder: Path, dtype: StoredDtype = "float32"
     )
     stored = {
         key.removesuffix(".bias") + _LAYER_BIAS if key in below else key: tensor.astype(dtype, copy=False)
-        for key, tensor in adapter.tensors.items()
+        for key, tensor in adapter.technique.to_file(adapter.tensors).items()
     }
-    technique = adapter.technique
-    if technique.file_prefix != PREFIX:
-        stored = {
-            technique.file_prefix + key.removeprefix(PREFIX) if key.startswith(PREFIX) else key: value
-            for key, value in stored.items()
-        }
     metadata = {"format": "pt"} | ({} if adapter.base is None else {BASE_KEY: adapter.base})
     if adapter.labels is not None:
         metadata[LABELS_KEY] = json.dumps(adapter.labels)

@@ -13,8 +13,8 @@ PREFIX = "base_model.model."
 LORA, WHOLE = "lora", "whole"
 """Techniques: a low-rank product beside a linear module, and a parameter that is replaced whole."""
 
-LINEAR, PARAMETER, EMBEDDING = "linear", "parameter", "embedding"
-"""Sites: a linear module, a parameter of any module, and the embedding of tokens."""
+LINEAR, PARAMETER, EMBEDDING, ATTENTION = "linear", "parameter", "embedding", "attention"
+"""Sites: a linear module, a parameter of any module, the embedding of tokens, a layer's keys and values."""
 
 SIZE = "size"
 """In a shape: the axis that an adapter chooses the size of, such as LoRA's rank."""
@@ -65,7 +65,7 @@ class Slot:
 
     Attributes:
         technique: a name of `edgepeft.techniques.MODULES`, which says what the tensors are.
-        site: what the technique is applied to: `linear`, `parameter` or `embedding`.
+        site: what the technique is applied to: `linear`, `parameter`, `embedding` or `attention`.
         module: the module's name in the model.
         tensors: the slot's inputs.
         settings: what else the technique has fixed at export.

@@ -6,14 +6,14 @@ ids to itself.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from .adapters import Adapter
 from .errors import AdapterError
-from .slots import SIZE, Slot
+from .slots import PREFIX, SIZE, Slot
 from .techniques.base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors
 
 FIRST_ID = "first_id"
@@ -22,29 +22,38 @@ RANGE = 2**20
 """Ids that a slot has to itself."""
 KEY = "prompt_embeddings"
 """PEFT's key of all that it stores of a prompt method."""
+_FILE_PREFIX = "base_model."
 COUNT = "num_virtual_tokens"
 """PEFT's option that says how many they are."""
 
-Ids = npt.NDArray[np.int64]
+Ids: TypeAlias = npt.NDArray[np.int64]
 
 
 class VirtualTokens(PeftTechnique):
-    """A technique whose adapters have virtual tokens: the size of its slot."""
+    """A technique whose adapters have virtual tokens: the size of its slots.
+
+    PEFT wraps no module for it, so in its file the keys of saved modules have another prefix.
+    """
 
     apart = "has one prompt for all rows"
-    suffixes = (KEY,)
     shared = (KEY,)
-    file_prefix = "base_model."
-    place: int
+    place: ClassVar[int]
     """Of its range of ids among those of all such techniques, from 0."""
-    module: str
-    """What PEFT has it on."""
+    predicts: ClassVar[bool] = True
+    """Whether the last virtual token says what the first of the text is, and is told in training."""
 
-    def owns(self, key: str) -> bool:
-        return key == KEY
+    def from_file(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, FloatArray]:
+        del config, origin
+        return {
+            key if key in self.shared else PREFIX + key.removeprefix(_FILE_PREFIX): value
+            for key, value in tensors.items()
+        }
 
-    def modules(self, tensors: Tensors) -> tuple[str, ...]:
-        return (self.module,) if KEY in tensors else ()
+    def to_file(self, tensors: Tensors) -> dict[str, FloatArray]:
+        return {
+            key if key in self.shared else _FILE_PREFIX + key.removeprefix(PREFIX): value
+            for key, value in tensors.items()
+        }
 
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
         count = config.get(COUNT)
@@ -56,19 +65,30 @@ class VirtualTokens(PeftTechnique):
             )
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
-        tensor = tensors.get(KEY)
-        if tensor is not None and (tensor.ndim != 2 or len(tensor) != config[COUNT]):
-            raise AdapterError(
-                f"{origin}: {KEY} is {list(tensor.shape)}, expected [{config[COUNT]}, width], as {COUNT} says"
-            )
+        for key, value in tensors.items():
+            if self.owns(key) and (value.ndim != 2 or len(value) != config[COUNT]):
+                raise AdapterError(
+                    f"{origin}: tensor {key} is {list(value.shape)}, expected [{config[COUNT]}, width], as "
+                    f"{COUNT} says"
+                )
         return {}
 
     def has_effect(self, adapter: Held) -> bool:
-        """Always: a text with something in front is another one."""
-        return KEY in adapter.tensors
+        """Where there are any: a text with something in front is another one."""
+        return self.count(adapter.tensors) > 0
+
+    def count(self, tensors: Tensors) -> int:
+        """How many virtual tokens there are, by PEFT's keys."""
+        return next((len(value) for key, value in tensors.items() if self.owns(key)), 0)
+
+    def cache(self, slot: Slot, values: Tensors) -> dict[str, FloatArray]:
+        """What the slot's values are in a key/value cache, `[heads, virtual tokens, head_dim]` by the cache's
+        names; nothing where they have to be read."""
+        del slot, values
+        return {}
 
     def rank(self, tensors: Tensors, module: str) -> int:
-        return len(tensors[KEY]) if module == self.module and KEY in tensors else 0
+        return self.count(tensors) if module in self.modules(tensors) else 0
 
     def rows(
         self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
@@ -93,7 +113,7 @@ class VirtualTokens(PeftTechnique):
 def count_virtual(adapter: Adapter) -> int:
     """How many an adapter has."""
     technique = adapter.technique
-    return adapter.rank(technique.module) if isinstance(technique, VirtualTokens) else 0
+    return technique.count(adapter.tensors) if isinstance(technique, VirtualTokens) else 0
 
 
 def token_ids(slot: Slot, first: int, count: int) -> Ids:

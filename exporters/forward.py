@@ -9,6 +9,7 @@ import torch
 from edgepeft.bundle.manifest import LinearHead
 from edgepeft.errors import ExportError
 from edgepeft.slots import LORA, WHOLE, Slot
+from edgepeft.techniques import technique
 from edgepeft.techniques.base import Settings
 
 from .decoder.build import Decoder, build_decoder
@@ -110,7 +111,7 @@ def build_forward(
             traced.packed,
             traced.turned,
             [slot.module for slot in slots if slot.technique == LORA],
-            {name: own for name, own in asked.items() if name != LORA},
+            {name: own for name, own in asked.items() if name != LORA and technique(name).in_decoder},
             freezer,
             source.max_length,
         )

@@ -24,6 +24,8 @@ IR_VERSION = 11
 _BEHIND = "edgepeft.behind"
 # Marks a node whose output is a constant to gradients; nor is this.
 _DETACHED = "edgepeft.detached"
+# Marks a node whose output says of tokens only where they stand, as a mask does; nor is this.
+_SHARED = "edgepeft.shared"
 
 Shape = Sequence[int | str | ir.SymbolicDim | None]
 
@@ -151,6 +153,19 @@ def detach(value: ir.Value) -> ir.Value:
     assert node is not None
     node.metadata_props[_DETACHED] = "true"
     return value
+
+
+def share(value: ir.Value) -> ir.Value:
+    """Have what is made of tokens be the same for all layers, which may look it up in tables; returns it."""
+    node = value.producer()
+    assert node is not None
+    node.metadata_props[_SHARED] = "true"
+    return value
+
+
+def is_shared(node: ir.Node) -> bool:
+    """Whether `share` made what the node computes a matter of all layers."""
+    return _SHARED in node.metadata_props
 
 
 def is_detached(node: ir.Node) -> bool:

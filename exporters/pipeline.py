@@ -186,6 +186,9 @@ def _modules(
     else:
         added = graph_technique(method).fresh_modules(source, options)
     found[method] = added | found.get(method, {})
+    for name, own in found.items():
+        if own:
+            graph_technique(name).check(source, options)
     return found if any(found.values()) or options.targets is not None else None
 
 

@@ -4,15 +4,39 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from edgepeft.bundle.validation import TOKENLESS
+from edgepeft.errors import UsageError
 from edgepeft.slots import Slot
 from edgepeft.virtual_tokens import FIRST_ID, RANGE, VirtualTokens
 
-from .graph import FLOAT, INT64, append, initializer, put_behind
+from .graph import FLOAT, INT64, append, initializer, put_behind, share
+from .options import ExportOptions
 from .passes.weights.embedding import Embedding
+from .sources.base import ModelSource
 
 BOOL = ir.DataType.BOOL
 # Rows of an embedding that its standard deviation is taken of.
 _ROWS = 4096
+
+
+def check_virtual(source: ModelSource, options: ExportOptions, technique: VirtualTokens) -> None:
+    """
+    Raises:
+        UsageError: the model reads no tokens, or in two places, or its loss compares with the base's logits.
+    """
+    if source.task in TOKENLESS:
+        raise UsageError(
+            f"{technique.title} is for texts, {source.name} is for {source.task}: train a LoRA instead"
+        )
+    if source.task == "text2text-generation":
+        raise UsageError(
+            f"{technique.title} of an encoder-decoder is not supported: train a LoRA on {source.name} instead"
+        )
+    if options.drift_penalty:
+        raise UsageError(
+            "--drift-penalty compares with what the base says of the same tokens, and it knows no virtual "
+            f"ones: leave it out for {technique.title}"
+        )
 
 
 def first_id(site: Embedding, technique: VirtualTokens) -> int:
@@ -57,13 +81,13 @@ def look_up(graph: ir.Graph, slot: Slot, rows: ir.Value) -> tuple[ir.Value, ir.V
     virtual = append(graph, "And", [above, below], shape=shape, dtype=BOOL)
     # The first row is that of all others, so that there is one where nobody has a virtual token.
     place = append(graph, "Sub", [ids, before], shape=shape, dtype=INT64)
-    place = append(graph, "Where", [virtual, place, zero], shape=shape, dtype=INT64)
+    place = share(append(graph, "Where", [virtual, place, zero], shape=shape, dtype=INT64))
     nothing = initializer(graph, f"zeros_{width}", np.zeros((1, width), np.float32))
     table = append(graph, "Concat", [nothing, rows], {"axis": 0}, shape=[None, width])
     added = append(graph, "Gather", [table, place], {"axis": 0}, shape=[*shape, width])
     others = append(graph, "Not", [virtual], shape=shape, dtype=BOOL)
     keeps = append(graph, "Cast", [others], {"to": FLOAT.value}, shape=shape)
-    return append(graph, "Unsqueeze", [keeps, last], shape=[*shape, 1]), added
+    return share(append(graph, "Unsqueeze", [keeps, last], shape=[*shape, 1])), added
 
 
 def replace_virtual(graph: ir.Graph, site: Embedding, slot: Slot, rows: ir.Value) -> None:

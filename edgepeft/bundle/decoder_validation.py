@@ -2,6 +2,7 @@
 
 from ..errors import BundleError
 from ..slots import LORA
+from ..techniques import is_in_decoder
 from ..techniques.lora import features
 from .manifest import Manifest
 from .wiring import SEQLENS, TOTAL, DecoderGraph
@@ -15,7 +16,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
     Raises:
         BundleError: names the graph or group, and what is wrong with it.
     """
-    others = {name for slot in manifest.slots if slot.technique != LORA for name in slot.inputs}
+    others = {name for slot in manifest.slots if is_in_decoder(slot) for name in slot.inputs}
     slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
     cache = {
         spec.name: spec

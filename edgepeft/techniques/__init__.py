@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import AdapterError
-from ..slots import Slot
+from ..slots import LORA, Slot
 from .base import PeftTechnique, Technique
 
 MODULES = {
@@ -31,6 +31,11 @@ def technique(name: str) -> Technique:
 def of_slot(slot: Slot) -> Technique:
     """The technique of a slot of a checked manifest."""
     return technique(slot.technique)
+
+
+def is_in_decoder(slot: Slot) -> bool:
+    """Whether the decoder's graph has the slot's own inputs; those of a LoRA stand in its groups."""
+    return slot.technique != LORA and of_slot(slot).in_decoder
 
 
 def peft_slots(slots: Iterable[Slot]) -> list[tuple[Slot, PeftTechnique]]:

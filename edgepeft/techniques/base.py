@@ -53,6 +53,8 @@ class Technique(abc.ABC):
     """Tensors of a slot that may be chosen to train without its others, by what the choice is called."""
     weighted: ClassVar[str | None] = None
     """The tensor that an adapter's weight multiplies, where it may have one other than 1."""
+    in_decoder: ClassVar[bool] = True
+    """Whether the decoder's graph computes with its slots, and not the cache that it begins with."""
     by_row: ClassVar[Sequence[str]] = ()
     """Tensors of a slot that have an axis for the rows of a batch in front where `rows` makes them differ."""
 
@@ -152,8 +154,6 @@ class PeftTechnique(Technique):
     """What follows the module's name in the key of each tensor."""
     shared: ClassVar[tuple[str, ...]] = ()
     """Keys of tensors that are of no module."""
-    file_prefix: ClassVar[str] = PREFIX
-    """What keys of saved modules begin with in PEFT's file, where it wraps no module for the type."""
 
     @abc.abstractmethod
     def has_effect(self, adapter: Held) -> bool:
@@ -189,6 +189,19 @@ class PeftTechnique(Technique):
                 if f"{PREFIX}{module}{suffix}" not in tensors:
                     raise AdapterError(f"{origin}: module {module} has no {suffix[1:]}")
         return {}
+
+    def from_file(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, FloatArray]:
+        """The tensors of PEFT's file by keys as the slots have them, where those are others.
+
+        Raises:
+            AdapterError: one cannot be taken apart.
+        """
+        del config, origin
+        return dict(tensors)
+
+    def to_file(self, tensors: Tensors) -> dict[str, FloatArray]:
+        """The other way."""
+        return dict(tensors)
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
         stored = {

@@ -17,6 +17,8 @@ from .base import FloatArray, Held, ReadWeight, Tensors, difference
 
 NAME = "prompt_tuning"
 PROMPT = "prompt"
+MODULE = "word_embeddings"
+"""What PEFT calls the embedding of tokens, whatever its name in the model."""
 DEVIATION = "deviation"
 """A slot's setting: the standard deviation of the base's embeddings, as which a fresh prompt begins."""
 
@@ -25,7 +27,7 @@ def new_slot(first_id: int, width: int, deviation: float) -> Slot:
     """A slot on the embedding of tokens, `[vocabulary, width]`."""
     prompt = SlotTensor(PROMPT, KEY, KEY, (SIZE, width), transposed=False, trains=True, neutral=EMPTY)
     settings: dict[str, bool | int | float | str] = {FIRST_ID: first_id, DEVIATION: deviation}
-    return Slot(NAME, EMBEDDING, PromptTuning.module, (prompt,), settings, activation_axes=3)
+    return Slot(NAME, EMBEDDING, MODULE, (prompt,), settings, activation_axes=3)
 
 
 class PromptTuning(VirtualTokens):
@@ -33,7 +35,14 @@ class PromptTuning(VirtualTokens):
 
     name, title, peft_type = NAME, "prompt tuning", "PROMPT_TUNING"
     inert = "it stores no prompt"
-    place, module = 0, "word_embeddings"
+    suffixes = (KEY,)
+    place = 0
+
+    def owns(self, key: str) -> bool:
+        return key == KEY
+
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        return (MODULE,) if KEY in tensors else ()
 
     def problem(self, slot: Slot) -> str | None:
         first_id, deviation = slot.settings.get(FIRST_ID), slot.settings.get(DEVIATION)

@@ -14,7 +14,7 @@ from functools import partial
 
 import onnx_ir as ir
 
-from ..graph import in_front, is_behind
+from ..graph import in_front, is_behind, is_shared
 
 #: Operators that see the shape of their input and not its data.
 _SHAPE_ONLY = {"Shape", "Size", "ConstantOfShape"}
@@ -90,7 +90,7 @@ def dependences(
         for operand in node.inputs:
             if operand is not None:
                 total |= found.get(operand, Dependence())
-        if node.op_type in _SHAPE_ONLY and not node.domain:
+        if (node.op_type in _SHAPE_ONLY and not node.domain) or is_shared(node):
             total = Dependence(inputs=total.inputs)
         for output in node.outputs:
             found[output] = total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from ..passes.weights.embedding import looked_up_by
 from .signature import Signature
 
 # The attribute that says along which axis rows are taken, by operator.
@@ -38,5 +39,6 @@ def _indices(node: ir.Node) -> ir.Value | None:
     axis = _AXES.get(node.op_type)
     if axis is None or node.attributes.get_int(axis, 0) != 0:
         return None
-    value = node.inputs[_INDICES]
+    indices = node.inputs[_INDICES]
+    value = None if indices is None else looked_up_by(indices)
     return value if value is not None and value.is_graph_input() else None

@@ -51,6 +51,13 @@ class GraphTechnique(abc.ABC, Generic[Site]):
     site: ClassVar[str]
     """What a slot is on; see `edgepeft.slots.Slot`."""
 
+    def check(self, source: ModelSource, options: ExportOptions) -> None:
+        """Look whether the technique is for such a model, before it is traced.
+
+        Raises:
+            UsageError: it is not, or not with these options.
+        """
+
     @abc.abstractmethod
     def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Site]:
         """The places in the graph for slots on these modules, which have these settings.

@@ -14,7 +14,7 @@ from edgepeft.techniques.base import Settings
 from ..options import ExportOptions
 from ..passes.weights.embedding import Embedding, find_embedding
 from ..sources.base import ModelSource
-from ..virtual_tokens import first_id, replace_virtual, standard_deviation
+from ..virtual_tokens import check_virtual, first_id, replace_virtual, standard_deviation
 from .base import BaseGraph, GraphTechnique, slot_inputs
 
 
@@ -23,10 +23,17 @@ class PromptTuning(GraphTechnique[Embedding]):
 
     name, site = prompt_tuning.NAME, EMBEDDING
 
+    def check(self, source: ModelSource, options: ExportOptions) -> None:
+        """
+        Raises:
+            UsageError: the model reads no tokens, or in two places, or the loss compares with the base.
+        """
+        check_virtual(source, options, prompt_tuning.TECHNIQUE)
+
     def fresh_modules(self, source: ModelSource, options: ExportOptions) -> dict[str, Settings]:
         """The one that there is; targets name no others."""
         del source, options
-        return {prompt_tuning.TECHNIQUE.module: {}}
+        return {prompt_tuning.MODULE: {}}
 
     def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Embedding]:
         """

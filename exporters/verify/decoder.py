@@ -8,6 +8,7 @@ from edgepeft.runtime.adapters.graph_inputs import inputs_taken
 from edgepeft.runtime.generation.decoders.base import Decoder
 from edgepeft.runtime.generation.decoders.growing import GrowingDecoder
 from edgepeft.runtime.generation.decoders.in_place import InPlaceDecoder
+from edgepeft.runtime.generation.prefix import begin_row, prefix_cache
 from edgepeft.runtime.session import GraphSession
 from edgepeft.techniques import of_slot
 from edgepeft.techniques.base import FloatArray
@@ -103,6 +104,7 @@ def verify_decoder(
     texts, lengths, expected = [texts[row] for row in right], [lengths[row] for row in right], expected[right]
     decoder_graph = bundle.manifest.decoder
     assert decoder_graph is not None
+    prefix = prefix_cache(bundle.manifest, adapter_inputs, {})
     adapted = any(of_slot(slot).size(slot, adapter_inputs) for slot in bundle.manifest.slots)
     rows = [row for row, text in enumerate(texts) if len(text) > 1]
     wanted = expected[rows, [lengths[row] - 1 for row in rows]]
@@ -113,7 +115,7 @@ def verify_decoder(
         chunk = max(1, max(lengths) // 2)
         decoder = InPlaceDecoder(session, bundle.manifest, len(texts), max(lengths), chunk)
         for row in rows:
-            decoder.read(row, texts[row][:-1])
+            begin_row(decoder, row, texts[row][:-1], prefix)
         got = decoder.step([text[-1] for text in texts])
         session.close()
         return relative_difference(got[rows], wanted)

@@ -17,7 +17,7 @@ from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.bundle.reader import Bundle, open_bundle
 from edgepeft.errors import AdapterError, VerificationError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
-from edgepeft.runtime.adapters.virtual_tokens import ids_of, in_front
+from edgepeft.runtime.adapters.virtual_tokens import in_front, of_adapter
 from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT, IGNORED_LABEL, has_drift_penalty
 from edgepeft.runtime.key_value_cache import cache_specs
 from edgepeft.runtime.memory.process import release_freed_memory
@@ -255,7 +255,7 @@ class _Check:
             )
         worst_cosine, worst_norm, tolerance = 1.0, 0.0, STAGE_TOLERANCE
         inputs = self.bundle.manifest.adapter_inputs
-        gradients = {key: value for key, value in torch_gradients(model).items() if key in trainable}
+        gradients = {key: value for key, value in torch_gradients(model, adapter).items() if key in trainable}
         if unseen := sorted({*trainable} & adapter.tensors.keys() - gradients.keys()):
             raise VerificationError(
                 f"PyTorch has no gradient of {unseen[0]} with adapter {name!r} to compare with: nothing was "
@@ -294,10 +294,10 @@ class _Check:
 
     def _read(self, adapter: Adapter | None) -> Arrays:
         """The batch as it is read with an adapter."""
-        ids = None if adapter is None else ids_of(self.bundle.manifest, adapter)
-        if ids is None:
+        virtual = None if adapter is None else of_adapter(self.bundle.manifest, adapter)
+        if virtual is None:
             return self.batch
-        return in_front(self.bundle.manifest, self.batch, [ids] * len(self.batch["input_ids"]))
+        return in_front(self.bundle.manifest, self.batch, [virtual] * len(self.batch["input_ids"]))
 
     def _adapter_feeds(self, adapter: Adapter | None) -> Arrays:
         return dict(graph_inputs(self.bundle, [] if adapter is None else [(adapter, 1.0)]))

@@ -1,6 +1,7 @@
 """PyTorch's side of a verification: a task's output, its loss and the gradients."""
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import peft
 import torch
 
-from edgepeft.adapters import PREFIX
+from edgepeft.adapters import Adapter
 from edgepeft.bundle.reader import Bundle
 from edgepeft.runtime.inputs import BASE_LOGITS, IGNORED_LABEL
 from edgepeft.virtual_tokens import KEY
@@ -71,10 +72,12 @@ def torch_output(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The task's output and loss as PyTorch computes them."""
     inputs = {name: torch.from_numpy(batch[name]) for name in TAKEN if name in batch}
-    if source.pooling is None:
-        result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
-        return result.logits, result.loss
-    embedding = _embedding(source.pooling, model, inputs)
+    with warnings.catch_warnings():  # of how PEFT calls transformers with a prefix
+        warnings.simplefilter("ignore", FutureWarning)
+        if source.pooling is None:
+            result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
+            return result.logits, result.loss
+        embedding = _embedding(source.pooling, model, inputs)
     if named_loss == "triplet":
         anchor, positive, negative = embedding.chunk(3)
         return embedding, torch.nn.functional.triplet_margin_loss(anchor, positive, negative, margin=MARGIN)
@@ -124,22 +127,19 @@ def without_adapter(model: Any) -> Any:
 
 
 def parameters_by_key(model: Any) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the key that `Adapter.tensors` has for them."""
-    wrapped = not (isinstance(model, peft.PeftModel) and model.active_peft_config.is_prompt_learning)
-    return {_key(name, wrapped=wrapped): parameter for name, parameter in model.named_parameters()}
-
-
-def _key(name: str, *, wrapped: bool) -> str:
-    plain = _WRAPPED.sub("", name)
-    if plain == _PROMPT:
-        return KEY
-    return plain if wrapped else f"{PREFIX}{plain.removeprefix('base_model.')}"
-
-
-def torch_gradients(model: Any) -> dict[str, np.ndarray]:
-    """Gradients by PEFT's state-dict key."""
+    """Parameters by PEFT's state-dict key, as its file has them."""
+    keys = {name: _WRAPPED.sub("", name) for name, _ in model.named_parameters()}
     return {
+        KEY if keys[name] == _PROMPT else keys[name]: parameter
+        for name, parameter in model.named_parameters()
+    }
+
+
+def torch_gradients(model: Any, adapter: Adapter) -> dict[str, np.ndarray]:
+    """Gradients by the key that `Adapter.tensors` has for them."""
+    found = {
         key: parameter.grad.numpy()
         for key, parameter in parameters_by_key(model).items()
         if parameter.grad is not None
     }
+    return adapter.technique.from_file(adapter.config, found, adapter.origin)

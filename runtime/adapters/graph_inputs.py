@@ -18,7 +18,7 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.slots import LORA, Slot
-from edgepeft.techniques import lora, of_slot
+from edgepeft.techniques import is_in_decoder, lora, of_slot
 from edgepeft.techniques.base import FloatArray
 from edgepeft.tensor_files import count_values, header_size
 
@@ -208,7 +208,7 @@ def inputs_taken(manifest: Manifest, role: str, inputs: dict[str, FloatArray]) -
     if not is_decoder(manifest, role):
         return inputs
     assert manifest.decoder is not None
-    others = {name: inputs[name] for slot in manifest.slots if slot.technique != LORA for name in slot.inputs}
+    others = {name: inputs[name] for slot in manifest.slots if is_in_decoder(slot) for name in slot.inputs}
     return others if manifest.decoder.adapted_twin(role) else group_inputs(manifest, inputs) | others
 
 

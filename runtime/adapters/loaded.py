@@ -9,7 +9,6 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.bundle.validation import is_adapter_name
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.techniques.base import FloatArray
-from edgepeft.virtual_tokens import Ids
 
 from .graph_inputs import (
     AdapterSpec,
@@ -24,7 +23,7 @@ from .graph_inputs import (
     row_inputs,
     weights_of,
 )
-from .virtual_tokens import has_virtual_tokens, ids_of_rows
+from .virtual_tokens import Virtual, of_rows, virtual_slots
 
 AdapterSpecs: TypeAlias = AdapterSpec | list[AdapterSpec] | tuple[AdapterSpec, ...]
 """One specification for all rows of a batch, or a list with one for each."""
@@ -117,20 +116,20 @@ class AdapterRegistry:
         folder = Path(name) if is_path(name) else self._bundle.path / "adapters" / name
         return read_labels(folder) if (folder / TENSOR_FILE).is_file() else None
 
-    def virtual_tokens(self, spec: AdapterSpecs, count: int) -> list[Ids] | None:
-        """Ids to put in front of each of `count` rows; None where no adapter of the bundle can have any.
+    def virtual_tokens(self, spec: AdapterSpecs, count: int) -> list[Virtual] | None:
+        """What stands in front of each of `count` rows; None where no adapter of the bundle can have any.
 
         Raises:
             UsageError, AdapterError: see `inputs`.
         """
-        if not has_virtual_tokens(self._bundle.manifest):
+        if not virtual_slots(self._bundle.manifest):
             return None
         rows = _rows(spec)
         if rows is None:
             assert not isinstance(spec, list | tuple)
             chosen = resolve(self._bundle, spec, check_effect=False, loaded=self._loaded)
-            return ids_of_rows(self._bundle.manifest, [chosen]) * count
-        return ids_of_rows(self._bundle.manifest, self._resolved(rows, check_effect=False))
+            return of_rows(self._bundle.manifest, [chosen]) * count
+        return of_rows(self._bundle.manifest, self._resolved(rows, check_effect=False))
 
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.

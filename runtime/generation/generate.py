@@ -24,6 +24,7 @@ from .decoders.by_adapter import ByAdapter
 from .decoders.choose import decoder_for
 from .loop import Generation
 from .options import Completion, GenerationOptions, check_lengths
+from .prefix import begin_row, prefix_cache
 from .prompt_cache import PromptCache, open_prompt_cache, origin
 
 # Bytes that encoding takes for each of a text: 86 to 284, measured with two tokenizers.
@@ -193,9 +194,10 @@ class Generator:
         # The snapshot is as large as another row's cache.
         (own,), plan = self._sessions.borrowed([adapter], self._planned([ids], 0, rows=2))
         decoder = decoder_for(own.session, self._manifest, plan, [len(ids)])
+        made_by = origin(self._manifest, plan.role, own.inputs)
         try:
-            decoder.read(0, ids)
-            return PromptCache.of(ids, origin(self._manifest, plan.role, own.inputs), decoder.snapshot(0))
+            begin_row(decoder, 0, ids, prefix_cache(self._manifest, own.inputs, made_by))
+            return PromptCache.of(ids, made_by, decoder.snapshot(0))
         finally:
             decoder.close()
 
@@ -226,11 +228,15 @@ class Generator:
         groups = grouped(adapter, len(prompts))
         borrowed, plan = self._sessions.borrowed([spec for spec, _ in groups], planned)
         made_by: dict[str, str] = {}
-        if keep or cache is not None:
-            for own in borrowed:
+        caches: list[PromptCache | None] = [None] * len(prompts)
+        for own, (_, rows_of) in zip(borrowed, groups, strict=True):
+            if keep or cache is not None:
                 made_by = origin(self._manifest, plan.role, own.inputs)
-                if cache is not None:
-                    cache.check_origin(made_by)
+            if cache is not None:
+                cache.check_origin(made_by)
+            prefix = prefix_cache(self._manifest, own.inputs, made_by)
+            for row in rows_of:
+                caches[row] = _longer(cache, prefix, prompts[row])
         # The last token that is written is not read.
         capacities = [len(prompt) + options.max_new_tokens - 1 for prompt in prompts]
         decoders = [
@@ -243,7 +249,7 @@ class Generator:
             prompts,
             options,
             self._task.text.decode if as_text else None,
-            cache,
+            caches,
             keep=keep,
         )
         growing_bytes = growing_cache_bytes(self._manifest, rows, max(capacities))
@@ -299,9 +305,9 @@ class Generator:
         """The prompts with the virtual tokens of their adapters in front."""
         found = [list(prompt) for prompt in prompts]
         for spec, rows in grouped(adapter, len(prompts)):  # which have bindings of their own
-            for ids in self._sessions.registry.virtual_tokens(spec, 1) or ():
+            for virtual in self._sessions.registry.virtual_tokens(spec, 1) or ():
                 for row in rows:
-                    found[row][:0] = ids.tolist()
+                    found[row][:0] = virtual.ids.tolist()
         return found
 
     def _check(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -321,3 +327,11 @@ class Generator:
     def _require_language_model(self) -> None:
         if not self._manifest.task.endswith("-generation"):
             raise UsageError(f"a {self._manifest.task} bundle generates no text: use predict")
+
+
+def _longer(
+    cache: PromptCache | None, prefix: PromptCache | None, prompt: Sequence[int]
+) -> PromptCache | None:
+    """The one that more of a prompt begins with."""
+    found = [item for item in (cache, prefix) if item is not None]
+    return max(found, key=lambda item: item.common_prefix(prompt), default=None)

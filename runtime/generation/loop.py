@@ -79,7 +79,7 @@ class Generation:
         prompts: token ids.
         options: how.
         decode: the text of token ids; None where only the ids are asked for.
-        cache: keys and values of what the prompts begin with.
+        caches: keys and values of what each prompt begins with; none where None.
         keep: whether to keep the first row's at the end.
         samplers: what chooses each row's tokens; by `options` where None.
 
@@ -94,12 +94,12 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         options: GenerationOptions,
         decode: Decode | None,
-        cache: PromptCache | None = None,
+        caches: Sequence[PromptCache | None] | None = None,
         *,
         keep: bool = False,
         samplers: Sequence[Sampler] | None = None,
     ) -> None:
-        self._decoder, self._cache = decoder, cache
+        self._decoder, self._caches = decoder, list(caches or [None] * len(prompts))
         self._keep, self._is_closed = keep, False
         self.kept: tuple[list[int], dict[str, Array]] | None = None
         own = samplers or [Sampler(options, row) for row in range(len(prompts))]
@@ -170,25 +170,25 @@ class Generation:
             self.kept = read, self._decoder.snapshot(0)
         for row in self._rows:
             row.reason = row.reason or "cancelled"
-        self._cache = None
+        self._caches.clear()
         self._decoder.close()
         del self._decoder  # and with it the session, once the model has closed it too
 
     def _read(self, index: int) -> list[str]:
         """Some more of a row's prompt; after the last of it, the first token."""
         row = self._rows[index]
-        if row.read == 0 and self._cache is not None:
-            row.read = row.cached = self._cache.common_prefix(row.prompt)
+        cache = self._caches[index]
+        if row.read == 0 and cache is not None:
+            row.read = row.cached = cache.common_prefix(row.prompt)
             if row.cached:
-                self._decoder.restore(index, self._cache.state(row.cached))
+                self._decoder.restore(index, cache.state(row.cached))
         piece = row.prompt[row.read : row.read + self._piece]
         logits = self._decoder.read(index, piece)
         row.read += len(piece)
         pieces = [""] * len(self._rows)
         if row.read == len(row.prompt):
             pieces[index] = row.take(logits)
-            if row is self._rows[-1]:
-                self._cache = None
+            self._caches[index] = None
         return pieces
 
     def _step(self) -> list[str]:

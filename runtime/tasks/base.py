@@ -10,6 +10,7 @@ import numpy.typing as npt
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError, UsageError
 
+from ..adapters.virtual_tokens import Virtual
 from ..records import Record
 from ..text.tokenizer import TOKENIZER_FILE, Text
 from .examples import Array, Example, NothingToLearnError, Outputs
@@ -23,7 +24,7 @@ class Task(ABC):
     """Records in, batches and results out. The tokenizer is loaded when the first text is met.
 
     Attributes:
-        virtual_ids: tokens of an adapter that trains, which batches have in front of each text; else none.
+        virtual: tokens of an adapter that trains, which batches have in front of each text; else none.
     """
 
     field = "text"
@@ -40,7 +41,7 @@ class Task(ABC):
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
         self.manifest = bundle.manifest
-        self.virtual_ids: npt.NDArray[np.int64] | None = None
+        self.virtual: Virtual | None = None
         self._text: Text | None = None
         self._chat: ChatTemplate | None = None
         names = {spec.name for spec in self.manifest.graphs["inference"].inputs}

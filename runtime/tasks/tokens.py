@@ -37,8 +37,8 @@ class TokenTask(Task):
         batch = {name: value for name, value in batch.items() if name in self._inputs}
         if training:
             batch.update(self.labels(examples, shape))
-        if self.virtual_ids is not None:
-            batch = in_front(self.manifest, batch, [self.virtual_ids] * len(ids))
+        if self.virtual is not None:
+            batch = in_front(self.manifest, batch, [self.virtual] * len(ids))
         return batch
 
     def labels(self, examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, Array]:

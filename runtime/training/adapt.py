@@ -119,7 +119,7 @@ class Update:
         try:
             report, rejected = self._update()
         finally:
-            self._task.virtual_ids = None
+            self._task.virtual = None
         self._checkpoint.unlink(missing_ok=True)
         if rejected is not None:
             raise UpdateRejectedError(

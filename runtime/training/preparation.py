@@ -15,7 +15,7 @@ from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import DataError, UsageError
 
 from ..adapters.graph_inputs import graph_inputs
-from ..adapters.virtual_tokens import ids_of
+from ..adapters.virtual_tokens import of_adapter
 from ..memory.plan import Plan, Workload
 from ..memory.planner import choose, judging_alone, plans, with_features
 from ..memory.process import read_memory, release_freed_memory
@@ -84,7 +84,7 @@ def prepare(
         adapter = with_labels(bundle, adapter, options.add_labels)
     task.know(adapter.labels or bundle.manifest.model.labels)
     names = trained_names(bundle.manifest, adapter, options)
-    task.virtual_ids = ids_of(bundle.manifest, adapter)
+    task.virtual = of_adapter(bundle.manifest, adapter)
     # Beside the output: where a disk of memory is mounted for temporary files, they would be in memory.
     folder = next(parent for parent in output.parents if parent.exists())
     examples = Examples(task, records(source), own_tokens(bundle.manifest, adapter, options), folder)

@@ -6,6 +6,8 @@ import onnx_ir as ir
 
 from edgepeft.errors import ExportError
 
+from ...graph import constant_value
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -50,9 +52,17 @@ def find_embedding(graph: ir.Graph, weights: dict[str, ir.Value]) -> Embedding:
 
 def _names_tokens(indices: ir.Value | None) -> bool:
     """Whether these are the graph's `input_ids`, or those of them that are real tokens."""
-    while indices is not None and (node := indices.producer()) is not None and node.op_type == "Where":
-        indices = node.inputs[2]
-    return indices is not None and indices.is_graph_input() and indices.name == "input_ids"
+    value = None if indices is None else looked_up_by(indices)
+    return value is not None and value.is_graph_input() and value.name == "input_ids"
+
+
+def looked_up_by(indices: ir.Value) -> ir.Value:
+    """What names the rows that are looked up, the first of a table aside: it may stand for what is no row."""
+    node = indices.producer()
+    if node is None or node.op_type != "Where" or node.inputs[2] is None:
+        return indices
+    otherwise = constant_value(node.inputs[1])
+    return node.inputs[2] if otherwise is not None and not otherwise.any() else indices
 
 
 def _scope(node: ir.Node) -> str:

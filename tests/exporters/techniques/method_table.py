@@ -41,7 +41,6 @@ REFUSED = {
     "OSF": "replaces the base's weights by their singular vectors, which are quantized here",
     "PEANUT": "not built yet",
     "POLY": "a router over skills that needs a task's number as an input",
-    "PREFIX_TUNING": "keys and values in front of a text's: not built yet",
     "PSOFT": "not built yet",
     "PVERA": "not built yet",
     "P_TUNING": "virtual tokens: not built yet",

@@ -113,6 +113,11 @@ METHODS: Mapping[str, Method] = {
         lambda family: peft.PromptTuningConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
         ("llama", "bert"),
     ),
+    "prefix_tuning": Method(
+        "Prefix tuning",
+        lambda family: peft.PrefixTuningConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
+        ("llama",),
+    ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
 }
 
@@ -162,6 +167,23 @@ def in_torch(family: str, folder: Path, adapter: Path, *, trains: bool = False) 
         if trains:
             return with_adapter(model, adapter)
         return peft.PeftModel.from_pretrained(model, str(adapter)).eval()
+
+
+def greedy(model: Any, prompt: list[int], count: int) -> list[int]:
+    """What PEFT's model continues a prompt with. Of prompts and prefixes its `generate` of PEFT 0.21 with
+    transformers 5 forgets the positions or the prefix itself: there its forward passes say it."""
+    ids = torch.tensor([prompt])
+    if not model.active_peft_config.is_prompt_learning:
+        mask = torch.ones_like(ids)
+        ids = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=count, do_sample=False, pad_token_id=0
+        )
+    while ids.shape[1] < len(prompt) + count:
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    said: list[int] = ids[0, len(prompt) :].tolist()
+    return said
 
 
 @contextmanager
