@@ -102,12 +102,18 @@ class VirtualTokens(PeftTechnique):
             )
         if not adapters:
             return self.neutral(slot, read_weight)
-        return {
-            tensor.input: np.concatenate(
-                [item[tensor.input] for item in adapters], axis=tensor.shape.index(SIZE)
-            )
-            for tensor in slot.tensors
-        }
+        found: dict[str, FloatArray] = {}
+        for tensor in slot.tensors:
+            values = [item[tensor.input] for item in adapters]
+            if SIZE in tensor.shape:
+                found[tensor.input] = np.concatenate(values, axis=tensor.shape.index(SIZE))
+            elif all(np.array_equal(values[0], value) for value in values):
+                found[tensor.input] = values[0]
+            else:
+                raise AdapterError(
+                    f"module {slot.module} {self.apart}: run the adapters that differ there one at a time"
+                )
+        return found
 
 
 def count_virtual(adapter: Adapter) -> int:

@@ -111,7 +111,11 @@ def build_forward(
             traced.packed,
             traced.turned,
             [slot.module for slot in slots if slot.technique == LORA],
-            {name: own for name, own in asked.items() if name != LORA and technique(name).in_decoder},
+            {
+                name: {module: item for module, item in own.items() if technique(name).in_decoder(module)}
+                for name, own in asked.items()
+                if name != LORA
+            },
             freezer,
             source.max_length,
         )

@@ -35,7 +35,7 @@ def of_slot(slot: Slot) -> Technique:
 
 def is_in_decoder(slot: Slot) -> bool:
     """Whether the decoder's graph has the slot's own inputs; those of a LoRA stand in its groups."""
-    return slot.technique != LORA and of_slot(slot).in_decoder
+    return slot.technique != LORA and of_slot(slot).in_decoder(slot.module)
 
 
 def peft_slots(slots: Iterable[Slot]) -> list[tuple[Slot, PeftTechnique]]:

@@ -53,10 +53,13 @@ class Technique(abc.ABC):
     """Tensors of a slot that may be chosen to train without its others, by what the choice is called."""
     weighted: ClassVar[str | None] = None
     """The tensor that an adapter's weight multiplies, where it may have one other than 1."""
-    in_decoder: ClassVar[bool] = True
-    """Whether the decoder's graph computes with its slots, and not the cache that it begins with."""
     by_row: ClassVar[Sequence[str]] = ()
     """Tensors of a slot that have an axis for the rows of a batch in front where `rows` makes them differ."""
+
+    def in_decoder(self, module: str) -> bool:
+        """Whether the decoder's graph has the slot on the module, whose cache may begin with it instead."""
+        del module
+        return True
 
     @abc.abstractmethod
     def problem(self, slot: Slot) -> str | None:

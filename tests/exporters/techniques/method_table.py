@@ -43,7 +43,6 @@ REFUSED = {
     "POLY": "a router over skills that needs a task's number as an input",
     "PSOFT": "not built yet",
     "PVERA": "not built yet",
-    "P_TUNING": "virtual tokens: not built yet",
     "RANDLORA": "random bases that PEFT draws again: not built yet",
     "ROAD": "rotations of pairs of outputs: not built yet",
     "SHADOW": "not built yet",

@@ -51,12 +51,14 @@ class Method:
         config: PEFT's configuration for a family.
         families: those that it applies to.
         noise: deviation of what is added to each of its parameters: it has an effect then.
+        asked: what `--method` has to be for fresh ones, where an adapter's slots are not enough.
     """
 
     title: str
     config: Callable[[str], peft.PeftConfig]
     families: tuple[str, ...] = ("llama", "bert", "vit")
     noise: float = 0.2
+    asked: str = "lora"
 
 
 def options(family: str, *, heads: bool = True) -> dict[str, Any]:
@@ -113,6 +115,12 @@ METHODS: Mapping[str, Method] = {
         lambda family: peft.PromptTuningConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
         ("llama", "bert"),
     ),
+    "p_tuning": Method(
+        "P-tuning",
+        lambda family: peft.PromptEncoderConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
+        ("llama", "bert"),
+        asked="p_tuning",
+    ),
     "prefix_tuning": Method(
         "Prefix tuning",
         lambda family: peft.PrefixTuningConfig(task_type=TASK_TYPES[family], num_virtual_tokens=5),
@@ -153,6 +161,7 @@ def write(method: str, family: str, bits: int, root: Path) -> Manifest:
         block_size=zoo.BLOCK_SIZE,
         adapters={"a": save(method, family, root / "a")},
         quick=True,
+        method=METHODS[method].asked,
     )
 
 
