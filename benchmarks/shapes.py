@@ -11,6 +11,8 @@ import transformers
 import edgepeft
 
 RANK = 8
+#: Methods whose modules PEFT chooses.
+PEFTS_OWN = ("ia3", "ln_tuning")
 #: transformers' model with a head for each task.
 HEADS = {
     "text-generation": transformers.AutoModelForCausalLM,
@@ -107,20 +109,25 @@ def bundle_of(
     targets: Sequence[str] | None = None,
     *,
     train: bool = True,
+    method: str = "lora",
 ) -> Path:
-    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet: with LoRA on `targets`,
-    or on the shape's own, and with training graphs if it is to `train`."""
+    """The shape as a 4-bit bundle below `folder`, exported where it is not there yet: with slots of `method`
+    on `targets`, on the shape's own or where PEFT has them, and with training graphs if it is to `train`."""
     bundle = folder / f"{shape}.edge"
     if not bundle.exists():
         chosen = SHAPES[shape]
+        if targets is None and method not in PEFTS_OWN:
+            targets = chosen.targets
         edgepeft.export(
             chosen.build(),
             bundle,
             task=chosen.task,
             rank=RANK,
-            targets=chosen.targets if targets is None else targets,
+            targets=targets,
+            method=method,
             train=train,
             verify=False,
+            quick=True,
             report=report,
         )
     return bundle

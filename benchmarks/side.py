@@ -102,9 +102,10 @@ def torch_side(
 @click.option("--seq-len", default=128)
 @click.option("--threads", default=2)
 @click.option("--budget", help="Memory budget of the whole process.")
+@click.option("--method", help="Of a fresh adapter of size 8; without, the bundle's own.")
 @click.pass_obj
 def edgepeft_side(
-    recorder: MemoryRecorder, bundle: Path, seq_len: int, threads: int, budget: str | None
+    recorder: MemoryRecorder, bundle: Path, seq_len: int, threads: int, budget: str | None, method: str | None
 ) -> None:
     """edgepeft's own `adapt`, held up after every step."""
     import edgepeft
@@ -138,6 +139,8 @@ def edgepeft_side(
             batch_size=1,
             learning_rate=LEARNING_RATE,
             schedule="constant",
+            method=method,
+            rank=None if method is None else 8,
         )
 
 
