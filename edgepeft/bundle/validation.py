@@ -52,6 +52,8 @@ _WINDOWS_NAME = re.compile(
 )
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_AXES = 8
+# Of a graph's input or output, 8 GiB of float32: arrays are made before onnxruntime sees whether it is so.
+_MAX_VALUES = 2**31
 _MAX_POWER = 4
 _MAX_EDGE = 4096
 _MAX_RATE = 384_000
@@ -275,8 +277,11 @@ def _check_graph(role: str, graph: GraphSpec, manifest: Manifest) -> None:
 def _check_spec(where: str, spec: TensorSpec) -> None:
     _require(bool(spec.name), f"{where} has no name")
     _require(spec.dtype in DTYPE_BITS, f"{where} has dtype {spec.dtype!r}")
-    axes_fit = len(spec.shape) <= _MAX_AXES and all(isinstance(size, str) or size >= 0 for size in spec.shape)
-    _require(axes_fit, f"{where} has shape {list(spec.shape)}")
+    sizes = [size for size in spec.shape if not isinstance(size, str)]
+    fits = (
+        len(spec.shape) <= _MAX_AXES and all(size >= 0 for size in sizes) and math.prod(sizes) <= _MAX_VALUES
+    )
+    _require(fits, f"{where} has shape {list(spec.shape)}")
 
 
 def _check_adapters(manifest: Manifest) -> None:
