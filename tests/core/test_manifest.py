@@ -123,6 +123,7 @@ A_TENSOR, HEAD_TENSOR = (*SLOT, "tensors", 0), ("slots", 1, "tensors", 0)
         (put(*GRAPH, "file", value="graphs/none.onnx"), "which is not in files"),
         (put(*GRAPH, "inputs", 0, "dtype", value="object"), "dtype 'object'"),
         (put(*GRAPH, "inputs", 0, "shape", value=[-1]), r"shape \[-1\]"),
+        (put(*GRAPH, "outputs", 0, "shape", 0, value=2**53), r"shape \[9007199254740992,"),
         (put(*GRAPH, "inputs", 0, "shape", value=[1.5]), "expected int or str"),
         (put(*GRAPH, "inputs", 0, "name", value="attention_mask"), "an input twice"),
         (put("graphs", "inference", value=KeyError), "no inference graph"),
