@@ -75,7 +75,7 @@ def torch_output(
     with warnings.catch_warnings():  # of how PEFT calls transformers with a prefix
         warnings.simplefilter("ignore", FutureWarning)
         if source.pooling is None:
-            result = model(**inputs, labels=torch.from_numpy(batch["labels"]))
+            result = model(**inputs, labels=_labels(model, batch))
             return result.logits, result.loss
         embedding = _embedding(source.pooling, model, inputs)
     if named_loss == "triplet":
@@ -84,6 +84,18 @@ def torch_output(
     anchors, positives = torch.nn.functional.normalize(embedding, dim=-1).chunk(2)
     scores = SCALE * anchors @ positives.T
     return embedding, torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
+
+
+def _labels(model: Any, batch: Arrays) -> torch.Tensor:
+    """The labels as the model takes them: PEFT leaves it to its user to put some in front of token labels."""
+    labels = torch.from_numpy(batch["labels"])
+    if (
+        isinstance(model, peft.PeftModelForTokenClassification)
+        and model.active_peft_config.is_prompt_learning
+    ):
+        virtual = model.active_peft_config.num_virtual_tokens
+        labels = torch.nn.functional.pad(labels, (virtual, 0), value=IGNORED_LABEL)
+    return labels
 
 
 def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -88,6 +88,8 @@ def in_front(manifest: Manifest, batch: Mapping[str, Array], virtual: Sequence[V
         if array.shape[1:2] != (length,) or name not in _BY_TOKEN:
             found[name] = array
             continue
+        if name == "token_type_ids" and manifest.task == "feature-extraction":
+            array = np.zeros_like(array)  # which PEFT ignores there
         padding = IGNORED_LABEL if name == "labels" else 0
         rows = np.full((len(array), most + length), padding, array.dtype)
         for row, values, (ids, predicts) in zip(rows, array, virtual, strict=True):
