@@ -31,7 +31,7 @@ from .sources.base import ModelSource
 from .sources.model_info import model_info, saved_module_names
 from .sources.open import opened_source
 from .techniques import graph_technique, plain_slots
-from .techniques.prepare import Adapters, prepare_adapters, read_adapters
+from .techniques.prepare import Adapters, prepare_adapters, read_adapters, read_others
 from .techniques.stored_modules import without_unused
 from .verify.bundle import verify_bundle
 from .verify.text import verify_text
@@ -87,6 +87,7 @@ def export(
         if chosen.targets is not None:
             chosen = dataclasses.replace(chosen, targets=source.resolve_targets(chosen.targets))
         _check_rounding(source, records, chosen)
+        adapters = read_others(adapters, source, scratch)
         model_info(source)  # which refuses configurations, before a trace takes its minutes
         base = base_fingerprint(source)
         if kept_records:  # of the whole base: an adapter of that, or for that, fits here too

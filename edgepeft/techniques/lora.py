@@ -17,6 +17,7 @@ import numpy as np
 
 from ..adapter_settings import check_rank, ranks_and_alphas
 from ..errors import AdapterError
+from ..initialization import check_initialization
 from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
 
@@ -38,8 +39,6 @@ _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "use_bdlora": (None, False),
     "kasa_config": (None,),
     "monteclora_config": (None,),
-    # Every other initialization (PiSSA, OLoRA, CorDA, LoftQ, …) also changes the base's weights.
-    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 _REFUSED_KEYS = {
     "lora_embedding_A": "a LoRA on an embedding",
@@ -192,6 +191,7 @@ class Lora(PeftTechnique):
                 raise AdapterError(
                     f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
                 )
+        check_initialization(config, origin)
         check_rank(config, "lora_alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgepeft.adapters import BASE_LAYER, CONFIG_FILE, PREFIX, TASK_TYPES, TENSOR_FILE
 from edgepeft.errors import ExportError
+from edgepeft.initialization import OPTION, REPEATABLE, check_initialization
 
 from .peft_patterns import check_patterns
 from .tied_weights import untie, vocabulary_tables
@@ -40,6 +41,7 @@ class AdapterFolder:
 
     Raises:
         ExportError: it cannot be read, or names no base.
+        AdapterError: its initialization changed the base, and PEFT would load it onto another.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,6 +65,8 @@ class AdapterFolder:
             raise ExportError(
                 f"{path}: is an adapter of {base}, which is not there: export that with --adapter NAME=DIR"
             )
+        if config.get(OPTION) not in REPEATABLE:  # of which PEFT takes the same part of the base again
+            check_initialization(config, str(path))
         self.task = next((task for task, name in TASK_TYPES.items() if name == noted), None)
         heads = [
             shape[0]

@@ -14,6 +14,7 @@ from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
 from . import graph_technique
 from .lora_fresh import write_fresh_adapter
+from .mutated_base import as_plain, is_repeatable
 from .stored_modules import prepare_stored
 
 Report = Callable[[str], None]
@@ -47,13 +48,29 @@ class Adapters:
 
 
 def read_adapters(options: ExportOptions) -> Adapters:
-    """Those that were given, before the model is loaded.
+    """Those that were given, before the model is loaded, but those that need its weights to be read.
 
     Raises:
         AdapterError: a folder holds none that can be used.
     """
     folders = {name: Path(folder) for name, folder in (options.adapters or {}).items()}
-    return Adapters({name: load_adapter(folder) for name, folder in folders.items()}, folders)
+    loaded = {name: load_adapter(folder) for name, folder in folders.items() if not is_repeatable(folder)}
+    return Adapters(loaded, folders)
+
+
+def read_others(adapters: Adapters, source: ModelSource, scratch: Path) -> Adapters:
+    """The same with those whose initialization changed the base, as plain ones of the base as it is loaded.
+
+    Raises:
+        AdapterError: a folder holds none that can be used, or of another base.
+    """
+    plain = dict[str, Path]()
+    for name in adapters.folders.keys() - adapters.loaded.keys():
+        converted = scratch / "plain" / str(len(plain))
+        as_plain(adapters.folders[name], source, converted)
+        plain[name] = converted
+    read = {name: load_adapter(folder) for name, folder in plain.items()}
+    return Adapters({**adapters.loaded, **read}, {**adapters.folders, **plain})
 
 
 def prepare_adapters(
