@@ -23,6 +23,20 @@ def check_number(origin: str, key: str, value: object, *, integer: bool) -> None
         raise AdapterError(f"{origin}: adapter_config.json: {key} is {value!r}, expected {expected}")
 
 
+def check_share(config: Mapping[str, Any], key: str, origin: str) -> None:
+    """
+    Raises:
+        AdapterError: the option is there and no number from 0 to below 1.
+    """
+    value = config.get(key)
+    if value is None:
+        return
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise AdapterError(
+            f"{origin}: adapter_config.json: {key} is {value!r}, expected a number from 0 to below 1"
+        )
+
+
 def check_pattern(origin: str, name: str, patterns: object) -> None:
     """
     Raises:

@@ -37,6 +37,8 @@ class ExportOptions:
             `adapters`, or every linear but the output head where there are none; empty: those of `adapters`
             alone. Of an ONNX file also names of nodes and of initializers.
         lora_alpha: of the fresh adapter; twice the rank where None.
+        lora_dropout: of the fresh adapter: the share of values that training drops in front of its factors.
+            The training graphs can drop where an adapter of the export says so, and nowhere else.
         method: the technique of the slots at `targets`, one of `edgepeft.techniques` that PEFT has adapters
             of; where `targets` is None, at the modules that PEFT takes for it.
         loss: a loss other than the task's own: `triplet`, for feature-extraction.
@@ -74,6 +76,7 @@ class ExportOptions:
     rank: int | None = None
     targets: Sequence[str] | None = None
     lora_alpha: int | None = None
+    lora_dropout: float = 0.0
     method: str = LORA
     loss: str | None = None
     drift_penalty: bool = False
@@ -102,6 +105,10 @@ class ExportOptions:
             raise UsageError(f"max_length must be one token or more, got {self.max_length}")
         if self.method not in (known := peft_methods()):
             raise UsageError(f"method is {self.method!r}, expected one of {', '.join(known)}")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora_dropout must be from 0 to below 1, got {self.lora_dropout}")
+        if self.lora_dropout and (self.rank is None or self.method != LORA):
+            raise UsageError("lora_dropout is of the fresh LoRA that rank makes: give a rank")
         if self.rank is not None and self.method == LORA and STARTING_ADAPTER in (self.adapters or {}):
             raise UsageError(
                 f"an adapter is named {STARTING_ADAPTER!r}, the name that rank gives a fresh one"

@@ -33,6 +33,7 @@ from .sources.open import opened_source
 from .techniques import graph_technique, plain_slots
 from .techniques.prepare import Adapters, prepare_adapters, read_adapters, read_others
 from .techniques.stored_modules import without_unused
+from .training.dropout import dropped_modules, with_dropout
 from .verify.bundle import verify_bundle
 from .verify.text import verify_text
 from .versions import outside_range
@@ -124,6 +125,8 @@ def export(
         if chosen.train and source.own_training_graph:
             report("quantizing the training graph")
             training = build_forward(source, freezer, modules=modules, modules_to_save=saved, training=True)
+        if chosen.train:
+            training = with_dropout(training, dropped_modules(adapters.loaded.values()))
         folder = stack.enter_context(atomic_folder(output, MANIFEST_FILE))
         report("differentiating and writing" if chosen.train else "writing")
         manifest = write_contents(

@@ -11,7 +11,7 @@ from edgepeft.errors import UsageError
 
 from .adapters.graph_inputs import to_peft_layout
 from .adapters.virtual_tokens import in_front
-from .inputs import batch_shape, check_batch, model_inputs
+from .inputs import batch_shape, check_batch, model_inputs, nothing_dropped
 from .memory.inference import RunPlan, plan_graph
 from .open_sessions import Sessions
 from .session import GraphSession
@@ -47,7 +47,7 @@ def loss_and_gradients(
 
     session, _ = sessions.activated(adapter, plan, check_effect=False)
     assert isinstance(session, GraphSession)
-    session.bind(arrays)
+    session.bind({**arrays, **nothing_dropped(bundle.manifest)})
     names = {f"grad.{name}": name for name in bundle.manifest.policy.trainable}
     outputs = session.run_for(["loss", *names])
     loss = float(outputs.pop("loss").numpy())

@@ -13,6 +13,22 @@ IGNORED_LABEL = -100
 BASE_LOGITS, DRIFT_WEIGHT = "base_logits", "drift_weight"
 
 
+DROPOUT = "dropout."
+"""How the training graph's inputs begin that say what is dropped in front of a module's LoRA."""
+
+
+def dropout_inputs(manifest: Manifest) -> list[str]:
+    """The training graph's inputs that say what is dropped, int32 `[5]` each: a threshold and seeds."""
+    graph = manifest.graphs.get("train")
+    return [] if graph is None else [spec.name for spec in graph.inputs if spec.name.startswith(DROPOUT)]
+
+
+def nothing_dropped(manifest: Manifest) -> dict[str, Array]:
+    """Those inputs where nothing is dropped: no number of int32 is below the least."""
+    nothing = np.array([np.iinfo(np.int32).min, 0, 0, 0, 0], np.int32)
+    return dict.fromkeys(dropout_inputs(manifest), nothing)
+
+
 def has_drift_penalty(manifest: Manifest) -> bool:
     """Whether the training graph takes the base model's logits, to penalize drifting from them."""
     graph = manifest.graphs.get("train")
@@ -25,7 +41,7 @@ def model_inputs(manifest: Manifest, specs: Iterable[TensorSpec]) -> dict[str, T
     return {
         spec.name: spec
         for spec in specs
-        if spec.name not in filled and not spec.name.startswith("past_key_values.")
+        if spec.name not in filled and not spec.name.startswith(("past_key_values.", DROPOUT))
     }
 
 

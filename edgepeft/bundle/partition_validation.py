@@ -17,7 +17,7 @@ def check_partition(manifest: Manifest, partition: Partition) -> None:
     _require(len(partition.stages) >= 1, "the partition has no stage")
     heads = [head for head in (partition.head, partition.vocabulary_head) if head is not None]
     _require(len(heads) == 1, f"the partition has {len(heads)} heads, expected one")
-    shared = {spec.name for spec in manifest.graphs["inference"].inputs}
+    shared = {spec.name for role in ("inference", "train") for spec in manifest.graphs[role].inputs}
     if partition.context is not None:
         context = _graph(manifest, partition.context, "the partition's context")
         shared |= {spec.name for spec in context.outputs}

@@ -103,6 +103,7 @@ def adapt(
                         console.show(error.report, _table)
                 raise
     _note_left_out(console, report)
+    _note_dropout(console, report)
     console.show(report, _table)
 
 
@@ -175,6 +176,16 @@ def _note_left_out(console: Console, report: dict[str, Any]) -> None:
         console.progress.close()
         first = report["first_left_out"]
         console.note(f"note: records with nothing to learn are left out ({count}), first {first}")
+
+
+def _note_dropout(console: Console, report: dict[str, Any]) -> None:
+    asked, applied, modules = (report["dropout"][name] for name in ("asked", "applied", "modules"))
+    if asked and applied < modules and report["steps"]:
+        said = ", ".join(f"{name} {share:g}" for name, share in asked.items())
+        console.note(
+            f"note: the adapter's configuration has {said}, which is applied on {applied} of its {modules} "
+            "modules: see docs/adapters.md"
+        )
 
 
 def _table(report: dict[str, Any]) -> str:

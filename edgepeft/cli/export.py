@@ -65,6 +65,8 @@ def _adapters(_context: click.Context, _parameter: click.Parameter, value: tuple
               help="A PEFT adapter to take along; may be repeated.")  # fmt: skip
 @click.option("--rank", type=int, help="Make a fresh adapter named 'default' of this rank.")
 @click.option("--alpha", type=int, help="lora_alpha of the fresh adapter. [default: twice the rank]")
+@click.option("--dropout", type=float, default=0.0, show_default=True,
+              help="lora_dropout of the fresh adapter, which training applies.")  # fmt: skip
 @click.option("--targets", callback=_names, metavar="A,B,…",
               help="Linear modules that take a LoRA, besides those of the adapters; of an ONNX "
                    "file also names of nodes or initializers. Empty: no others. "
@@ -109,6 +111,7 @@ def export(
     adapters: dict[str, str],
     rank: int | None,
     alpha: int | None,
+    dropout: float,
     targets: list[str] | None,
     method: str,
     labels: list[str] | None,
@@ -158,6 +161,7 @@ def export(
         targets=targets,
         method=method,
         lora_alpha=alpha,
+        lora_dropout=dropout,
         loss=loss,
         drift_penalty=drift_penalty,
         calibration=calibration,

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..adapter_settings import check_rank, ranks_and_alphas
+from ..adapter_settings import check_rank, check_share, ranks_and_alphas
 from ..errors import AdapterError
 from ..initialization import check_initialization
 from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
@@ -192,6 +192,7 @@ class Lora(PeftTechnique):
                     f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
                 )
         check_initialization(config, origin)
+        check_share(config, "lora_dropout", origin)
         check_rank(config, "lora_alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:

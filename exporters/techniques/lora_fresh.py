@@ -44,7 +44,7 @@ def write_fresh_adapter(source: ModelSource, folder: Path, options: ExportOption
         r=rank,
         lora_alpha=options.lora_alpha if options.lora_alpha is not None else 2 * rank,
         target_modules=targets,
-        lora_dropout=0.0,
+        lora_dropout=options.lora_dropout,
         inference_mode=True,
     )
     try:

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest, ModelInfo
 from edgepeft.bundle.reader import Bundle
-from edgepeft.runtime.inputs import IGNORED_LABEL, shifted_right
+from edgepeft.runtime.inputs import IGNORED_LABEL, nothing_dropped, shifted_right
 
 from ..sources.base import ModelSource
 
@@ -25,8 +25,9 @@ Arrays = dict[str, np.ndarray]
 
 
 def model_feeds(bundle: Bundle, role: str, batch: Arrays) -> Arrays:
-    """What of `batch` a graph takes, with an empty cache."""
+    """What of `batch` a graph takes, with an empty cache; nothing is dropped."""
     feeds = {}
+    batch = {**batch, **nothing_dropped(bundle.manifest)}
     rows = len(next(iter(batch.values())))
     for item in bundle.manifest.graphs[role].inputs:
         if item.name in batch:

@@ -228,6 +228,7 @@ class Update:
                         prepared.total_steps,
                         manifest.policy.max_relative_change,
                         prepared.classes,
+                        prepared.dropout.rate,
                     ),
                     after_step,
                     self._threads,
@@ -317,6 +318,7 @@ class Update:
             stepped_down=self._steps_down,
             exact_gradients=prepared.plan.exact,
             options=dataclasses.asdict(prepared.options),
+            dropout=prepared.dropout,
             trained_tensors=len(prepared.state.parameters),
             trained_values=prepared.state.count,
             records={

@@ -27,11 +27,13 @@ from .head.closed_form import trained_head
 from .head.remembered import read_features
 from .head.ridge import features_bytes
 from .options import TrainingOptions
+from .report import DropoutReport
 from .sampling import split, steps_per_epoch
 from .starting import starting_adapter, trained_names, with_labels
 from .state.buffers import TrainingState
 from .state.checkpoint import Progress, checkpoint_path, load_checkpoint
 from .state.fingerprint import fingerprint
+from .steps.dropout import dropout_of
 from .workload import own_tokens, workload
 
 
@@ -61,6 +63,7 @@ class Prepared:
     state: TrainingState
     fingerprint: dict[str, Any]
     progress: Progress
+    dropout: DropoutReport
 
 
 def prepare(
@@ -167,6 +170,7 @@ def prepare(
         state=state,
         fingerprint=known_by,
         progress=progress or Progress(),
+        dropout=dropout_of(bundle.manifest, adapter, exact=plan.exact),
     )
 
 

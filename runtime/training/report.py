@@ -69,6 +69,23 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class DropoutReport:
+    """What the adapter's configuration wants dropped in training, and where it was.
+
+    Attributes:
+        asked: the shares by option of PEFT's, such as `lora_dropout`; those that are not 0.
+        modules: modules that the adapter is on.
+        applied: of them those that the training graph can drop something at.
+        rate: the share that is dropped there.
+    """
+
+    asked: dict[str, float]
+    modules: int
+    applied: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class AdaptReport:
     """An update: what was done, what it cost and how it was judged.
 
@@ -83,6 +100,7 @@ class AdaptReport:
         stepped_down: changes of it on the way, because the process came near its budget.
         exact_gradients: whether gradients were computed, or estimated from losses along random directions.
         options: the training options.
+        dropout: see `DropoutReport`.
         trained_tensors, trained_values: what trained.
         records: counts of `train`, `held_out`, `truncated` and `left_out` records, the last having nothing to
             learn, and of those of other labels that are `remembered` by their features.
@@ -113,6 +131,7 @@ class AdaptReport:
     stepped_down: list[StepDown]
     exact_gradients: bool
     options: dict[str, Any]
+    dropout: DropoutReport
     trained_tensors: int
     trained_values: int
     records: dict[str, int]
@@ -160,6 +179,7 @@ def read_report(path: Path) -> AdaptReport:
         return AdaptReport(
             **told
             | {
+                "dropout": DropoutReport(**told["dropout"]),
                 "stepped_down": [StepDown(**item) for item in told["stepped_down"]],
                 "candidates": [Candidate(**item) for item in told["candidates"]],
                 "held_out_before": HeldOut(**told["held_out_before"]),

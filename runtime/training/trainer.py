@@ -38,12 +38,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that fixes what each step does; `classes` are those of the examples, if they have any."""
+    """Everything that fixes what each step does; `classes` are those of the examples, if they have any, and
+    `dropout` the share of values that is dropped in front of each LoRA's `A`."""
 
     options: TrainingOptions
     total_steps: int
     max_relative_change: float | None
     classes: Indices | None
+    dropout: float = 0.0
 
 
 def train(
@@ -82,7 +84,9 @@ def train(
     assert options.warmup_steps is not None
     stepper: Stepper
     if strategy.exact:
-        stepper = GradientDescent(bundle, strategy, constants, state, options, threads, held)
+        stepper = GradientDescent(
+            bundle, strategy, constants, state, options, threads, held, schedule.dropout
+        )
     else:
         stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
     try:

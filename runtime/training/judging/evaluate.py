@@ -10,6 +10,7 @@ import numpy.typing as npt
 from edgepeft.bundle.manifest import FEATURES, Strategy
 from edgepeft.bundle.reader import Bundle
 
+from ...inputs import nothing_dropped
 from ...key_value_cache import empty_cache
 from ...session import GraphSession
 from ...tasks import Example, Task
@@ -174,10 +175,11 @@ class _StagedJudge:
 
     def __init__(self, bundle: Bundle, inputs: Mapping[str, FloatArray], threads: int) -> None:
         self._chain = Chain(bundle, inputs, threads)
+        self._nothing_dropped = nothing_dropped(bundle.manifest)
 
     def run(self, batch: Mapping[str, Array]) -> tuple[float, dict[str, FloatArray]]:
         """The loss of a batch and the task's output, where the head makes it whole."""
-        outputs = self._chain.evaluate(batch)
+        outputs = self._chain.evaluate({**batch, **self._nothing_dropped})
         return float(outputs.pop("loss")), outputs
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """A step along the gradient: micro-batches, their gradients added up, AdamW."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,11 @@ from ..gradients.drift import Drift
 from ..gradients.strategies import Gradients, open_gradients
 from ..options import TrainingOptions
 from ..state.buffers import TrainingState
+from .dropout import Dropout
 from .optimizer import AdamW, AdamWOptions
 
 FloatArray = npt.NDArray[np.float32]
+Batch: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
 
 DEFAULT_DRIFT_WEIGHT = 0.1
 
@@ -46,6 +48,7 @@ class GradientDescent:
         options: of the update.
         threads: threads of the training sessions.
         held: what a chain of stages holds to save time.
+        dropout: the share of values that is dropped in front of each LoRA's `A`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class GradientDescent:
         options: TrainingOptions,
         threads: int = 0,
         held: Held = NOTHING_HELD,
+        dropout: float = 0.0,
     ) -> None:
         self._state = state
         self._drift: Drift | None = None
@@ -68,6 +72,7 @@ class GradientDescent:
                 weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
                 self._drift = Drift(bundle, weight, threads)
                 opened.callback(self._drift.close)
+            self._dropout = Dropout(bundle.manifest, dropout, options.seed)
             take = self._optimizer.take if state.passes_gradients else None
             self._gradients = open_gradients(bundle, strategy, constants, state, threads, held, take)
             opened.callback(self._gradients.close)
@@ -75,12 +80,18 @@ class GradientDescent:
 
     def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
         """See `Stepper.step`."""
+        self._dropout.begin(number)
         if self._state.passes_gradients:
             self._optimizer.begin(number, learning_rate)
-            loss = accumulate(self._gradients, batches, self._state, self._drift)
+            loss = accumulate(self._gradients, batches, self._state, self._added_to)
             return loss, self._optimizer.taken_norm
-        loss = accumulate(self._gradients, batches, self._state, self._drift)
+        loss = accumulate(self._gradients, batches, self._state, self._added_to)
         return loss, self._optimizer.step(number, learning_rate)
+
+    def _added_to(self, batch: Batch) -> Batch:
+        """A batch with what the training graph takes besides."""
+        batch = self._dropout.added_to(batch)
+        return batch if self._drift is None else self._drift.added_to(batch)
 
     def close(self) -> None:
         """Free the sessions."""
@@ -91,7 +102,7 @@ def accumulate(
     gradients: Gradients,
     batches: StepBatches,
     state: TrainingState,
-    drift: Drift | None = None,
+    added_to: Callable[[Batch], Batch] = lambda batch: batch,
 ) -> float:
     """The loss of micro-batches as one batch, whose gradient lands in `state`.
 
@@ -104,16 +115,16 @@ def accumulate(
         gradients: computes a micro-batch's gradient into `state`.
         batches: at least one.
         state: receives the gradient; for several micro-batches, one that `adds_up`.
-        drift: adds what a drift penalty needs.
+        added_to: completes a batch, in their order.
     """
     if len(batches) == 1:
         (batch,) = batches
-        return gradients.run(batch if drift is None else drift.added_to(batch))
+        return gradients.run(added_to(batch))
     grad, total = state.buffers["grad"], state.buffers["total"]
     items, loss = 0, 0.0
     for batch in batches:
         count = batches.task.items(batch)
-        loss += count * gradients.run(batch if drift is None else drift.added_to(batch))
+        loss += count * gradients.run(added_to(batch))
         for start, stop in state.pieces():
             weighted = np.float32(count) * grad.read(start, stop)
             total.write(start, total.read(start, stop) + weighted if items else weighted)
