@@ -48,6 +48,13 @@ if TYPE_CHECKING:
 @click.option("--seq-len", type=int, help="Tokens a text is cut to (128 unless given), or samples (160,000).")
 @click.option("--lr", "learning_rate", type=float, help="Peak learning rate; the task decides unless given.")
 @click.option(
+    "--lora-plus",
+    "lora_plus_ratio",
+    type=float,
+    metavar="RATIO",
+    help="How many times that rate a LoRA's B learns at, such as 16 (LoRA+).",
+)
+@click.option(
     "--warmup-steps",
     type=int,
     help="Steps of rising learning rate; a tenth of all, at most 100, unless given.",

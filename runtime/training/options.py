@@ -44,6 +44,8 @@ class TrainingOptions:
         seq_len: tokens a text is cut to, or samples a recording; None is 128 tokens or 160,000 samples, or
             the model's maximum if that is less. Images have none.
         learning_rate: peak rate.
+        lora_plus_ratio: how many times that rate `B` of a LoRA learns at, and what has one axis (LoRA+, arXiv
+            2402.12354), such as 16; None: the same rate.
         warmup_steps: steps over which the rate rises from 0.
         schedule: `linear`, `cosine` or `constant` after the warm-up.
         weight_decay: of AdamW.
@@ -70,6 +72,7 @@ class TrainingOptions:
     accumulation_steps: int = 1
     seq_len: int | None = None
     learning_rate: float | None = None
+    lora_plus_ratio: float | None = None
     warmup_steps: int | None = None
     schedule: str = "linear"
     weight_decay: float = 0.0
@@ -102,6 +105,7 @@ class TrainingOptions:
                 raise UsageError(f"{name} is {value!r}, expected a whole number of at least {low}")
         for name, number in (
             ("learning_rate", self.learning_rate or 0.0),
+            ("lora_plus_ratio", self.lora_plus_ratio or 0.0),
             ("weight_decay", self.weight_decay),
             ("drift_weight", self.drift_weight or 0.0),
             ("max_grad_norm", self.max_grad_norm),
@@ -163,6 +167,11 @@ class TrainingOptions:
         if self.strategy not in exact:
             raise UsageError(
                 f"strategy is {self.strategy!r}, the bundle has {', '.join(exact) or 'none: export it again'}"
+            )
+        if not exact[self.strategy] and self.lora_plus_ratio is not None:
+            raise UsageError(
+                f"lora_plus_ratio is {self.lora_plus_ratio!r}, but {self.strategy} has one rate for all: "
+                "leave it out"
             )
         if not exact[self.strategy] and self.optimizer_state != "32bit":
             raise UsageError(

@@ -20,6 +20,7 @@ from ..options import TrainingOptions
 from ..state.buffers import TrainingState
 from .dropout import Dropout
 from .optimizer import AdamW, AdamWOptions
+from .rates import rate_factors
 
 FloatArray = npt.NDArray[np.float32]
 Batch: TypeAlias = Mapping[str, npt.NDArray[np.generic]]
@@ -66,7 +67,8 @@ class GradientDescent:
         self._drift: Drift | None = None
         with ExitStack() as opened:
             adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
-            self._optimizer = AdamW(bundle, state, adamw, OPTIMIZER_STATES[options.optimizer_state])
+            kept = OPTIMIZER_STATES[options.optimizer_state]
+            self._optimizer = AdamW(bundle, state, adamw, kept, rate_factors(state.parameters, options))
             opened.callback(self._optimizer.close)
             if has_drift_penalty(bundle.manifest):
                 weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight

@@ -1,8 +1,9 @@
 """AdamW and gradient clipping, driven chunk by chunk through the bundle's own graphs."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ class AdamW:
         state: the trained tensors.
         options: the constants.
         optimizer: what the state was made with.
+        factors: by name, what the rate is multiplied by for a tensor; 1 where it is not named.
     """
 
     def __init__(
@@ -42,8 +44,11 @@ class AdamW:
         state: TrainingState,
         options: AdamWOptions,
         optimizer: OptimizerState = OPTIMIZER_STATES["32bit"],
+        factors: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self._state = state
+        self._factors = factors
+        self._rate = 0.0
         self._options = options
         # One thread: a chunk fits the cache, and another pool would spin against the training graph's.
         self._adamw = GraphSession(bundle, optimizer.role, threads=1)
@@ -88,7 +93,7 @@ class AdamW:
             number: of the step, from 1.
             learning_rate: of the step.
         """
-        self._scalars["lr"][...] = learning_rate
+        self._rate = learning_rate
         self._scalars["step"][...] = number
         self._scalars["clip_coef"][...] = 1.0
         self._taken = 0.0
@@ -106,6 +111,18 @@ class AdamW:
 
     def _update(self, names: Collection[str] | None) -> None:
         """Update some parameters, or all."""
+        if not self._factors:
+            self._update_at(self._rate, names)
+            return
+        by_factor: dict[float, list[str]] = {}
+        for name in self._state.parameters if names is None else names:
+            by_factor.setdefault(self._factors.get(name, 1.0), []).append(name)
+        for factor, members in by_factor.items():
+            self._update_at(factor * self._rate, members)
+
+    def _update_at(self, rate: float, names: Collection[str] | None) -> None:
+        """Update some parameters, or all, with this rate."""
+        self._scalars["lr"][...] = rate
         buffers = self._state.buffers
         for start, stop in self._state.pieces(names):
             pieces = {

@@ -67,10 +67,17 @@ def padded(chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def torch_losses(model: torch.nn.Module, data: list[dict[str, Any]], steps: int = STEPS) -> list[float]:
-    """AdamW with warm-up, linear decay and clipping, as the transformers Trainer does it."""
+def torch_losses(
+    model: torch.nn.Module,
+    data: list[dict[str, Any]],
+    steps: int = STEPS,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[float]:
+    """AdamW, or another optimizer, with warm-up, linear decay and clipping, as the transformers Trainer does
+    it."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, WARMUP, steps)
     classes = np.array([record["label"] for record in data]) if "label" in data[0] else None
     train_on, _ = split(len(data), 0.1, SEED, classes=classes)
