@@ -158,11 +158,15 @@ def run(folder: Path, command: str, killed_at: int = _NEVER, disk: str | None = 
     return os.waitstatus_to_exitcode(status), int(counted or 0)
 
 
+_OF_ITS_RUN = ("adapt_report.json", "README.md")
+
+
 def contents(path: Path) -> dict[str, bytes]:
-    """Every file at or below a path by its name; of a report, which tells the time, only that it is there."""
+    """Every file at or below a path by its name; of a report and of the card made of it, which tell the time
+    and the memory, only that they are there."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path] * path.exists()
     return {
-        str(file.relative_to(path)): b"" if file.name == "adapt_report.json" else file.read_bytes()
+        str(file.relative_to(path)): b"" if file.name in _OF_ITS_RUN else file.read_bytes()
         for file in files
         if file.is_file()
     }

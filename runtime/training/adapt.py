@@ -27,6 +27,7 @@ from .head.remembered import FloatArray, write_features
 from .judging.candidates import Judging
 from .judging.evaluate import Evaluation, Sink, evaluate
 from .judging.verdict import Outcome, by_label, interval
+from .model_card import CARD_FILE, model_card
 from .options import TrainingOptions
 from .preparation import Prepared, prepare
 from .report import REPORT_FILE, AdaptReport, Candidate, HeldOut, MemoryReport, StepDown, read_report
@@ -299,6 +300,7 @@ class Update:
             write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
             write_features(folder, features)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
+            atomic_write(folder / CARD_FILE, model_card(report, prepared.adapter).encode())
 
     def _report(
         self, prepared: Prepared, outcome: Outcome, resumed_from_step: int, began_s: float

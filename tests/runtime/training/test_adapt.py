@@ -89,7 +89,7 @@ def test_an_update_is_kept_and_reported(classifier: Path, tmp_path: Path) -> Non
     assert [step.number for step in steps] == list(range(1, 31))
     assert [step.loss for step in steps] == report.losses
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
-    files = ["adapt_report.json", "adapter_config.json", "adapter_model.safetensors"]
+    files = ["README.md", "adapt_report.json", "adapter_config.json", "adapter_model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
     trained, start = load_adapter(tmp_path / "out"), tiny.adapter()
     assert trained.config == start.config
