@@ -17,10 +17,11 @@ from .errors import AdapterError
 from .files import atomic_folder, atomic_write
 from .foreign_adapters import foreign_format
 from .slots import PREFIX as PREFIX
-from .slots import WHOLE, Slot
-from .techniques import of_config
+from .slots import TRAINABLE_TOKENS, WHOLE, Slot
+from .techniques import of_config, technique
 from .techniques.base import PeftTechnique
 from .tensor_files import read_metadata, read_tensors, write_tensors
+from .token_rows import modules_with_rows
 
 StoredDtype: TypeAlias = Literal["float16", "float32"]
 """What tensors are written as; read are all floats, as float32."""
@@ -92,6 +93,17 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """Names of the modules that it is applied to, without PEFT's `base_model.model.` prefix."""
         return self.technique.modules(self.tensors)
+
+    @property
+    def placed(self) -> list[tuple[PeftTechnique, str]]:
+        """What it has something on: modules, each with the technique of its slot, which is the adapter's own,
+        or that of rows of the embedding which go with it."""
+        found = [(self.technique, module) for module in self.modules]
+        if self.technique.name == TRAINABLE_TOKENS:
+            return found
+        of_rows = technique(TRAINABLE_TOKENS)
+        assert isinstance(of_rows, PeftTechnique)
+        return [*found, *((of_rows, module) for module in modules_with_rows(self.tensors))]
 
     @property
     def saved_keys(self) -> tuple[str, ...]:
@@ -298,18 +310,21 @@ def fit(
     Raises:
         AdapterError: names the first module that does not fit, and what the base has there.
     """
-    technique = adapter.technique
-    by_module = {slot.module: slot for slot in slots if slot.technique == technique.name}
-    for module in adapter.modules:
+    places: dict[str, dict[str, Slot]] = {}
+    for place in slots:
+        places.setdefault(place.technique, {})[place.module] = place
+    for item, module in adapter.placed:
+        by_module = places.get(item.name, {})
         slot = by_module.get(module)
         if slot is None:
             known = ", ".join(list(by_module)[:3]) or "none"
             raise AdapterError(
-                f"{adapter.origin}: module {module} takes no {technique.title} in this bundle "
+                f"{adapter.origin}: module {module} takes no {item.title} in this bundle "
                 f"({len(by_module)} modules do: {known}{', …' if len(by_module) > 3 else ''}): the adapter "
                 "was made for another base, or the bundle was exported without that module as a target"
             )
-        technique.fit(slot, adapter)
+        item.fit(slot, adapter)
+    by_module = places.get(adapter.technique.name, {})
     if adapter.labels is not None and adapter.labels[: len(labels)] != tuple(labels):
         raise AdapterError(
             f"{adapter.origin}: knows the labels {', '.join(adapter.labels)}, this bundle {', '.join(labels)}"
@@ -318,7 +333,7 @@ def fit(
     for key in adapter.base_layer_keys:
         module = key[len(PREFIX) : key.index(BASE_LAYER)]
         slot, stored = by_module.get(module), adapter.tensors[key].shape
-        if slot is None or (len(stored) == 2 and technique.weight_shape(slot) not in (None, stored)):
+        if slot is None or (len(stored) == 2 and adapter.technique.weight_shape(slot) not in (None, stored)):
             raise AdapterError(
                 f"{adapter.origin}: module {module} was {list(stored)} where the adapter was trained: the "
                 "adapter was made for another base, or for one with its vocabulary resized"

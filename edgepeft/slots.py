@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 PREFIX = "base_model.model."
 """What PEFT's state-dict keys begin with, before the name of a module."""
 
-LORA, WHOLE = "lora", "whole"
-"""Techniques: a low-rank product beside a linear module, and a parameter that is replaced whole."""
+LORA, WHOLE, TRAINABLE_TOKENS = "lora", "whole", "trainable_tokens"
+"""Techniques: a low-rank product beside a linear module, a parameter that is replaced whole, and rows of the
+embedding of tokens, which a LoRA may have beside it."""
 
 LINEAR, PARAMETER, EMBEDDING, ATTENTION = "linear", "parameter", "embedding", "attention"
 """Sites: a linear module, a parameter of any module, the embedding of tokens, a layer's keys and values."""

@@ -19,6 +19,14 @@ from ..adapter_settings import check_rank, check_share, ranks_and_alphas
 from ..errors import AdapterError
 from ..initialization import check_initialization
 from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
+from ..token_rows import (
+    check_rows,
+    check_token_indices,
+    modules_with_rows,
+    owns_rows,
+    rows_from_file,
+    rows_to_file,
+)
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
 
 A, B, SCALING = "A", "B", "scaling"
@@ -31,7 +39,6 @@ _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "use_qalora": (False, None),
     "bias": ("none", None, "all", "lora_only"),
-    "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -81,6 +88,15 @@ class Lora(PeftTechnique):
     parts: ClassVar = {"lora_B": (B,)}
     by_row: ClassVar[Sequence[str]] = (SCALING,)
     bias_of_targets = "lora_only"
+
+    def owns(self, key: str) -> bool:
+        return super().owns(key) or owns_rows(key)
+
+    def from_file(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, FloatArray]:
+        return rows_from_file(config, tensors, origin)
+
+    def to_file(self, tensors: Tensors) -> dict[str, FloatArray]:
+        return rows_to_file(tensors, of_lora=True)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         return not config.get("use_dora")
@@ -192,15 +208,17 @@ class Lora(PeftTechnique):
                     f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
                 )
         check_initialization(config, origin)
+        check_token_indices(config, origin)
         check_share(config, "lora_dropout", origin)
         check_rank(config, "lora_alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        check_rows(config, tensors, origin)
         for key, tensor in tensors.items():
             for part, meaning in _REFUSED_KEYS.items():
                 if part in key:
                     raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
-            if not self.owns(key):
+            if not key.endswith(self.suffixes):
                 continue
             stem, mine = key[: -len(_A)], key[-len(_A) :]
             other = tensors.get(stem + (_B if mine == _A else _A))
@@ -239,8 +257,8 @@ class Lora(PeftTechnique):
             )
 
     def has_effect(self, adapter: Held) -> bool:
-        """A B that is not all zeros, and whose scaling is not zero."""
-        return any(
+        """A B that is not all zeros, and whose scaling is not zero; or rows of the embedding."""
+        return bool(modules_with_rows(adapter.tensors)) or any(
             bool(adapter.tensors[f"{PREFIX}{module}{_B}"].any()) and adapter.scaling(module) != 0.0
             for module in self.modules(adapter.tensors)
         )

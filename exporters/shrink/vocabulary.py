@@ -121,7 +121,7 @@ def _check(source: Source, adapters: Mapping[str, Adapter]) -> None:
     for adapter in adapters.values():
         stored = (*adapter.saved_keys, *adapter.base_layer_keys)
         changed = {key.removeprefix(PREFIX).replace(BASE_LAYER, ".").rpartition(".")[0] for key in stored}
-        if both := sorted(tables & {*changed, *adapter.modules}):
+        if both := sorted(tables & {*changed, *(module for _, module in adapter.placed)}):
             raise AdapterError(
                 f"{adapter.origin}: changes {both[0]}, which has a row for every token, and was made for all "
                 f"{token_rows(source.model)} of them: leave --keep-vocabulary out, or train one without it"

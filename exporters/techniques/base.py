@@ -151,10 +151,15 @@ def in_columns(graph: ir.Graph, value: ir.Value, first: int, output: ir.Value, f
     return append(graph, "Pad", [value, pads, filled, last], shape=[*list(value.shape)[:-1], width])
 
 
+def size_axis(graph: ir.Graph) -> str:
+    """A name for an axis that an adapter chooses the size of, which the graph does not have yet."""
+    axes = {str(dim) for value in graph.inputs for dim in value.shape or ()}
+    return f"{SIZE_AXIS}{sum(axis.startswith(SIZE_AXIS) for axis in axes)}"
+
+
 def slot_inputs(graph: ir.Graph, slot: Slot) -> list[ir.Value]:
     """A slot's tensors as inputs of the graph; what an adapter chooses the size of is an axis of its own."""
-    axes = {str(dim) for value in graph.inputs for dim in value.shape or ()}
-    own = f"{SIZE_AXIS}{sum(axis.startswith(SIZE_AXIS) for axis in axes)}"
+    own = size_axis(graph)
     return [
         graph_input(graph, tensor.input, [own if dim == SIZE else dim for dim in tensor.shape])
         for tensor in slot.tensors

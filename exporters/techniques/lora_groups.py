@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx_ir as ir
 
 from edgepeft.bundle.wiring import GroupedSlot, LoraGroup
-from edgepeft.slots import SIZE_AXIS
 
 from ..graph import append, graph_input, put_behind, take_place
 from ..passes.weights.linears import Linear, with_bias
 from ..passes.weights.side_by_side import Place
+from .base import size_axis
 
 
 def insert_lora_groups(
@@ -48,7 +48,7 @@ def _insert(
     in_features, out_features = x.shape[-1], output.shape[-1]
     assert isinstance(in_features, int)
     assert isinstance(out_features, int)
-    rank = f"{SIZE_AXIS}{index}"
+    rank = size_axis(graph)
     group = LoraGroup(tuple(slots), in_features, out_features, f"lora.{index}.A", f"lora.{index}.B")
     lora_a = graph_input(graph, group.a_input, [in_features, rank])
     lora_b = graph_input(graph, group.b_input, [rank, out_features])

@@ -36,9 +36,10 @@ class Adapters:
         """
         found: dict[str, dict[str, Settings]] = {}
         for adapter in self.loaded.values():
-            of_technique = found.setdefault(adapter.technique.name, {})
-            for module in adapter.modules:
-                settings = adapter.technique.settings(adapter, module)
+            found.setdefault(adapter.technique.name, {})
+            for technique, module in adapter.placed:
+                of_technique = found.setdefault(technique.name, {})
+                settings = technique.settings(adapter, module)
                 if of_technique.setdefault(module, settings) != settings:
                     raise AdapterError(
                         f"{adapter.origin}: module {module} needs a slot with {dict(settings)}, another "

@@ -34,7 +34,7 @@ def workload(
     return Workload(
         rows=rows,
         seq_len=seq_len + count_virtual(adapter),
-        rank=max((adapter.rank(module) for module in adapter.modules), default=0),
+        rank=max((own.rank(adapter.tensors, module) for own, module in adapter.placed), default=0),
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),
         gradient_bytes=4 if options.accumulation_steps == 1 else 8,

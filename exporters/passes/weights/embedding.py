@@ -1,5 +1,6 @@
 """The embedding of tokens: where a graph looks up what `input_ids` name."""
 
+import ast
 from typing import NamedTuple
 
 import onnx_ir as ir
@@ -63,6 +64,12 @@ def looked_up_by(indices: ir.Value) -> ir.Value:
         return indices
     otherwise = constant_value(node.inputs[1])
     return node.inputs[2] if otherwise is not None and not otherwise.any() else indices
+
+
+def scopes(node: ir.Node) -> list[str]:
+    """Names of the modules that the node is in."""
+    found = ast.literal_eval(node.metadata_props.get(_SCOPES) or "[]")
+    return [str(name) for name in found]
 
 
 def _scope(node: ir.Node) -> str:

@@ -49,7 +49,6 @@ REFUSED = {
     "SHIRA": "sparse changes of the base's weight: not built yet",
     "SUPERTUNING": "not built yet",
     "TINYLORA": "not built yet",
-    "TRAINABLE_TOKENS": "rows of the embedding: not built yet",
     "UNILORA": "not built yet",
     "VBLORA": "a bank of vectors that all layers choose from: not built yet",
     "WAVEFT": "not built yet",

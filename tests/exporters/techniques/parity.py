@@ -39,6 +39,7 @@ NORMS = {
     "bert": ["LayerNorm"],
     "vit": ["layernorm_before", "layernorm_after", "layernorm"],
 }
+_EMBEDDINGS = {"llama": "embed_tokens", "bert": "word_embeddings"}
 _HEADS = {"bert": ["classifier"], "vit": ["classifier"]}
 
 
@@ -73,6 +74,8 @@ def _drawn_vera(family: str) -> peft.PeftConfig:
         return peft.VeraConfig(**options(family), r=6, save_projection=False, projection_prng_key=7)
 
 
+TOKENS = list(range(1, models.SIZES["vocab_size"], 5))
+
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
     "lora, bias all": Method(
@@ -82,6 +85,22 @@ METHODS: Mapping[str, Method] = {
         "LoRA with the biases of its targets",
         lambda family: peft.LoraConfig(**options(family), r=4, bias="lora_only"),
         ("bert", "vit"),
+    ),
+    "lora, tokens": Method(
+        "LoRA and trainable tokens",
+        lambda family: peft.LoraConfig(
+            **options(family), r=4, trainable_token_indices={_EMBEDDINGS[family]: TOKENS}
+        ),
+        ("llama", "bert"),
+    ),
+    "trainable_tokens": Method(
+        "Trainable tokens",
+        lambda family: peft.TrainableTokensConfig(
+            target_modules=[_EMBEDDINGS[family]],
+            token_indices=TOKENS,
+            task_type=TASK_TYPES[family],
+        ),
+        ("llama", "bert"),
     ),
     "dora": Method(
         "DoRA", lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, use_dora=True)
