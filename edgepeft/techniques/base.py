@@ -153,6 +153,8 @@ class PeftTechnique(Technique):
     """When an adapter's tensors change nothing, in a message."""
     bias_of_targets: ClassVar[str | None] = None
     """PEFT's option `bias` where the target modules' own biases train too; None: there is no such option."""
+    saves_modules: ClassVar[bool] = True
+    """Whether PEFT's configuration of the type has the option `modules_to_save`."""
     suffixes: ClassVar[tuple[str, ...]]
     """What follows the module's name in the key of each tensor."""
     shared: ClassVar[tuple[str, ...]] = ()

@@ -52,12 +52,18 @@ def new_slot(module: str, width: int) -> Slot:
     )
 
 
+def replaced_tokens(slot: Slot, values: Tensors) -> list[int]:
+    """The tokens whose rows are replaced by the values that a slot is fed."""
+    return [int(token) for token in values[slot.input(TOKENS)]]
+
+
 class TrainableTokens(PeftTechnique):
     """See the module."""
 
     name, title, peft_type = TRAINABLE_TOKENS, "trainable tokens", "TRAINABLE_TOKENS"
     inert = "it replaces no rows"
     apart = "has one embedding for all rows of a batch, so these cannot differ in it"
+    saves_modules = False
     suffixes: ClassVar[tuple[str, ...]] = (ROWS,)
 
     def problem(self, slot: Slot) -> str | None:
@@ -87,10 +93,10 @@ class TrainableTokens(PeftTechnique):
 
     def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
         del origin
-        return {
-            OPTION: [int(token) for slot, tensors in values for token in tensors[slot.input(TOKENS)]],
-            "init_weights": True,
-        }
+        found: dict[str, Any] = {"init_weights": True, OPTION: []}
+        for slot, tensors in values:  # one; PEFT warns of a list with what another layer is tied to
+            found |= {OPTION: replaced_tokens(slot, tensors), "target_modules": slot.module}
+        return found
 
     def mixed(
         self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight

@@ -1,5 +1,6 @@
 """What both sides of a verification are given: random rows, padded on either side, and their labels."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,17 @@ def sample_batch(bundle: Bundle, source: ModelSource) -> Arrays:
         if "token_type_ids" in specs:
             batch["token_type_ids"] = rng.integers(0, 2, ids.shape) * mask
     return {**batch, **_sample_labels(manifest, batch, rng)}
+
+
+def with_tokens(batch: Arrays, tokens: Sequence[int]) -> Arrays:
+    """The batch with these tokens, as many as there is room for, in the place of every other one that counts:
+    an adapter which replaces their rows has an effect then."""
+    if not tokens or "input_ids" not in batch:
+        return batch
+    ids = batch["input_ids"].copy()
+    places = np.flatnonzero(batch["attention_mask"])[::2]
+    ids.reshape(-1)[places] = np.resize(tokens, len(places))
+    return {**batch, "input_ids": ids}
 
 
 def _sample_tokens(

@@ -22,6 +22,7 @@ from edgepeft.runtime.inputs import BASE_LOGITS, DRIFT_WEIGHT, IGNORED_LABEL, ha
 from edgepeft.runtime.key_value_cache import cache_specs
 from edgepeft.runtime.memory.process import release_freed_memory
 from edgepeft.runtime.session import GraphSession
+from edgepeft.token_rows import token_indices
 
 from ..options import STARTING_ADAPTER
 from ..sources.last_token import lacks_pad
@@ -35,6 +36,7 @@ from .batch import (
     sample_batch,
     stirred,
     unpadded,
+    with_tokens,
 )
 from .decoder import GROWN, verify_decoder, verify_growth
 from .generation import verify_generation
@@ -85,7 +87,9 @@ def verify_against_pytorch(
     weights.reset()  # PEFT writes into them, and they may be in the memory of somebody's model
     release_freed_memory()  # of the model's own weights, which malloc keeps
     source.model.config.use_cache = False
-    batch = sample_batch(bundle, source)
+    configs = (load_adapter(folder / "adapters" / name).config for name in adapters)
+    replaced = {token for config in configs for token in token_indices(config) or ()}
+    batch = with_tokens(sample_batch(bundle, source), sorted(replaced))
     check = _Check(bundle, source, batch)
     check.outputs("no adapter", None, source.model)
     check.full_length()

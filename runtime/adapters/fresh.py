@@ -41,11 +41,12 @@ def peft_config(manifest: Manifest, technique: PeftTechnique, slots: Iterable[Sl
     config = {
         "base_model_name_or_path": manifest.model.name,
         "inference_mode": True,
-        "modules_to_save": sorted(saved) or None,
         "peft_type": technique.peft_type,
         "target_modules": targets or NO_TARGETS,
         "task_type": TASK_TYPES.get(manifest.task),
     }
+    if technique.saves_modules:
+        config["modules_to_save"] = sorted(saved) or None
     if technique.bias_of_targets is None:
         return config
     option = "all" if set(trained) - set(targets) else technique.bias_of_targets

@@ -22,9 +22,11 @@ from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError
 from edgepeft.files import atomic_path
-from edgepeft.slots import SIZE, Slot
+from edgepeft.slots import LORA, SIZE, TRAINABLE_TOKENS, Slot
 from edgepeft.techniques import of_slot, peft_slots
 from edgepeft.techniques.base import FloatArray, PeftTechnique
+from edgepeft.techniques.trainable_tokens import replaced_tokens
+from edgepeft.token_rows import OPTION_OF_LORA
 
 from ..session import ORT_ERRORS, one_line
 from .fresh import fresh_technique, peft_config
@@ -78,13 +80,22 @@ def read_onnx_adapter(bundle: Bundle, path: Path) -> Adapter:
     technique = _technique(manifest, [slot for slot, _ in kept], path)
     own = [(slot, values) for slot, values in kept if slot.technique == technique.name]
     config = peft_config(manifest, technique, [slot for slot, _ in kept])
+    config |= technique.config_of(own, str(path))
+    if technique.name != TRAINABLE_TOKENS:
+        rows = [(slot, values) for slot, values in kept if slot.technique == TRAINABLE_TOKENS]
+        config |= {
+            OPTION_OF_LORA: {slot.module: replaced_tokens(slot, values) for slot, values in rows} or None
+        }
     tensors = to_peft_layout(bundle, {name: array for _, values in kept for name, array in values.items()})
-    return Adapter(config | technique.config_of(own, str(path)), tensors, str(path))
+    return Adapter(config, tensors, str(path))
 
 
 def _technique(manifest: Manifest, slots: Sequence[Slot], path: Path) -> PeftTechnique:
     """The technique of an adapter with something in these slots."""
-    found = list({item.name: item for _, item in peft_slots(slots)}.values())
+    by_name = {item.name: item for _, item in peft_slots(slots)}
+    found = list(by_name.values())
+    if TRAINABLE_TOKENS in by_name and found[0].peft_type == LORA.upper():  # which may have rows beside it
+        found = [item for item in found if item.name != TRAINABLE_TOKENS]
     if len(found) > 1:
         raise AdapterError(
             f"{path}: is {found[0].title} and {found[1].title} at once, which PEFT's format cannot hold"
