@@ -76,7 +76,7 @@ def build_forward(
     offered = {
         name: item for name, item in linears.items() if name in named or not f"{name}.".startswith(whole)
     }
-    base = BaseGraph(graph, weights, traced.weights, offered, traced.turned)
+    base = BaseGraph(graph, weights, traced.weights, offered, traced.turned, traced.lookups)
     asked = {WHOLE: plain_slots(modules_to_save), **wanted}
     sites = find_sites(base, asked)
     if modules is None and not any(sites.values()):

@@ -17,7 +17,7 @@ from edgepeft.techniques.base import Settings
 from ..graph import append, graph_input, initializer, put_behind
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select
-from ..sources.base import ModelSource
+from ..sources.base import Lookup, ModelSource
 from ..sources.model_info import default_targets
 
 #: Of a method's slots, where no adapter at hand and no option says.
@@ -35,6 +35,7 @@ class BaseGraph:
         tensors: the values of the weights, by name.
         linears: the linear modules by name.
         turned: weights that the trace has transposed.
+        lookups: embeddings, where PyTorch says more of them than the graph.
     """
 
     graph: ir.Graph
@@ -42,6 +43,7 @@ class BaseGraph:
     tensors: Mapping[str, torch.Tensor]
     linears: dict[str, Linear] = field(default_factory=dict)
     turned: Collection[str] = ()
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)
 
 
 class GraphTechnique(abc.ABC, Generic[Site]):

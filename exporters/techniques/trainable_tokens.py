@@ -19,7 +19,7 @@ from edgepeft.slots import EMBEDDING, TRAINABLE_TOKENS, Slot
 from edgepeft.techniques import trainable_tokens
 from edgepeft.techniques.base import Settings
 
-from ..graph import FLOAT, Shape, append, initializer, put_behind
+from ..graph import FLOAT, Shape, append, detach, initializer, put_behind
 from ..options import ExportOptions
 from ..passes.weights.embedding import Embedding, find_embedding, scopes
 from ..passes.weights.linears import linear_products
@@ -70,7 +70,8 @@ class TrainableTokens(GraphTechnique[tuple[str, Embedding]]):
         for module, embedding in sites:
             slot = trainable_tokens.new_slot(module, embedding.width)
             rows, tokens = slot_inputs(base.graph, slot)
-            _look_up(base.graph, embedding, rows, tokens)
+            padding_idx = base.lookups[module].padding_idx if module in base.lookups else None
+            _look_up(base.graph, embedding, rows, tokens, padding_idx)
             for node, x in linear_products(embedding.table):
                 _multiply(base.graph, embedding, node.outputs[0], x, rows, tokens)
             slots.append(slot)
@@ -80,8 +81,11 @@ class TrainableTokens(GraphTechnique[tuple[str, Embedding]]):
 GRAPH_TECHNIQUE = TrainableTokens()
 
 
-def _look_up(graph: ir.Graph, embedding: Embedding, rows: ir.Value, tokens: ir.Value) -> None:
-    """In front of whatever the module does with what it has looked up: some scale it."""
+def _look_up(
+    graph: ir.Graph, embedding: Embedding, rows: ir.Value, tokens: ir.Value, padding_idx: int | None
+) -> None:
+    """In front of whatever the module does with what it has looked up: some scale it. As PyTorch has it, a
+    row that is looked up as padding gets no gradient from that."""
     ids, output = embedding.lookup.inputs[1], embedding.lookup.outputs[0]
     assert ids is not None
     assert ids.shape is not None
@@ -94,6 +98,11 @@ def _look_up(graph: ir.Graph, embedding: Embedding, rows: ir.Value, tokens: ir.V
     equal = append(graph, "Equal", [column, tokens], shape=[*lead, count], dtype=_BOOL)
     chosen = append(graph, "Cast", [equal], {"to": int(FLOAT)}, shape=[*lead, count])
     replaced = append(graph, "MatMul", [chosen, rows], shape=[*lead, embedding.width])
+    if padding_idx is not None:
+        token = initializer(graph, f"float32_{padding_idx}", np.array(padding_idx, np.float32))
+        pads = append(graph, "Equal", [column, token], shape=[*lead, 1], dtype=_BOOL)
+        constant = detach(append(graph, "Identity", [replaced], shape=replaced.shape))
+        replaced = append(graph, "Where", [pads, constant, replaced], shape=replaced.shape)
     put_behind(graph, output, "Add", replaced)
     put_behind(graph, output, "Mul", _kept(graph, chosen, last, [*lead, 1]))
 

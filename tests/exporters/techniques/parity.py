@@ -74,7 +74,7 @@ def _drawn_vera(family: str) -> peft.PeftConfig:
         return peft.VeraConfig(**options(family), r=6, save_projection=False, projection_prng_key=7)
 
 
-TOKENS = list(range(1, models.SIZES["vocab_size"], 5))
+TOKENS = list(range(0, models.SIZES["vocab_size"], 5))
 
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),

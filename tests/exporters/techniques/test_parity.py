@@ -196,16 +196,19 @@ def test_every_strategy_learns_the_same_from_a_fresh_one(
     path = step_by_step(root / "b", tmp_path / "b")
     name = load_adapter(root / "a").technique.name
     begins = {"adapter": "a"} if name == "trainable_tokens" else {"method": name}
-    reports = {
-        strategy: adapted(
-            *(path, tmp_path / strategy, family, 24),
-            **begins, strategy=strategy, learning_rate=1e-2, max_grad_norm=0.0,
-        )
-        for strategy in ("resident", "checkpointed", "streamed")
-    }  # fmt: skip
-    assert all(report.strategy.startswith(name) for name, report in reports.items())
-    losses = [report.losses for report in reports.values()]
+    reports: dict[str, Any] = {}
+    for strategy in ("resident", "checkpointed", "streamed"):
+        options = {**begins, "strategy": strategy, "learning_rate": 1e-2, "max_grad_norm": 0.0}
+        try:
+            reports[strategy] = adapted(path, tmp_path / strategy, family, 24, **options).to_dict()
+        except UpdateRejectedError as error:
+            reports[strategy] = error.report
+    assert all(report["strategy"].startswith(name) for name, report in reports.items())
+    losses = [report["losses"] for report in reports.values()]
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=2e-3)
+    if reports["streamed"]["decision"] == "rejected":
+        assert (name, family) == ("trainable_tokens", "bert"), "any other learns something"
+        return
     reopened = parity.in_torch(family, root / "b", tmp_path / "streamed")
     with edgepeft.load(root / "b") as device:
         assert parity.difference(device, family, tmp_path / "streamed", reopened) <= 1e-4

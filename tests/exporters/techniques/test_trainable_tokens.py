@@ -20,7 +20,7 @@ from .. import models
 
 
 def gemma() -> Any:
-    """Scales what it has looked up; the output layer is tied."""
+    """Scales what it has looked up, of which token 0 is padding; the output layer is tied."""
     torch.manual_seed(0)
     config = transformers.GemmaConfig(
         **models.SIZES, num_key_value_heads=2, head_dim=16, max_position_embeddings=64, initializer_range=0.2
@@ -65,7 +65,7 @@ def test_slots_without_an_adapter_at_hand_take_one_later(tmp_path: Path) -> None
         assert differs(device, path, expected) <= 1e-4
 
 
-SOME, OTHERS, MORE = [3, 7, 44, 300], [5, 9], list(range(100, 200))
+SOME, OTHERS, MORE = [0, 3, 7, 44, 300], [5, 9], list(range(100, 200))
 
 
 @pytest.mark.parametrize("make", [gemma, lambda: models.llama(tied=False), lambda: models.llama(tied=True)])
@@ -166,9 +166,9 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     file = path / "adapter_config.json"
     settings = json.loads(file.read_text())
     for tokens, message in (
-        ([3, 3, 44, 300], "expected different tokens"),
-        ([3, -1, 44, 300], "expected different tokens"),
-        ([3, 7], r"are \[4, 64\], its configuration names 2 tokens"),
+        ([0, 3, 3, 44, 300], "expected different tokens"),
+        ([0, 3, -1, 44, 300], "expected different tokens"),
+        ([3, 7], r"are \[5, 64\], its configuration names 2 tokens"),
     ):
         file.write_text(json.dumps(settings | {"token_indices": tokens}))
         with pytest.raises(AdapterError, match=message):
