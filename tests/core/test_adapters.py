@@ -129,7 +129,6 @@ def test_half_precision_is_read_as_float32(tmp_path: Path, dtype: torch.dtype) -
     [
         ({"lora_bias": True}, "lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"target_modules": ["query", "word_embeddings"]}, "a LoRA on an embedding"),
     ],
 )

@@ -77,6 +77,7 @@ def difference(bundle: Path, adapter: str | None, expected: torch.Tensor) -> flo
     ("family", "options"),
     [
         ("llama", {"init_lora_weights": "pissa"}),
+        ("llama", {"init_lora_weights": "pissa", "use_dora": True}),
         ("llama", {"init_lora_weights": "olora", "rank_pattern": {"v_proj": 2}}),
         ("bert", {"init_lora_weights": "pissa", "modules_to_save": ["classifier"]}),
         ("gpt2", {"init_lora_weights": "pissa", "use_rslora": True, "alpha_pattern": {"c_fc": 3}}),
