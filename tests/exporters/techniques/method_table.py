@@ -18,7 +18,6 @@ PATH = Path(__file__).parents[3] / "docs" / "methods.md"
 
 #: Of every type of PEFT's that has no technique here: why an adapter of it is refused.
 REFUSED = {
-    "ADALORA": "a term of its loss and a scheduler of its ranks: not built yet",
     "ADAMSS": "not built yet",
     "ADAPTION_PROMPT": "adds attention over tokens of its own inside layers: not built yet",
     "BEFT": "not built yet",
