@@ -15,7 +15,7 @@ Source: arXiv 2303.10512; `peft.tuners.adalora`.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -57,6 +57,7 @@ def setting(config: Mapping[str, Any], name: str) -> Any:
 def new_slot(module: str, in_features: int, out_features: int, activation_axes: int) -> Slot:
     """A slot on a linear module `[in_features] -> [out_features]`; see `Slot` for its axes."""
     plain = lora.new_slot(module, in_features, out_features, activation_axes)
+    shapes: dict[str, tuple[int | str, ...]]
     shapes = {A: (in_features, SIZE), E: (1, SIZE), B: (SIZE, out_features)}
     stored = []
     for name, shape in shapes.items():
@@ -76,7 +77,7 @@ class AdaLora(lora.Lora):
     name, title, peft_type = NAME, "AdaLoRA", "ADALORA"
     inert = "every lora_E is zero"
     suffixes = tuple(_SUFFIXES.values())
-    parts: Mapping[str, Sequence[str]] = {}
+    parts: ClassVar = {}
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         return PeftTechnique.is_of(self, config)
@@ -89,13 +90,16 @@ class AdaLora(lora.Lora):
             return f"has tensors of shapes {list(shapes.values())}, which are no AdaLoRA's"
         return difference(slot, new_slot(slot.module, whole[0], whole[1], slot.activation_axes))
 
+    def first_size(self, size: int) -> int:
+        return math.ceil(_INITIAL_BY_TARGET * size)
+
     def fresh(
         self, slot: Slot, size: int, rng: np.random.Generator, read_weight: ReadWeight
     ) -> dict[str, FloatArray]:
-        """As PEFT: A and B normal, E zero, of the rank that leaves `size` in the end."""
+        """As PEFT: A and B normal, E zero."""
         del read_weight
         in_features, out_features = lora.features(slot)
-        rank = _initial(size)
+        rank = self.first_size(size)
         shapes = {A: (rank, in_features), B: (out_features, rank)}
         drawn = {
             slot.input(name): (_DEVIATION * rng.standard_normal(shape)).astype(np.float32)
@@ -106,7 +110,7 @@ class AdaLora(lora.Lora):
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         """With `size` for `target_r` and alpha = 2 `init_r`; the number of steps decides the schedule."""
         del slots
-        rank = _initial(size)
+        rank = self.first_size(size)
         return {
             **DEFAULTS,
             "init_lora_weights": True,
@@ -120,7 +124,7 @@ class AdaLora(lora.Lora):
     def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
         """With the largest rank as `init_r`, of which others have what their pattern says."""
         factors = {slot.module: item[slot.input(SCALING)] for slot, item in values}
-        scalings = {float(factor) for own in factors.values() for factor in own}
+        scalings = sorted({float(factor) for own in factors.values() for factor in own})
         if len(scalings) > 1:
             raise AdapterError(
                 f"{origin}: its scaling differs between ranks, so it is a mixture, which PEFT's format "
@@ -136,7 +140,7 @@ class AdaLora(lora.Lora):
         return self.fresh_config(rank, ()) | {
             "init_r": rank,
             "target_r": rank,
-            "lora_alpha": _alpha(*scalings, rank) if scalings else 1,
+            "lora_alpha": _alpha(scalings[0], rank) if scalings else 1,
             "rank_pattern": patterns or None,
         }
 
@@ -207,10 +211,6 @@ class AdaLora(lora.Lora):
 
 
 TECHNIQUE = AdaLora()
-
-
-def _initial(target: int) -> int:
-    return math.ceil(_INITIAL_BY_TARGET * target)
 
 
 def _divisor(rank: int) -> float:

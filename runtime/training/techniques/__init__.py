@@ -22,6 +22,5 @@ def steps_of(adapter: Adapter, names: Iterable[str]) -> type[Steps]:
     technique = adapter.technique
     if technique.name not in MODULES or not any(map(technique.owns, names)):
         return Steps
-    found = importlib.import_module(MODULES[technique.name]).STEPS
-    assert issubclass(found, Steps)
+    found: type[Steps] = importlib.import_module(MODULES[technique.name]).STEPS
     return found

@@ -10,7 +10,7 @@
   from `init_r` to `target_r` a module with the cube of the share of these steps that is still to come. Ranks
   may come back until the last of them; then they are chosen for good.
 
-Steps count from 1, so that the budget is reached with `tfinal = 0`, too. Where scores are equal, the first
+Steps count from 1, so that the last allocation takes place with `tfinal = 0`, too. Where scores are equal, the first
 ranks go, and never more than the budget asks for: PEFT drops all that equal the last.
 
 Source: arXiv 2303.10512, sections 3.1 to 3.3; `peft.tuners.adalora`.
@@ -105,13 +105,13 @@ class AdaLoraSteps(Steps):
                 continue
             factor = self._state.parameters[name]
             by_rows = self._factors[name] == B
-            distance = factor @ factor.T if by_rows else factor.T @ factor
+            distance: FloatArray = factor @ factor.T if by_rows else factor.T @ factor
             distance -= np.eye(len(distance), dtype=np.float32)
             norm = float(np.linalg.norm(distance))
             total += norm
             if norm and weight:
                 distance *= np.float32(2 * weight / norm)
-                gradient = distance @ factor if by_rows else factor @ distance
+                gradient: FloatArray = distance @ factor if by_rows else factor @ distance
                 self._state.put_gradient(name, gradient, add=True)
         return float(weight * total)
 
