@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 
 from edgepeft.adapters import Adapter, load_adapter

@@ -10,8 +10,8 @@
   from `init_r` to `target_r` a module with the cube of the share of these steps that is still to come. Ranks
   may come back until the last of them; then they are chosen for good.
 
-Steps count from 1, so that the last allocation takes place with `tfinal = 0`, too. Where scores are equal, the first
-ranks go, and never more than the budget asks for: PEFT drops all that equal the last.
+Steps count from 1, so that the last allocation takes place with `tfinal = 0`, too. Where scores are equal,
+the first ranks go, and never more than the budget asks for: PEFT drops all that equal the last.
 
 Source: arXiv 2303.10512, sections 3.1 to 3.3; `peft.tuners.adalora`.
 """
