@@ -173,7 +173,7 @@ class AdaLora(lora.Lora):
             raise AdapterError(f"{origin}: rank_pattern is {patterns!r}, expected an object")
         rank = setting(config, "init_r")
         for key, mask in (patterns or {}).items():
-            if not isinstance(mask, list) or [type(kept) for kept in mask] != [bool] * rank:
+            if not isinstance(mask, list) or len(mask) != rank or {*map(type, mask)} - {bool}:
                 raise AdapterError(
                     f"{origin}: rank_pattern[{key!r}] is {_short(mask)}, expected {rank} times (init_r) true "
                     "or false"

@@ -13,7 +13,7 @@ import torch
 from peft.tuners.adalora.layer import RankAllocator
 
 import edgepeft
-from edgepeft.adapters import Adapter, load_adapter
+from edgepeft.adapters import Adapter, load_adapter, save_adapter
 from edgepeft.bundle.reader import open_bundle
 from edgepeft.errors import AdapterError, UpdateRejectedError, UsageError
 from edgepeft.runtime.adapters.onnx_adapter import read_onnx_adapter, write_onnx_adapter
@@ -264,6 +264,22 @@ def test_a_killed_run_goes_on_bit_for_bit(
     assert configs[0] == configs[1]
 
 
+def test_averages_move_to_a_file_with_the_state(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update that steps down, to the last plan that there is, shares its ranks out alike."""
+    options = {"method": "adalora", "rank": 4, "learning_rate": 1e-2, "max_grad_norm": 0.0}
+    path = step_by_step(bundle / "b", tmp_path / "b")
+    kept = update(path, tmp_path / "kept", 40, strategy="resident", **options)
+    monkeypatch.setattr("edgepeft.runtime.training.adapt.NEAR", 0.0)
+    moved = update(path, tmp_path / "moved", 40, **options)
+    ways = [change.after for change in moved.stepped_down]
+    assert ways[-1].startswith("streamed, state in a file, updated stage by stage")
+    assert moved.stepped_down[-1].step < 40 // 2
+    np.testing.assert_allclose(moved.losses, kept.losses, rtol=1e-4)
+    assert ranks(load_adapter(tmp_path / "moved")) == ranks(load_adapter(tmp_path / "kept"))
+
+
 def test_what_has_its_budget_keeps_its_ranks(bundle: Path, tmp_path: Path) -> None:
     """A second update of a finished adapter; its configuration stays, and PEFT opens it."""
     path = step_by_step(bundle / "b", tmp_path / "b")
@@ -341,6 +357,10 @@ def test_onnxruntimes_format_loses_nothing(bundle: Path, tmp_path: Path, method:
         assert np.float32(back.scaling(module)) == np.float32(original.scaling(module))
     assert {key for key, value in original.tensors.items() if value.size} == back.tensors.keys()
     assert all(np.array_equal(back.tensors[key], original.tensors[key]) for key in back.tensors)
+    save_adapter(back, tmp_path / "back")
+    reopened = parity.in_torch("llama", bundle / "b", tmp_path / "back")
+    with edgepeft.load(bundle / "b") as device:
+        assert parity.difference(device, "llama", original.origin, reopened) <= 1e-4
 
 
 @pytest.mark.parametrize(
@@ -353,6 +373,7 @@ def test_onnxruntimes_format_loses_nothing(bundle: Path, tmp_path: Path, method:
         ({"init_r": 7}, "the configuration gives it rank 7"),
         ({"rank_pattern": [1]}, r"rank_pattern is \[1\], expected an object"),
         ({"rank_pattern": {"first.lora_E": [True]}}, r"expected 6 times \(init_r\) true or false"),
+        ({"rank_pattern": {"first.lora_E": [1] * 6}}, r"expected 6 times \(init_r\) true or false"),
         (
             {"rank_pattern": {"first.lora_E": [True, False] * 3}},
             r"first: lora_A, lora_B and lora_E are .* rank 3",
