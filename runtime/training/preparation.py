@@ -32,7 +32,7 @@ from .starting import starting_adapter, trained_names, with_labels
 from .state.buffers import TrainingState
 from .state.checkpoint import Progress, checkpoint_path, load_checkpoint
 from .state.fingerprint import fingerprint
-from .techniques import steps_of
+from .techniques import steps_that_train
 from .techniques.base import Steps
 from .workload import own_tokens, workload
 
@@ -125,7 +125,7 @@ def prepare(
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on))
         total_steps = _total_steps(bundle, task, options, len(train_on))
-    steps = steps_of(adapter, names)
+    steps = steps_that_train(adapter, names)
     if total_steps:
         adapter = steps.prepared(adapter, names, total_steps, fresh=options.starts_fresh)
     rows = min(options.batch_size, count) * task.rows_per_record

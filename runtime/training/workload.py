@@ -8,7 +8,7 @@ from edgepeft.virtual_tokens import count_virtual
 
 from ..memory.plan import Workload
 from .options import TrainingOptions
-from .techniques import steps_of
+from .techniques import steps_that_train
 
 
 def own_tokens(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> int:
@@ -32,7 +32,7 @@ def workload(
 ) -> Workload:
     """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on, its
     virtual tokens in front."""
-    of_technique = steps_of(adapter, names)
+    of_technique = steps_that_train(adapter, names)
     return Workload(
         rows=rows,
         seq_len=seq_len + count_virtual(adapter),

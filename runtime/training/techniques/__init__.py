@@ -17,10 +17,14 @@ MODULES = {
 """Of every such technique, by its name, the module that has it."""
 
 
-def steps_of(adapter: Adapter, names: Iterable[str]) -> type[Steps]:
-    """What the adapter's technique does in steps that train these tensors of it."""
-    technique = adapter.technique
-    if technique.name not in MODULES or not any(map(technique.owns, names)):
+def steps_of(technique: str) -> type[Steps]:
+    """What the technique of a name does in steps."""
+    if technique not in MODULES:
         return Steps
-    found: type[Steps] = importlib.import_module(MODULES[technique.name]).STEPS
+    found: type[Steps] = importlib.import_module(MODULES[technique]).STEPS
     return found
+
+
+def steps_that_train(adapter: Adapter, names: Iterable[str]) -> type[Steps]:
+    """What the adapter's technique does in steps that train these tensors of it."""
+    return steps_of(adapter.technique.name) if any(map(adapter.technique.owns, names)) else Steps
