@@ -140,7 +140,7 @@ def test_the_orthogonality_is_pefts() -> None:
     for name, parameter in both.parameters.items():
         if "lora_E" not in name:
             gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-            terms.append(torch.norm(gram - torch.eye(len(gram)), p="fro"))
+            terms.append(torch.linalg.matrix_norm(gram - torch.eye(len(gram))))
     loss = 0.7 * sum(terms) / len(terms)
     loss.backward()
     names = list(both.state.parameters)
