@@ -159,7 +159,7 @@ class TrainingState:
 
     def average(self, kind: str, name: str) -> FloatArray:
         """What a technique's average has of a tensor, in its shape."""
-        return self._tensors(kind)[name]
+        return _Tensors(self.buffers[kind], self._places, _NOTHING)[name]
 
     def put_gradient(self, name: str, values: FloatArray, *, add: bool = False) -> None:
         """Keep a tensor's gradient, or add to it."""
