@@ -223,6 +223,10 @@ class PeftTechnique(Technique):
         del size, rng
         return self.write(slot, self.neutral(slot, read_weight))
 
+    def first_size(self, size: int) -> int:
+        """The size of the tensors that a new adapter begins with which is to have this one in the end."""
+        return size
+
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         """What PEFT's configuration of a new adapter of this size, in these slots, has of the technique's."""
         del size, slots

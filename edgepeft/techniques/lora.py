@@ -68,6 +68,30 @@ def new_slot(module: str, in_features: int, out_features: int, activation_axes: 
     )
 
 
+def check_options(config: Mapping[str, Any], origin: str) -> None:
+    """
+    Raises:
+        AdapterError: the configuration asks for a layer that is something else.
+    """
+    for key, allowed in _REFUSED_UNLESS.items():
+        value = config.get(key)
+        if not any(value == item and type(value) is type(item) for item in allowed):
+            raise AdapterError(
+                f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
+            )
+
+
+def check_keys(tensors: Tensors, origin: str) -> None:
+    """
+    Raises:
+        AdapterError: a tensor is of such a layer.
+    """
+    for key in tensors:
+        for part, meaning in _REFUSED_KEYS.items():
+            if part in key:
+                raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
+
+
 def features(slot: Slot) -> tuple[int, int]:
     """What the slot's module reads and makes: in_features and out_features."""
     return int(slot.tensor(A).shape[0]), int(slot.tensor(B).shape[1])
@@ -186,19 +210,12 @@ class Lora(PeftTechnique):
         return _side_by_side(slot, adapters) | {slot.input(SCALING): scaling}
 
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
-        for key, allowed in _REFUSED_UNLESS.items():
-            value = config.get(key)
-            if not any(value == item and type(value) is type(item) for item in allowed):
-                raise AdapterError(
-                    f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
-                )
+        check_options(config, origin)
         check_rank(config, "lora_alpha", origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
+        check_keys(tensors, origin)
         for key, tensor in tensors.items():
-            for part, meaning in _REFUSED_KEYS.items():
-                if part in key:
-                    raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
             if not self.owns(key):
                 continue
             stem, mine = key[: -len(_A)], key[-len(_A) :]
@@ -221,7 +238,7 @@ class Lora(PeftTechnique):
         return self._scalings(config, tensors, origin)
 
     def rank(self, tensors: Tensors, module: str) -> int:
-        tensor = tensors.get(f"{PREFIX}{module}{_A}")
+        tensor = tensors.get(f"{PREFIX}{module}{self.suffixes[0]}")
         return 0 if tensor is None else int(tensor.shape[0])
 
     def weight_shape(self, slot: Slot) -> tuple[int, ...]:
@@ -263,9 +280,12 @@ TECHNIQUE = Lora()
 
 
 def _side_by_side(slot: Slot, adapters: Sequence[Tensors]) -> dict[str, FloatArray]:
-    """`A` and `B` of some adapters along the rank; those of a single one are its own arrays."""
-    a, b = slot.input(A), slot.input(B)
-    return {a: _joined([item[a] for item in adapters], 1), b: _joined([item[b] for item in adapters], 0)}
+    """What adapters store of a slot, along the rank; arrays of a single one are its own."""
+    return {
+        tensor.input: _joined([item[tensor.input] for item in adapters], tensor.shape.index(SIZE))
+        for tensor in slot.tensors
+        if tensor.key is not None
+    }
 
 
 def _joined(parts: Sequence[FloatArray], axis: int) -> FloatArray:

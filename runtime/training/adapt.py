@@ -24,7 +24,7 @@ from ..memory.process import MemoryRecorder, read_memory, release_freed_memory
 from ..records import RecordSource
 from ..tasks import Example, Task
 from .head.remembered import FloatArray, write_features
-from .judging.candidates import Judging
+from .judging.candidates import TRAINED, Judging
 from .judging.evaluate import Evaluation, Sink, evaluate
 from .judging.verdict import Outcome, by_label, interval
 from .options import TrainingOptions
@@ -151,7 +151,7 @@ class Update:
                 raise
             if outcome.rejected is not None:
                 return report, outcome
-            self._keep(prepared, report, features)
+            self._keep(prepared, outcome, report, features)
             return report, None
 
     def _train(self, prepared: Prepared, judging: Judging) -> Outcome:
@@ -228,6 +228,7 @@ class Update:
                         prepared.total_steps,
                         manifest.policy.max_relative_change,
                         prepared.classes,
+                        prepared.of_technique,
                     ),
                     after_step,
                     self._threads,
@@ -291,11 +292,15 @@ class Update:
             required_bytes=required_bytes,
         )
 
-    def _keep(self, prepared: Prepared, report: AdaptReport, features: dict[str, FloatArray]) -> None:
+    def _keep(
+        self, prepared: Prepared, outcome: Outcome, report: AdaptReport, features: dict[str, FloatArray]
+    ) -> None:
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
-        tensors = {**prepared.untrained, **trained}
+        adapter = prepared.adapter.with_tensors({**prepared.untrained, **trained}, str(self._output))
+        if outcome.chosen.name == TRAINED:
+            adapter = prepared.of_technique.finished(adapter)
         with atomic_folder(self._output, CONFIG_FILE) as folder:
-            write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
+            write_adapter(adapter, folder)
             write_features(folder, features)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
 

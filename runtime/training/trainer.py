@@ -21,6 +21,7 @@ from .state.checkpoint import Progress
 from .steps.descent import GradientDescent, Stepper
 from .steps.forward_only import ForwardOnly
 from .steps.schedule import learning_rate
+from .techniques.base import Steps
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -38,12 +39,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Everything that fixes what each step does; `classes` are those of the examples, if they have any."""
+    """Everything that fixes what each step does; `classes` are those of the examples, if they have any, and
+    `of_technique` is what the adapter's technique does."""
 
     options: TrainingOptions
     total_steps: int
     max_relative_change: float | None
     classes: Indices | None
+    of_technique: Steps
 
 
 def train(
@@ -75,14 +78,17 @@ def train(
         held: what a chain of stages holds to save time.
 
     Raises:
-        UpdateRejectedError: the loss or a gradient is not a number any more.
+        UpdateRejectedError: the loss or a gradient is not a number any more, or what the technique changes
+            is more than the policy allows.
     """
     options = schedule.options
     assert options.learning_rate is not None  # `with_defaults` has seen to it
     assert options.warmup_steps is not None
     stepper: Stepper
     if strategy.exact:
-        stepper = GradientDescent(bundle, strategy, constants, state, options, threads, held)
+        stepper = GradientDescent(
+            bundle, strategy, constants, state, options, schedule.of_technique, threads, held
+        )
     else:
         stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
     try:
@@ -104,6 +110,12 @@ def train(
             limit = schedule.max_relative_change
             if limit is not None and state.limit_change(limit):
                 progress.limited_steps += 1
+            changed = schedule.of_technique.after_step(progress.step + 1)
+            if limit is not None and changed and (change := state.relative_change()) > limit:
+                raise UpdateRejectedError(
+                    f"step {progress.step + 1}: what the adapter's method takes out changes it by "
+                    f"{change:.3g} of its norm, the bundle's policy allows {limit:g}: train a fresh adapter"
+                )
             progress.step += 1
             progress.losses.append(loss)
             progress.learning_rates.append(rate)

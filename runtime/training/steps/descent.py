@@ -1,6 +1,6 @@
 """A step along the gradient: micro-batches, their gradients added up, AdamW."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from ..gradients.drift import Drift
 from ..gradients.strategies import Gradients, open_gradients
 from ..options import TrainingOptions
 from ..state.buffers import TrainingState
+from ..techniques.base import Steps
 from .optimizer import AdamW, AdamWOptions
 
 FloatArray = npt.NDArray[np.float32]
@@ -44,6 +45,7 @@ class GradientDescent:
         constants: all adapter inputs; those in `state` are taken from there.
         state: the trained tensors and moments.
         options: of the update.
+        of_technique: what the adapter's technique does beside.
         threads: threads of the training sessions.
         held: what a chain of stages holds to save time.
     """
@@ -55,10 +57,13 @@ class GradientDescent:
         constants: Mapping[str, FloatArray],
         state: TrainingState,
         options: TrainingOptions,
+        of_technique: Steps,
         threads: int = 0,
         held: Held = NOTHING_HELD,
     ) -> None:
         self._state = state
+        self._of_technique = of_technique
+        self._number, self._added = 0, 0.0
         self._drift: Drift | None = None
         with ExitStack() as opened:
             adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
@@ -68,7 +73,7 @@ class GradientDescent:
                 weight = DEFAULT_DRIFT_WEIGHT if options.drift_weight is None else options.drift_weight
                 self._drift = Drift(bundle, weight, threads)
                 opened.callback(self._drift.close)
-            take = self._optimizer.take if state.passes_gradients else None
+            take = self._take if state.passes_gradients else None
             self._gradients = open_gradients(bundle, strategy, constants, state, threads, held, take)
             opened.callback(self._gradients.close)
             self._opened = opened.pop_all()
@@ -76,15 +81,27 @@ class GradientDescent:
     def step(self, batches: StepBatches, number: int, learning_rate: float) -> tuple[float, float]:
         """See `Stepper.step`."""
         if self._state.passes_gradients:
+            self._number, self._added = number, 0.0
             self._optimizer.begin(number, learning_rate)
             loss = accumulate(self._gradients, batches, self._state, self._drift)
-            return loss, self._optimizer.taken_norm
+            return loss + self._added, self._optimizer.taken_norm
         loss = accumulate(self._gradients, batches, self._state, self._drift)
-        return loss, self._optimizer.step(number, learning_rate)
+        names = self._state.parameters.keys()
+        loss += self._of_technique.before_update(names)
+        norm = self._optimizer.step(number, learning_rate)
+        self._of_technique.after_update(names, number, self._optimizer.clip_coef)
+        return loss, norm
 
     def close(self) -> None:
         """Free the sessions."""
         self._opened.close()
+
+    def _take(self, names: Collection[str]) -> None:
+        """Update some parameters from their gradients and drop these."""
+        self._added += self._of_technique.before_update(names)
+        self._optimizer.take(names)
+        self._of_technique.after_update(names, self._number, self._optimizer.clip_coef)
+        self._state.drop_gradients(names)
 
 
 def accumulate(

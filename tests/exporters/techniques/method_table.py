@@ -8,6 +8,7 @@ import peft
 
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.runtime.training.techniques import steps_of
 
 from ..sharing import unmeasured
 from . import parity
@@ -18,7 +19,6 @@ PATH = Path(__file__).parents[3] / "docs" / "methods.md"
 
 #: Of every type of PEFT's that has no technique here: why an adapter of it is refused.
 REFUSED = {
-    "ADALORA": "a term of its loss and a scheduler of its ranks: not built yet",
     "ADAMSS": "not built yet",
     "ADAPTION_PROMPT": "adds attention over tokens of its own inside layers: not built yet",
     "BEFT": "not built yet",
@@ -104,12 +104,15 @@ def main() -> None:
 
 
 def _row(name: str, title: str, family: str, manifests: dict[int, Manifest]) -> str:
-    cells = [title, edgepeft.adapters.of_config(_config(name), name).name, family]
+    technique = edgepeft.adapters.of_config(_config(name), name).name
+    cells = [title, technique, family]
     for manifest in manifests.values():
         assert manifest.verification is not None
         cells.append(f"{manifest.verification['outputs'][ADAPTER]:.1e}")
         cells.append(f"{max(0.0, 1 - manifest.verification['gradients']['a']['smallest_cosine']):.1e}")
-    cells.append(", ".join(strategy.name for strategy in manifests[4].strategies))
+    estimates = not steps_of(technique).needs_gradients
+    ways = [strategy.name for strategy in manifests[4].strategies if strategy.exact or estimates]
+    cells.append(", ".join(ways))
     return f"| {' | '.join(cells)} |"
 
 

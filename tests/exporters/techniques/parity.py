@@ -52,6 +52,7 @@ class Method:
         families: those that it applies to.
         noise: deviation of what is added to each of its parameters: it has an effect then.
         asked: what `--method` has to be for fresh ones, where an adapter's slots are not enough.
+        finish: what is done to PEFT's model before it is saved.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Method:
     families: tuple[str, ...] = ("llama", "bert", "vit")
     noise: float = 0.2
     asked: str = "lora"
+    finish: Callable[[peft.PeftModel], None] | None = None
 
 
 def options(family: str, *, heads: bool = True) -> dict[str, Any]:
@@ -71,6 +73,22 @@ def _drawn_vera(family: str) -> peft.PeftConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it may be drawn otherwise elsewhere
         return peft.VeraConfig(**options(family), r=6, save_projection=False, projection_prng_key=7)
+
+
+def _adalora(family: str) -> peft.PeftConfig:
+    return peft.AdaLoraConfig(
+        **options(family), init_r=6, target_r=3, total_step=20, tinit=4, tfinal=5, deltaT=2, lora_alpha=6
+    )
+
+
+def _allocate(model: peft.PeftModel) -> None:
+    """Ranks as at the end of a training: none on the first module, all on the second, others at random."""
+    torch.manual_seed(2)
+    (config,) = model.peft_config.values()
+    values = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
+    kept = [[False] * config.init_r, [True] * config.init_r]
+    kept += [(torch.rand(config.init_r) < 0.5).tolist() for _ in values[2:]]
+    config.rank_pattern = dict(zip(values, kept, strict=True))
 
 
 METHODS: Mapping[str, Method] = {
@@ -127,6 +145,8 @@ METHODS: Mapping[str, Method] = {
         ("llama",),
     ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
+    "adalora": Method("AdaLoRA", _adalora),
+    "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
 }
 
 
@@ -140,7 +160,11 @@ def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter += METHODS[method].noise * torch.randn_like(parameter)
-    wrapped.save_pretrained(str(folder))
+    if (finish := METHODS[method].finish) is not None:
+        finish(wrapped)
+    with warnings.catch_warnings():  # PEFT wonders at a rank of 0
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(str(folder))
     return folder
 
 
