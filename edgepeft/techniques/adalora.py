@@ -33,6 +33,8 @@ _DEVIATION = 0.02
 _EPSILON = 1e-5
 # Defaults of PEFT's configuration: 12 ranks to begin with where 8 are to be left.
 _INITIAL_BY_TARGET = 1.5
+# Of a fresh adapter: with the rates that suit LoRA, a few dozen steps move its weight as far.
+_ALPHA_BY_INITIAL = 64
 DEFAULTS: Mapping[str, Any] = {
     "init_r": 12,
     "target_r": 8,
@@ -108,14 +110,14 @@ class AdaLora(lora.Lora):
         return drawn | {slot.input(E): np.zeros((rank, 1), np.float32)}
 
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
-        """With `size` for `target_r` and alpha = 2 `init_r`; the number of steps decides the schedule."""
+        """With `size` for `target_r` and alpha = 64 `init_r`; the number of steps decides the schedule."""
         del slots
         rank = self.first_size(size)
         return {
             **DEFAULTS,
             "init_lora_weights": True,
             "init_r": rank,
-            "lora_alpha": 2 * rank,
+            "lora_alpha": _ALPHA_BY_INITIAL * rank,
             "lora_dropout": 0.0,
             "target_r": size,
             "total_step": 1,
