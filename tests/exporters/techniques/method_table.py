@@ -37,7 +37,6 @@ REFUSED = {
     "LILY": "not built yet",
     "MISS": "sums of a reshaped input: not built yet",
     "MULTITASK_PROMPT_TUNING": "virtual tokens: not built yet",
-    "OFT": "rotations in front of a weight: not built yet",
     "OSF": "replaces the base's weights by their singular vectors, which are quantized here",
     "PEANUT": "not built yet",
     "POLY": "a router over skills that needs a task's number as an input",

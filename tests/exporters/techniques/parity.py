@@ -147,6 +147,13 @@ METHODS: Mapping[str, Method] = {
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
     "adalora": Method("AdaLoRA", _adalora),
     "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
+    "oft": Method("OFT", lambda family: peft.OFTConfig(**options(family), oft_block_size=16)),
+    "oft, shared": Method(
+        "OFT, one rotation of all blocks, 7 terms",
+        lambda family: peft.OFTConfig(
+            **options(family), r=6, oft_block_size=0, block_share=True, num_cayley_neumann_terms=7
+        ),
+    ),
 }
 
 
