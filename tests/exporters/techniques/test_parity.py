@@ -189,7 +189,8 @@ def test_every_strategy_learns_the_same_from_a_fresh_one(
 ) -> None:
     """Which begins as the base, and opens in PEFT."""
     root = bundle(method, family, 4)
-    path = step_by_step(root / "b", tmp_path / "b")
+    # A language model has no head to fit, and what starts from zeros cannot be bounded by its own size.
+    path = root / "b" if family == "llama" else step_by_step(root / "b", tmp_path / "b")
     name = load_adapter(root / "a").technique.name
     reports = {
         strategy: adapted(
