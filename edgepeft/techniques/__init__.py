@@ -14,8 +14,11 @@ from ..errors import AdapterError
 from ..slots import LORA, Slot
 from .base import PeftTechnique, Technique
 
+_SHARED = ("base", "factors")  # what techniques have in common
 MODULES = {
-    item.name: f"{__name__}.{item.name}" for item in pkgutil.iter_modules(__path__) if item.name != "base"
+    item.name: f"{__name__}.{item.name}"
+    for item in pkgutil.iter_modules(__path__)
+    if item.name not in _SHARED
 }
 """Of every technique, by its name, the module that has it."""
 

@@ -2,9 +2,9 @@
 
     y = (x R) Wᵀ + b        R = I + 2Q + 2Q² + … (Cayley-Neumann), Q = -Qᵀ
 
-`oft_R` `[blocks, n]` holds the `n = block (block - 1) / 2` values above the diagonal of every block's Q, row by
-row, in the graphs as in PEFT's file; with `block_share` there is one for all blocks. Zeros leave the module
-exactly as it is. In the inference graph the rows of a batch may have rotations of their own,
+`oft_R` `[blocks, n]` holds the `n = block (block - 1) / 2` values above the diagonal of every block's Q, row
+by row, in the graphs as in PEFT's file; with `block_share` there is one for all blocks. Zeros leave the
+module exactly as it is. In the inference graph the rows of a batch may have rotations of their own,
 `[batch, blocks, n]`. Rotations that are active together have no sum, and PEFT scales none.
 
 Source: arXiv 2306.07280; the parameterization: arXiv 2506.19847; `peft.tuners.oft`.
@@ -42,7 +42,7 @@ _AXES = 3
 
 
 def block_size(in_features: int, r: int, size: int) -> int:
-    """The size of a block, from what was asked for: the nearest that divides the features, the lower of two."""
+    """The size of a block, from what was asked for: the nearest that divides the features, or the lower."""
     asked = r or size
     if asked >= in_features:
         nearest = in_features
@@ -99,7 +99,9 @@ class Oft(PeftTechnique):
                     "it"
                 )
         if (bias := config.get("bias", "none")) not in ("none", "all", "oft_only"):
-            raise AdapterError(f"{origin}: bias={bias!r} is not supported, expected 'none', 'all', 'oft_only'")
+            raise AdapterError(
+                f"{origin}: bias={bias!r} is not supported, expected 'none', 'all', 'oft_only'"
+            )
         if not isinstance(share := config.get(BLOCK_SHARE, False), bool):
             raise AdapterError(f"{origin}: {BLOCK_SHARE} is {share!r}, expected true or false")
         r, size = config.get(R, 0), config.get(BLOCK_SIZE, DEFAULT_BLOCK_SIZE)

@@ -178,6 +178,16 @@ def turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
     return append(graph, "Transpose", [value], {"perm": [1, 0]}, shape=list(value.shape)[::-1])
 
 
+def reshaped(
+    graph: ir.Graph, value: ir.Value, target: Sequence[int], shape: Sequence[int | ir.SymbolicDim]
+) -> ir.Value:
+    """A value in another `shape`, which is told in `target`: 0 is an axis that stays, -1 what is left."""
+    name = "shape_" + "_".join(map(str, target))
+    return append(
+        graph, "Reshape", [value, initializer(graph, name, np.array(target, np.int64))], shape=shape
+    )
+
+
 def in_columns(graph: ir.Graph, value: ir.Value, first: int, output: ir.Value, fill: float = 0) -> ir.Value:
     """`value` in the columns from `first` on of what is as wide as `output`, `fill` in the others."""
     assert output.shape is not None

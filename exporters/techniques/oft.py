@@ -19,7 +19,7 @@ from ..graph import append, initializer
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import BaseGraph, InFrontOfLinear, activation_axes
+from .base import BaseGraph, InFrontOfLinear, activation_axes, reshaped
 
 
 class Oft(InFrontOfLinear):
@@ -29,7 +29,7 @@ class Oft(InFrontOfLinear):
 
     def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[tuple[Linear, Settings]]:
         """The linears of these names, with what they read."""
-        found = [
+        found: list[tuple[Linear, Settings]] = [
             (linear, {**settings, oft.IN_FEATURES: linear.in_features})
             for linear, settings in super().sites(base, modules)
         ]
@@ -46,7 +46,7 @@ class Oft(InFrontOfLinear):
         r = options.rank or 0
         settings = {oft.R: r, oft.BLOCK_SIZE: 0 if r else oft.DEFAULT_BLOCK_SIZE}
         own = settings | {oft.BLOCK_SHARE: False, oft.TERMS: 5}
-        return {module: own for module in super().fresh_modules(source, options)}
+        return dict.fromkeys(super().fresh_modules(source, options), own)
 
     def slot(self, linear: Linear, settings: Settings) -> Slot:
         return oft.new_slot(linear.module, settings, activation_axes(linear))
@@ -56,9 +56,9 @@ class Oft(InFrontOfLinear):
         assert x.shape is not None
         lead, width = list(x.shape)[:-1], x.shape[-1]
         turn = _rotation(graph, inputs[oft.ROTATION], size, int(slot.settings[oft.TERMS]))
-        parted = _reshaped(graph, x, [0] * len(lead) + [count, size], [*lead, count, size])
+        parted = reshaped(graph, x, [0] * len(lead) + [count, size], [*lead, count, size])
         if slot.settings[oft.BLOCK_SHARE]:
-            turn = _reshaped(graph, turn, [size, size], [size, size])
+            turn = reshaped(graph, turn, [size, size], [size, size])
             turned = append(graph, "MatMul", [parted, turn], shape=[*lead, count, size])
         else:  # blocks before what they have in common: one product a block
             axes = len(lead)
@@ -67,7 +67,7 @@ class Oft(InFrontOfLinear):
             apart = append(graph, "Transpose", [parted], {"perm": order}, shape=shape)
             product = append(graph, "MatMul", [apart, turn], shape=shape)
             turned = append(graph, "Transpose", [product], {"perm": order}, shape=[*lead, count, size])
-        return _reshaped(graph, turned, [0] * len(lead) + [-1], [*lead, width])
+        return reshaped(graph, turned, [0] * len(lead) + [-1], [*lead, width])
 
 
 GRAPH_TECHNIQUE = Oft()
@@ -104,10 +104,3 @@ def _skew(graph: ir.Graph, rotation: ir.Value, size: int) -> ir.Value:
     where = initializer(graph, f"skew_places_{size}", places)
     spread = append(graph, "Gather", [rotation, where], {"axis": -1}, shape=shape)
     return append(graph, "Mul", [spread, initializer(graph, f"skew_signs_{size}", signs)], shape=shape)
-
-
-def _reshaped(
-    graph: ir.Graph, value: ir.Value, target: list[int], shape: list[int | ir.SymbolicDim]
-) -> ir.Value:
-    name = "shape_" + "_".join(map(str, target))
-    return append(graph, "Reshape", [value, initializer(graph, name, np.array(target, np.int64))], shape=shape)

@@ -149,9 +149,14 @@ METHODS: Mapping[str, Method] = {
     "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
     "oft": Method("OFT", lambda family: peft.OFTConfig(**options(family), oft_block_size=16)),
     "oft, shared": Method(
-        "OFT, one rotation of all blocks, 7 terms",
+        "OFT, one rotation of all blocks, 7 terms, and biases",
         lambda family: peft.OFTConfig(
-            **options(family), r=6, oft_block_size=0, block_share=True, num_cayley_neumann_terms=7
+            **options(family),
+            r=6,
+            oft_block_size=0,
+            block_share=True,
+            num_cayley_neumann_terms=7,
+            bias="oft_only",
         ),
     ),
 }
