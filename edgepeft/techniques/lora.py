@@ -108,7 +108,7 @@ class Lora(PeftTechnique):
     bias_of_targets = "lora_only"
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
-        return not config.get("use_dora")
+        return not (config.get("use_dora") or config.get("lora_bias"))
 
     def problem(self, slot: Slot) -> str | None:
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
