@@ -31,12 +31,26 @@ class Adapters:
         """Modules that one of them is applied to, each with its slot's settings, by technique.
 
         Raises:
-            AdapterError: two of them need other settings on one module.
+            AdapterError: two of them need other settings on one module, or tensors of one name for slots of
+                different techniques.
         """
         found: dict[str, dict[str, Settings]] = {}
         for adapter in self.loaded.values():
-            of_technique = found.setdefault(adapter.technique.name, {})
+            technique = adapter.technique
+            of_technique = found.setdefault(technique.name, {})
+            alike = [
+                other.technique
+                for other in self.loaded.values()
+                if other.technique.peft_type == technique.peft_type and other.technique is not technique
+            ]
             for module in adapter.modules:
+                other = next((item for item in alike if module in found.get(item.name, ())), None)
+                if other is not None:
+                    raise AdapterError(
+                        f"{adapter.origin}: module {module} needs a slot for {technique.title}, another "
+                        f"adapter one for {other.title}, and PEFT calls the tensors of both the same: export "
+                        "each in a bundle of its own"
+                    )
                 settings = adapter.technique.settings(adapter, module)
                 if of_technique.setdefault(module, settings) != settings:
                     raise AdapterError(
