@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from edgepeft.techniques.base import Settings
 from ..graph import append, graph_input, initializer, put_behind
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select
-from ..sources.base import ModelSource
+from ..sources.base import Lookup, ModelSource
 from ..sources.model_info import default_targets
 
 #: Of a method's slots, where no adapter at hand and no option says.
@@ -35,6 +35,7 @@ class BaseGraph:
         tensors: the values of the weights, by name.
         linears: the linear modules by name.
         turned: weights that the trace has transposed.
+        lookups: embeddings, where PyTorch says more of them than the graph.
     """
 
     graph: ir.Graph
@@ -42,6 +43,7 @@ class BaseGraph:
     tensors: Mapping[str, torch.Tensor]
     linears: dict[str, Linear] = field(default_factory=dict)
     turned: Collection[str] = ()
+    lookups: Mapping[str, Lookup] = field(default_factory=dict)
 
 
 class GraphTechnique(abc.ABC, Generic[Site]):
@@ -84,9 +86,16 @@ class GraphTechnique(abc.ABC, Generic[Site]):
         """
 
 
-def activation_axes(linear: Linear) -> int:
-    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
-    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
+class Computed(Protocol):
+    """What nodes of a graph compute, as a `Linear`."""
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]: ...
+
+
+def activation_axes(module: Computed) -> int:
+    """Axes of what the module makes, the first being the batch; 0 where it is not in every use."""
+    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node in module.nodes}
     return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 

@@ -31,6 +31,7 @@ class LoraBias(BesideLinear):
         )
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
+        del slot
         scaling, bias = inputs[SCALING], inputs[lora_bias.BIAS]
         assert x.shape is not None
         assert scaling.shape is not None

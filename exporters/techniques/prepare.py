@@ -9,6 +9,7 @@ from edgepeft.adapters import Adapter, check_base, load_adapter
 from edgepeft.errors import AdapterError
 from edgepeft.slots import LINEAR, LORA
 from edgepeft.techniques.base import Settings
+from edgepeft.techniques.lora_sites import SITE
 
 from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
@@ -108,6 +109,8 @@ def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None
         if graph_technique(adapter.technique.name).site != LINEAR:
             continue
         for name in adapter.modules:
+            if adapter.technique.settings(adapter, name).get(SITE, LINEAR) != LINEAR:
+                continue  # the graph says whether it has one
             if not source.has_matrix(name):
                 raise AdapterError(
                     f"{adapter.origin}: module {name} is no linear of {source.name}: "

@@ -91,6 +91,11 @@ def _allocate(model: peft.PeftModel) -> None:
     config.rank_pattern = dict(zip(values, kept, strict=True))
 
 
+def _lora_beside(module: str, family: str) -> peft.PeftConfig:
+    """On linears, and on another kind of module."""
+    return peft.LoraConfig(**options(family) | {"target_modules": [*TARGETS[family], module]}, r=4)
+
+
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
     "lora, bias all": Method(
@@ -100,6 +105,14 @@ METHODS: Mapping[str, Method] = {
         "LoRA with the biases of its targets",
         lambda family: peft.LoraConfig(**options(family), r=4, bias="lora_only"),
         ("bert", "vit"),
+    ),
+    "lora, embedding": Method(
+        "LoRA on the embedding, too",
+        lambda family: _lora_beside({"llama": "embed_tokens", "bert": "word_embeddings"}[family], family),
+        ("llama", "bert"),
+    ),
+    "lora, convolution": Method(
+        "LoRA on a convolution, too", lambda family: _lora_beside("projection", family), ("vit",)
     ),
     "lora_bias": Method(
         "LoRA with a bias",

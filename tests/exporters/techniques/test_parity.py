@@ -36,9 +36,31 @@ pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated"
 Make = Callable[[str, str, int], Path]
 KINDS = {"llama": "llama-tied", "bert": "bert-classifier", "vit": "vit"}
 CASES = [(name, family) for name, method in parity.METHODS.items() for family in method.families]
-ROWS = ("lora", "lora, bias all", "ia3", "vera", "vera, drawn", "prompt_tuning", "p_tuning", "prefix_tuning", "adalora", "adalora, allocated", "oft", "lora_bias")
+ROWS = (
+    "lora",
+    "lora, bias all",
+    "ia3",
+    "vera",
+    "vera, drawn",
+    "prompt_tuning",
+    "p_tuning",
+    "prefix_tuning",
+    "adalora",
+    "adalora, allocated",
+    "oft",
+    "lora_bias",
+)
 """Those whose rows may differ."""
-WITHOUT_WEIGHTS = ("dora", "ia3", "ln_tuning", "prompt_tuning", "p_tuning", "prefix_tuning", "oft", "oft, shared")
+WITHOUT_WEIGHTS = (
+    "dora",
+    "ia3",
+    "ln_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "prefix_tuning",
+    "oft",
+    "oft, shared",
+)
 LANGUAGE = [name for name, family in CASES if family == "llama"]
 
 
