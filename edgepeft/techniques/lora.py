@@ -129,7 +129,7 @@ class Lora(PeftTechnique):
         return {} if site == LINEAR else {SITE: site}
 
     def problem(self, slot: Slot) -> str | None:
-        if slot.site != LINEAR:
+        if slot.site in (EMBEDDING, CONVOLUTION) and self.name == LORA:
             return lora_sites.problem(slot)
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
         sizes = (*by_name.get(A, ())[:1], *by_name.get(B, ())[1:2])

@@ -71,9 +71,11 @@ def problem(slot: Slot) -> str | None:
     a, b = by_name.get(A, ()), by_name.get(B, ())
     axes = 2 if slot.site == EMBEDDING else len(a)
     sizes = [size for size in (*a, *b) if type(size) is int and size > 0]
-    if slot.site not in (EMBEDDING, CONVOLUTION) or len(a) != axes or len(b) != axes or axes < 2:
-        return f"is on {slot.site!r} with tensors of shapes {[list(shape) for shape in by_name.values()]}"
-    if len(sizes) != 2 * (axes - 1):
+    if (
+        (len(a), len(b)) != (axes, axes)
+        or axes < (2 if slot.site == EMBEDDING else 3)
+        or len(sizes) != 2 * (axes - 1)
+    ):
         return f"has tensors of shapes {[list(shape) for shape in by_name.values()]}, which are no LoRA's"
     if slot.site == EMBEDDING:
         return difference(slot, embedding_slot(slot.module, sizes[0], sizes[1], slot.activation_axes))

@@ -193,6 +193,8 @@ def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
         if (finish := METHODS[method].finish) is not None:
             finish(wrapped)
         wrapped.save_pretrained(str(folder))
+        # A copy of the base's embedding would overwrite the one that a bundle has rounded.
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 

@@ -49,6 +49,7 @@ ROWS = (
     "adalora, allocated",
     "oft",
     "lora_bias",
+    "lora, embedding",
 )
 """Those whose rows may differ."""
 WITHOUT_WEIGHTS = (
