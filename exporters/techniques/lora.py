@@ -101,10 +101,15 @@ def _embedding(base: BaseGraph, module: str) -> Embedding:
     lookup = base.lookups.get(module, Lookup(f"{module}.weight", None, alone=True))
     weight = base.weights.get(lookup.weight)
     nodes = () if weight is None else tuple(found.node for found in find_embeddings([weight]))
-    if weight is None or not nodes or not lookup.alone:
+    if not lookup.alone:
         raise ExportError(
-            f"module {module} is no embedding with a float table of its own in this model, so it takes no "
-            "LoRA: train the adapter without it"
+            f"module {module} shares its table with other embeddings, which PEFT's LoRA is not on, so the "
+            "graph cannot tell what reads it: train the adapter without it"
+        )
+    if weight is None or not nodes:
+        raise ExportError(
+            f"module {module} is no embedding with a float table in this model, so it takes no LoRA: train "
+            "the adapter without it"
         )
     return Embedding(module, nodes, weight, lookup.padding_idx)
 

@@ -174,7 +174,7 @@ def test_rows_and_mixtures_are_exact_or_refused(method: str, bundle: Make) -> No
             assert np.abs(half - alone[0])[counted].max() > 1e-3
 
 
-@pytest.mark.parametrize("method", ["lora", "lora_bias", "ia3"])
+@pytest.mark.parametrize("method", ["lora", "lora, embedding", "lora_bias", "ia3"])
 def test_two_at_once_are_what_they_are_in_peft(method: str, bundle: Make, tmp_path: Path) -> None:
     """Sums, and products of IA³'s vectors."""
     root = bundle(method, "llama", 32)
