@@ -82,7 +82,7 @@ def test_what_shares_a_product_or_has_blocks_of_one_is_refused(tmp_path: Path) -
     x, y = (ir.Value(name=name, shape=ir.Shape(["batch", "sequence", 96])) for name in "xy")
     product = ir.node("MatMul", [x, x], outputs=[y])
     linear = Linear("q_proj", (product,), 96, 32)
-    base = BaseGraph(ir.Graph([x], [y], nodes=[product]), {}, {"q_proj": linear})
+    base = BaseGraph(ir.Graph([x], [y], nodes=[product]), {}, {}, {"q_proj": linear})
     with pytest.raises(ExportError, match="linear q_proj reads what others read in the same product, so OFT"):
         graph_technique("oft").sites(base, {"q_proj": {}})
     with pytest.raises(ExportError, match="reads 64 features in blocks of one"):
