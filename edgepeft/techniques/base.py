@@ -137,6 +137,20 @@ class Technique(abc.ABC):
             )
         return values[0]
 
+    def stacked(
+        self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight
+    ) -> dict[str, FloatArray]:
+        """What every row of a batch is fed for itself, one below the other: `[rows, …]`; see `rows`."""
+        values = [
+            self.mixed(
+                slot,
+                [(item, weight) for item, weight in zip(adapters, row, strict=True) if weight],
+                read_weight,
+            )
+            for row in weights.tolist()
+        ]
+        return {name: np.stack([each[name] for each in values]) for name in slot.inputs}
+
 
 class PeftTechnique(Technique):
     """A technique that PEFT has a type of adapters for: `peft_type` in their configuration.

@@ -13,8 +13,6 @@ Source: arXiv 2306.07280; the parameterization: arXiv 2506.19847; `peft.tuners.o
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-import numpy as np
-
 from ..adapter_settings import check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
@@ -168,16 +166,7 @@ class Oft(PeftTechnique):
     ) -> dict[str, FloatArray]:
         if not adapters or slot.activation_axes != _AXES or slot.settings[BLOCK_SHARE]:
             return super().rows(slot, adapters, weights, read_weight)
-        name = slot.input(ROTATION)
-        rotations = [
-            self.mixed(
-                slot,
-                [(item, weight) for item, weight in zip(adapters, row, strict=True) if weight],
-                read_weight,
-            )[name]
-            for row in weights.tolist()
-        ]
-        return {name: np.stack(rotations)}
+        return self.stacked(slot, adapters, weights, read_weight)
 
 
 TECHNIQUE = Oft()

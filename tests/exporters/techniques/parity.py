@@ -165,6 +165,30 @@ METHODS: Mapping[str, Method] = {
     "adalora": Method("AdaLoRA", _adalora),
     "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
     "oft": Method("OFT", lambda family: peft.OFTConfig(**options(family), oft_block_size=16)),
+    "road": Method("RoAd", lambda family: peft.RoadConfig(**options(family), group_size=16)),
+    "road, 2": Method(
+        "RoAd, an angle for each output",
+        lambda family: peft.RoadConfig(**options(family), variant="road_2", group_size=8),
+        ("bert",),
+    ),
+    "road, 4": Method(
+        "RoAd, four angles for each pair",
+        lambda family: peft.RoadConfig(**options(family), variant="road_4", group_size=32),
+        ("llama",),
+    ),
+    "miss": Method("MiSS", lambda family: peft.MissConfig(**options(family), r=6)),
+    "miss, mini": Method(
+        "MiSS, its columns repeated",
+        lambda family: peft.MissConfig(**options(family), r=8, mini_r=4, init_weights="mini"),
+        ("llama",),
+    ),
+    "gralora": Method("GraLoRA", lambda family: peft.GraloraConfig(**options(family), r=4, alpha=6)),
+    "gralora, hybrid": Method(
+        "GraLoRA with a LoRA over all blocks",
+        lambda family: peft.GraloraConfig(**options(family), r=8, gralora_k=4, hybrid_r=3, alpha=9),
+        ("bert",),
+    ),
+    "hra": Method("HRA", lambda family: peft.HRAConfig(**options(family), r=6)),
     "oft, shared": Method(
         "OFT, one rotation of all blocks, 7 terms, and biases",
         lambda family: peft.OFTConfig(

@@ -50,6 +50,10 @@ ROWS = (
     "oft",
     "lora_bias",
     "lora, embedding",
+    "road",
+    "road, 4",
+    "miss",
+    "miss, mini",
 )
 """Those whose rows may differ."""
 WITHOUT_WEIGHTS = (
@@ -61,6 +65,9 @@ WITHOUT_WEIGHTS = (
     "prefix_tuning",
     "oft",
     "oft, shared",
+    "road",
+    "road, 4",
+    "hra",
 )
 LANGUAGE = [name for name, family in CASES if family == "llama"]
 
