@@ -5,15 +5,18 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
-from peft.tuners.oft.layer import OFTLayer
+import torch
+from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 
 import edgepeft
 from edgepeft.adapters import PREFIX, Adapter, load_adapter, save_adapter
 from edgepeft.errors import AdapterError, ExportError
+from edgepeft.exporters.graph import new_model, tidy
 from edgepeft.exporters.passes.weights.linears import Linear
 from edgepeft.exporters.techniques import graph_technique
-from edgepeft.exporters.techniques.base import BaseGraph
+from edgepeft.exporters.techniques.base import BaseGraph, slot_inputs
 from edgepeft.techniques import oft
 
 from .. import models
@@ -89,3 +92,33 @@ def test_what_shares_a_product_or_has_blocks_of_one_is_refused(tmp_path: Path) -
         edgepeft.export(
             models.bert_classifier(), tmp_path / "b", method="oft", rank=64, targets=["key"], quick=True
         )
+
+
+@pytest.mark.parametrize("terms", range(2, 9))
+def test_every_number_of_terms_is_pefts(terms: int) -> None:
+    """The slot's own operators, in onnxruntime, beside PEFT's series."""
+    blocks, size, lead = 3, 4, ["batch", 2]
+    settings = {"in_features": blocks * size, "r": blocks, "oft_block_size": 0, "block_share": False}
+    slot = oft.new_slot("up", settings | {"num_cayley_neumann_terms": terms}, 3)
+    x = ir.Value(name="x", shape=ir.Shape([*lead, blocks * size]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="g")
+    inputs = {oft.ROTATION: slot_inputs(graph, slot)[0]}
+    technique: Any = graph_technique("oft")
+    delta = technique.delta(graph, slot, inputs, x)
+    delta.name = "delta"
+    graph.outputs.append(delta)
+    model = new_model(graph)
+    tidy(model)
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString())
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((blocks, size * (size - 1) // 2), np.float32)
+    given = rng.standard_normal((5, 2, blocks * size), np.float32)
+    (got,) = session.run(None, {"x": given, slot.input(oft.ROTATION): weight})
+
+    module = OFTRotationModule(
+        *(blocks, weight.shape[1], size, blocks * size), num_cayley_neumann_terms=terms
+    )
+    with torch.no_grad():
+        module.weight.copy_(torch.from_numpy(weight))
+        expected = module(torch.from_numpy(given)).numpy()
+    np.testing.assert_allclose(given + got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
