@@ -1,6 +1,7 @@
 """What a technique is: the meaning of a slot's tensors in an adapter's file and in the graphs."""
 
 import abc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -303,6 +304,12 @@ class PeftTechnique(Technique):
                     f"{adapter.origin}: module {slot.module}: {tensor.name} is {list(shape)} in the adapter, "
                     f"{list(expected)} in this bundle: the adapter was made for another base"
                 )
+
+
+def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
+    """As `kaiming_uniform_(a=sqrt(5))` draws a matrix `[out, in]`: within 1 / sqrt(in)."""
+    bound = 1 / math.sqrt(shape[1])
+    return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def difference(slot: Slot, expected: Slot) -> str | None:

@@ -1,7 +1,6 @@
 """What methods of small matrices have in common whose product is added to a weight: LoHa, LoKr."""
 
 import abc
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -91,9 +90,3 @@ def scaling_tensor(module: str) -> SlotTensor:
     return SlotTensor(
         SCALING, f"{PREFIX}{module}.{SCALING}", None, (1,), transposed=False, trains=False, neutral=ZEROS
     )
-
-
-def uniform(rng: np.random.Generator, shape: tuple[int, ...]) -> FloatArray:
-    """As `kaiming_uniform_(a=sqrt(5))` draws a matrix `[out, in]`: within 1 / sqrt(in)."""
-    bound = 1 / math.sqrt(shape[1])
-    return rng.uniform(-bound, bound, shape).astype(np.float32)

@@ -17,8 +17,8 @@ import numpy as np
 from ..adapter_settings import check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
-from .base import RANK, FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
-from .factors import Factors, scaling_tensor, uniform
+from .base import RANK, FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference, uniform
+from .factors import Factors, scaling_tensor
 
 NAME = "gralora"
 A, B = "gralora_A", "gralora_B"

@@ -17,8 +17,7 @@ import numpy as np
 from ..adapter_settings import check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
-from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
-from .factors import uniform
+from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference, uniform
 
 NAME, VECTORS = "hra", "hra_u"
 _KEY = f".{VECTORS}"

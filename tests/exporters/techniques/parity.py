@@ -216,7 +216,6 @@ def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
                     parameter += METHODS[method].noise * torch.randn_like(parameter)
         if (finish := METHODS[method].finish) is not None:
             finish(wrapped)
-        wrapped.save_pretrained(str(folder))
         # A copy of the base's embedding would overwrite the one that a bundle has rounded.
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
