@@ -143,11 +143,11 @@ def test_other_kinds_of_lora_are_refused_by_name(
 
 def test_other_methods_are_refused_by_name(tmp_path: Path) -> None:
     """The message says what may be done."""
-    config = peft.HRAConfig(task_type="SEQ_CLS", target_modules=["query"])
+    config = peft.FourierFTConfig(task_type="SEQ_CLS", target_modules=["query"], n_frequency=10)
     peft.get_peft_model(bert(), config).save_pretrained(tmp_path / "a")
     with pytest.raises(
         AdapterError,
-        match=r"peft_type is 'HRA', edgepeft runs .*LORA.* adapters: train one of these, or merge",
+        match=r"peft_type is 'FOURIERFT', edgepeft runs .*LORA.* adapters: train one of these, or merge",
     ):
         load_adapter(tmp_path / "a")
 
