@@ -14,7 +14,10 @@ LORA, WHOLE = "lora", "whole"
 """Techniques: a low-rank product beside a linear module, and a parameter that is replaced whole."""
 
 LINEAR, PARAMETER, EMBEDDING, ATTENTION = "linear", "parameter", "embedding", "attention"
-"""Sites: a linear module, a parameter of any module, the embedding of tokens, a layer's keys and values."""
+"""Sites: a linear module, a parameter of any module, an embedding, a layer's keys and values."""
+
+CONVOLUTION = "convolution"
+"""Site: a module that convolves."""
 
 SIZE = "size"
 """In a shape: the axis that an adapter chooses the size of, such as LoRA's rank."""
@@ -65,7 +68,8 @@ class Slot:
 
     Attributes:
         technique: a name of `edgepeft.techniques.MODULES`, which says what the tensors are.
-        site: what the technique is applied to: `linear`, `parameter`, `embedding` or `attention`.
+        site: what the technique is applied to: `linear`, `parameter`, `embedding`, `convolution` or
+            `attention`.
         module: the module's name in the model.
         tensors: the slot's inputs.
         settings: what else the technique has fixed at export.
@@ -84,6 +88,11 @@ class Slot:
     def inputs(self) -> tuple[str, ...]:
         """Names of the graphs' inputs."""
         return tuple(tensor.input for tensor in self.tensors)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a decoder graph takes the slot's values packed with others' (`LoraGroup`)."""
+        return self.technique == LORA and self.site == LINEAR
 
     def tensor(self, name: str) -> SlotTensor:
         """The tensor that the technique calls so."""

@@ -76,7 +76,7 @@ def build_forward(
     offered = {
         name: item for name, item in linears.items() if name in named or not f"{name}.".startswith(whole)
     }
-    base = BaseGraph(graph, weights, traced.weights, offered, traced.turned)
+    base = BaseGraph(graph, weights, traced.weights, offered, traced.turned, traced.lookups)
     asked = {WHOLE: plain_slots(modules_to_save), **wanted}
     sites = find_sites(base, asked)
     if modules is None and not any(sites.values()):
@@ -110,11 +110,15 @@ def build_forward(
             traced.weights,
             traced.packed,
             traced.turned,
-            [slot.module for slot in slots if slot.technique == LORA],
+            traced.lookups,
+            [slot.module for slot in slots if slot.is_packed],
             {
-                name: {module: item for module, item in own.items() if technique(name).in_decoder(module)}
+                name: {
+                    module: item
+                    for module, item in own.items()
+                    if (name != LORA or item) and technique(name).in_decoder(module)
+                }
                 for name, own in asked.items()
-                if name != LORA
             },
             freezer,
             source.max_length,

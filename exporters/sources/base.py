@@ -30,6 +30,21 @@ class Pooling:
     default_prompt: str | None = None
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """An embedding module of PyTorch's.
+
+    Attributes:
+        weight: the name that its table goes by, which a tied layer may have, too.
+        padding_idx: the row that gets no gradient.
+        alone: whether no other embedding looks rows of the table up.
+    """
+
+    weight: str
+    padding_idx: int | None
+    alone: bool
+
+
 @dataclass
 class Traced:
     """A forward graph, not optimized yet.
@@ -38,12 +53,14 @@ class Traced:
         weights: the graph inputs that hold weights, to be bound or lifted later.
         packed: linears that compute several modules at once, with the width of each, in order.
         turned: those of `weights` that PyTorch has transposed.
+        lookups: embeddings, where PyTorch says more of them than the graph.
     """
 
     model: ir.Model
     weights: dict[str, torch.Tensor]
     packed: dict[str, dict[str, int]] = field(default_factory=dict)
     turned: frozenset[str] = frozenset()
+    lookups: dict[str, Lookup] = field(default_factory=dict)
 
     def copy(self) -> "Traced":
         """The same graph once more, to be changed; the weights are shared."""

@@ -4,11 +4,14 @@ PEFT names what it changes by modules, and torch.export names a shared parameter
 A product is where both the output layer's LoRA and its saved copy belong, so a linear's name comes first.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers.pytorch_utils import Conv1D
+
+from .base import Lookup
 
 
 def canonical_names(model: torch.nn.Module) -> dict[str, str]:
@@ -44,6 +47,20 @@ def untie(model: Any, modules: Iterable[str]) -> None:
             owner, _, attribute = name.rpartition(".")
             setattr(model.get_submodule(owner), attribute, own)
             parameters[name] = own
+
+
+def find_lookups(model: torch.nn.Module) -> dict[str, Lookup]:
+    """Every embedding module by its name."""
+    names = canonical_names(model)
+    modules = {
+        name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
+    }
+    tables = {name: names[f"{name}.weight"] for name in modules}
+    count = Counter(tables.values())
+    return {
+        name: Lookup(tables[name], module.padding_idx, alone=count[tables[name]] == 1)
+        for name, module in modules.items()
+    }
 
 
 def vocabulary_tables(model: Any) -> list[torch.nn.Parameter]:

@@ -19,6 +19,7 @@ from .peft_patterns import check_patterns
 from .preprocessing import read_audio_preprocessing, read_image_preprocessing
 from .samples import keeps_keys_and_values, run_once, sample_inputs
 from .sentence_classifier import SentenceClassifier
+from .tied_weights import find_lookups
 from .tokenizer import TokenizerFiles, read_tokenizer
 from .tracing import conv1d_weights, trace
 
@@ -84,6 +85,7 @@ class Source(LoadedModel):
             self.traced = trace(self, with_past=with_past)
         traced = self.traced.copy()
         traced.turned = frozenset(conv1d_weights(self.model))
+        traced.lookups = find_lookups(self.model)
         if training:
             drop_cache(traced.model.graph)
             take_sizes_from_inputs(traced.model.graph)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
+from edgepeft.errors import UpdateRejectedError
 
 from ...memory.planner import CHUNK_VALUES
 from .file import file_buffers
@@ -244,8 +245,18 @@ class TrainingState:
         return math.sqrt(change / norm) if norm else (0.0 if change == 0.0 else math.inf)
 
     def limit_change(self, limit: float) -> bool:
-        """Scale the update back to `limit` times the norm of its start; whether that was necessary."""
+        """Scale the update back to `limit` times the norm of its start; whether that was necessary.
+
+        Raises:
+            UpdateRejectedError: it started from zeros, of which there is no multiple.
+        """
         change = self.relative_change()
+        if math.isinf(change):
+            raise UpdateRejectedError(
+                f"an update may be {limit:g} times as large as what it starts from (the bundle's "
+                "max_relative_change), which is zero here: start from an adapter that was trained, or from a "
+                "bundle without this bound"
+            )
         if change <= limit:
             return False
         scale = np.float32(limit / change)

@@ -91,6 +91,11 @@ def _allocate(model: peft.PeftModel) -> None:
     config.rank_pattern = dict(zip(values, kept, strict=True))
 
 
+def _lora_beside(module: str, family: str) -> peft.PeftConfig:
+    """On linears, and on another kind of module."""
+    return peft.LoraConfig(**options(family) | {"target_modules": [*TARGETS[family], module]}, r=4)
+
+
 METHODS: Mapping[str, Method] = {
     "lora": Method("LoRA", lambda family: peft.LoraConfig(**options(family), r=4)),
     "lora, bias all": Method(
@@ -100,6 +105,18 @@ METHODS: Mapping[str, Method] = {
         "LoRA with the biases of its targets",
         lambda family: peft.LoraConfig(**options(family), r=4, bias="lora_only"),
         ("bert", "vit"),
+    ),
+    "lora, embedding": Method(
+        "LoRA on the embedding, too",
+        lambda family: _lora_beside({"llama": "embed_tokens", "bert": "word_embeddings"}[family], family),
+        ("llama", "bert"),
+    ),
+    "lora, convolution": Method(
+        "LoRA on a convolution, too", lambda family: _lora_beside("projection", family), ("vit",)
+    ),
+    "lora_bias": Method(
+        "LoRA with a bias",
+        lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, lora_bias=True),
     ),
     "dora": Method(
         "DoRA", lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, use_dora=True)
@@ -147,24 +164,60 @@ METHODS: Mapping[str, Method] = {
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
     "adalora": Method("AdaLoRA", _adalora),
     "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
+    "oft": Method("OFT", lambda family: peft.OFTConfig(**options(family), oft_block_size=16)),
+    "road": Method("RoAd", lambda family: peft.RoadConfig(**options(family), group_size=16)),
+    "road, 2": Method(
+        "RoAd, an angle for each output",
+        lambda family: peft.RoadConfig(**options(family), variant="road_2", group_size=8),
+        ("bert",),
+    ),
+    "road, 4": Method(
+        "RoAd, four angles for each pair",
+        lambda family: peft.RoadConfig(**options(family), variant="road_4", group_size=32),
+        ("llama",),
+    ),
+    "miss": Method("MiSS", lambda family: peft.MissConfig(**options(family), r=6)),
+    "miss, mini": Method(
+        "MiSS, its columns repeated",
+        lambda family: peft.MissConfig(**options(family), r=8, mini_r=4, init_weights="mini"),
+        ("llama",),
+    ),
+    "gralora": Method("GraLoRA", lambda family: peft.GraloraConfig(**options(family), r=4, alpha=6)),
+    "gralora, hybrid": Method(
+        "GraLoRA with a LoRA over all blocks",
+        lambda family: peft.GraloraConfig(**options(family), r=8, gralora_k=4, hybrid_r=3, alpha=9),
+        ("bert",),
+    ),
+    "hra": Method("HRA", lambda family: peft.HRAConfig(**options(family), r=6)),
+    "oft, shared": Method(
+        "OFT, one rotation of all blocks, 7 terms, and biases",
+        lambda family: peft.OFTConfig(
+            **options(family),
+            r=6,
+            oft_block_size=0,
+            block_share=True,
+            num_cayley_neumann_terms=7,
+            bias="oft_only",
+        ),
+    ),
 }
 
 
 def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
     """An adapter of the method as PEFT writes it, with noise on every parameter of its own."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings():  # PEFT calls normalizations unsupported
+    # PEFT calls normalizations unsupported, biases incomplete, and wonders at a rank of 0.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter += METHODS[method].noise * torch.randn_like(parameter)
-    if (finish := METHODS[method].finish) is not None:
-        finish(wrapped)
-    with warnings.catch_warnings():  # PEFT wonders at a rank of 0
-        warnings.simplefilter("ignore")
-        wrapped.save_pretrained(str(folder))
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter += METHODS[method].noise * torch.randn_like(parameter)
+        if (finish := METHODS[method].finish) is not None:
+            finish(wrapped)
+        # A copy of the base's embedding would overwrite the one that a bundle has rounded.
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 
