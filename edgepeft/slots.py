@@ -15,7 +15,10 @@ LORA, WHOLE, TRAINABLE_TOKENS = "lora", "whole", "trainable_tokens"
 embedding of tokens, which a LoRA may have beside it."""
 
 LINEAR, PARAMETER, EMBEDDING, ATTENTION = "linear", "parameter", "embedding", "attention"
-"""Sites: a linear module, a parameter of any module, the embedding of tokens, a layer's keys and values."""
+"""Sites: a linear module, a parameter of any module, an embedding, a layer's keys and values."""
+
+CONVOLUTION = "convolution"
+"""Site: a module that convolves."""
 
 SIZE = "size"
 """In a shape: the axis that an adapter chooses the size of, such as LoRA's rank."""
@@ -66,7 +69,8 @@ class Slot:
 
     Attributes:
         technique: a name of `edgepeft.techniques.MODULES`, which says what the tensors are.
-        site: what the technique is applied to: `linear`, `parameter`, `embedding` or `attention`.
+        site: what the technique is applied to: `linear`, `parameter`, `embedding`, `convolution` or
+            `attention`.
         module: the module's name in the model.
         tensors: the slot's inputs.
         settings: what else the technique has fixed at export.
@@ -85,6 +89,11 @@ class Slot:
     def inputs(self) -> tuple[str, ...]:
         """Names of the graphs' inputs."""
         return tuple(tensor.input for tensor in self.tensors)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a decoder graph takes the slot's values packed with others' (`LoraGroup`)."""
+        return self.technique == LORA and self.site == LINEAR
 
     def tensor(self, name: str) -> SlotTensor:
         """The tensor that the technique calls so."""

@@ -110,11 +110,15 @@ def build_forward(
             traced.weights,
             traced.packed,
             traced.turned,
-            [slot.module for slot in slots if slot.technique == LORA],
+            traced.lookups,
+            [slot.module for slot in slots if slot.is_packed],
             {
-                name: {module: item for module, item in own.items() if technique(name).in_decoder(module)}
+                name: {
+                    module: item
+                    for module, item in own.items()
+                    if (name != LORA or item) and technique(name).in_decoder(module)
+                }
                 for name, own in asked.items()
-                if name != LORA
             },
             freezer,
             source.max_length,

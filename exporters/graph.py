@@ -132,10 +132,17 @@ def put_behind(
     op_type: str,
     other: ir.Value,
     only: Collection[ir.Node] | None = None,
+    *,
+    but: Collection[ir.Node] = (),
 ) -> None:
     """Have everything that reads `output`, and the graph where it is an output, read `op_type(output, other)`
-    instead, which has its shape; `other` is not made of `output`. With `only`, these nodes alone do."""
-    readers = [(reader, position) for reader, position in output.uses() if only is None or reader in only]
+    instead, which has its shape. With `only`, these nodes alone do; `but` do not, by which `other` may be
+    made of `output`."""
+    readers = [
+        (reader, position)
+        for reader, position in output.uses()
+        if (only is None or reader in only) and reader not in but
+    ]
     made = append(graph, op_type, [output, other], shape=output.shape)
     node = made.producer()
     assert node is not None

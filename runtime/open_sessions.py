@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import UsageError
-from edgepeft.slots import LORA
 from edgepeft.techniques import lora, of_slot
 
 from .adapters.graph_inputs import AdapterSpec, group_bytes, inputs_taken, is_decoder
@@ -251,7 +250,7 @@ class Sessions:
         nbytes = sum(array.nbytes for array in own.values())
         if manifest.decoder is None:
             return _Size(rank, nbytes, nbytes)
-        factors = [slot.input(lora.A) for slot in manifest.slots_of(LORA)]
+        factors = [slot.input(lora.A) for slot in manifest.packed_slots]
         shared_bytes = sum(own[name].nbytes for name in factors if name in own)
         return _Size(rank, nbytes, nbytes - shared_bytes + group_bytes(manifest, inputs))
 

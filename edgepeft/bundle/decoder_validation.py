@@ -1,7 +1,6 @@
 """What a manifest must say of the decoder graph before it is opened."""
 
 from ..errors import BundleError
-from ..slots import LORA
 from ..techniques import is_in_decoder
 from ..techniques.lora import features
 from .manifest import Manifest
@@ -17,7 +16,7 @@ def check_decoder(manifest: Manifest, decoder: DecoderGraph) -> None:
         BundleError: names the graph or group, and what is wrong with it.
     """
     others = {name for slot in manifest.slots if is_in_decoder(slot) for name in slot.inputs}
-    slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
+    slots = {slot.module: slot for slot in manifest.packed_slots}
     cache = {
         spec.name: spec
         for spec in manifest.graphs["inference"].inputs

@@ -320,6 +320,11 @@ class Manifest:
         return tuple(slot for slot in self.slots if slot.technique == technique)
 
     @property
+    def packed_slots(self) -> tuple[Slot, ...]:
+        """The slots whose values a decoder graph takes packed."""
+        return tuple(slot for slot in self.slots if slot.is_packed)
+
+    @property
     def takes_labels(self) -> bool:
         """Whether a classifier's head may have more labels than it was exported with."""
         if self.linear_head is None:

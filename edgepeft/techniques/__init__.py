@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ..errors import AdapterError
-from ..slots import LORA, Slot
+from ..slots import Slot
 from .base import PeftTechnique, Technique
 
+_SHARED = ("base", "factors", "lora_sites")  # what techniques have in common
 MODULES = {
-    item.name: f"{__name__}.{item.name}" for item in pkgutil.iter_modules(__path__) if item.name != "base"
+    item.name: f"{__name__}.{item.name}"
+    for item in pkgutil.iter_modules(__path__)
+    if item.name not in _SHARED
 }
 """Of every technique, by its name, the module that has it."""
 
@@ -34,8 +37,8 @@ def of_slot(slot: Slot) -> Technique:
 
 
 def is_in_decoder(slot: Slot) -> bool:
-    """Whether the decoder's graph has the slot's own inputs; those of a LoRA stand in its groups."""
-    return slot.technique != LORA and of_slot(slot).in_decoder(slot.module)
+    """Whether the decoder's graph has the slot's own inputs; a LoRA on a linear stands in its groups."""
+    return not slot.is_packed and of_slot(slot).in_decoder(slot.module)
 
 
 def peft_slots(slots: Iterable[Slot]) -> list[tuple[Slot, PeftTechnique]]:

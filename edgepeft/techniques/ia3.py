@@ -82,16 +82,8 @@ class IA3(PeftTechnique):
     ) -> dict[str, FloatArray]:
         if not adapters or not slot.activation_axes:
             return super().rows(slot, adapters, weights, read_weight)
-        name = slot.input(VECTOR)
-        vectors = [
-            self.mixed(
-                slot,
-                [(item, weight) for item, weight in zip(adapters, row, strict=True) if weight],
-                read_weight,
-            )[name]
-            for row in weights.tolist()
-        ]
-        return {name: np.stack(vectors).reshape(len(vectors), *(1,) * (slot.activation_axes - 2), -1)}
+        ((name, vectors),) = self.stacked(slot, adapters, weights, read_weight).items()
+        return {name: vectors.reshape(len(vectors), *(1,) * (slot.activation_axes - 2), -1)}
 
 
 TECHNIQUE = IA3()

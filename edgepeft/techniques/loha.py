@@ -12,18 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
-from .base import (
-    RANK,
-    Factors,
-    FloatArray,
-    Held,
-    ReadWeight,
-    Settings,
-    Tensors,
-    difference,
-    scaling_tensor,
-    uniform,
-)
+from .base import RANK, FloatArray, Held, ReadWeight, Settings, Tensors, difference, uniform
+from .factors import Factors, scaling_tensor
 
 NAME = "loha"
 FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

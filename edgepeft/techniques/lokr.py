@@ -16,18 +16,8 @@ import numpy as np
 from ..adapter_settings import read_patterns
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
-from .base import (
-    RANK,
-    Factors,
-    FloatArray,
-    Held,
-    ReadWeight,
-    Settings,
-    Tensors,
-    difference,
-    scaling_tensor,
-    uniform,
-)
+from .base import RANK, FloatArray, Held, ReadWeight, Settings, Tensors, difference, uniform
+from .factors import Factors, scaling_tensor
 
 NAME = "lokr"
 SIZES = ("out_blocks", "out_block", "in_blocks", "in_block")

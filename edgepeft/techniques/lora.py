@@ -1,4 +1,4 @@
-"""LoRA: a low-rank product beside a linear module, `y += ((x A) * scaling) B`.
+"""LoRA: a low-rank product beside a linear module, `y += ((x A) * scaling) B`; `lora_sites` has the others.
 
 In the graphs `A` is `[in_features, rank]`, `B` `[rank, out_features]` and the scaling `[rank]`: PEFT's
 `lora_A.weight` and `lora_B.weight` transposed, and `lora_alpha / r` once for each rank. Rank 0 switches a
@@ -18,7 +18,7 @@ import numpy as np
 from ..adapter_settings import check_rank, check_share, ranks_and_alphas
 from ..errors import AdapterError
 from ..initialization import check_initialization
-from ..slots import EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
+from ..slots import CONVOLUTION, EMBEDDING, EMPTY, LINEAR, LORA, PREFIX, SIZE, Slot, SlotTensor
 from ..token_rows import (
     check_rows,
     check_token_indices,
@@ -27,12 +27,14 @@ from ..token_rows import (
     rows_from_file,
     rows_to_file,
 )
-from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference
+from . import lora_sites
+from .base import FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
+from .lora_sites import EMBEDDING_SUFFIXES, SITE, SUFFIXES
+from .lora_sites import SCALING as SCALING
+from .lora_sites import A as A
+from .lora_sites import B as B
 
-A, B, SCALING = "A", "B", "scaling"
-"""What a slot's tensors are called."""
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+_A, _B = SUFFIXES
 # Options that make the layer something else than y += scaling * B(A(x)), by the value that switches them off.
 _REFUSED_UNLESS: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
@@ -74,6 +76,30 @@ def new_slot(module: str, in_features: int, out_features: int, activation_axes: 
     )
 
 
+def check_options(config: Mapping[str, Any], origin: str) -> None:
+    """
+    Raises:
+        AdapterError: the configuration asks for a layer that is something else.
+    """
+    for key, allowed in _REFUSED_UNLESS.items():
+        value = config.get(key)
+        if not any(value == item and type(value) is type(item) for item in allowed):
+            raise AdapterError(
+                f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
+            )
+
+
+def check_keys(tensors: Tensors, origin: str) -> None:
+    """
+    Raises:
+        AdapterError: a tensor is of such a layer.
+    """
+    for key in tensors:
+        for part, meaning in _REFUSED_KEYS.items():
+            if part in key:
+                raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
+
+
 def features(slot: Slot) -> tuple[int, int]:
     """What the slot's module reads and makes: in_features and out_features."""
     return int(slot.tensor(A).shape[0]), int(slot.tensor(B).shape[1])
@@ -89,9 +115,6 @@ class Lora(PeftTechnique):
     by_row: ClassVar[Sequence[str]] = (SCALING,)
     bias_of_targets = "lora_only"
 
-    def owns(self, key: str) -> bool:
-        return super().owns(key) or owns_rows(key)
-
     def from_file(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, FloatArray]:
         return rows_from_file(config, tensors, origin)
 
@@ -99,9 +122,27 @@ class Lora(PeftTechnique):
         return rows_to_file(tensors, of_lora=True)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
-        return not config.get("use_dora")
+        return not (config.get("use_dora") or config.get("lora_bias"))
+
+    @property
+    def _elsewhere(self) -> tuple[str, ...]:
+        """Suffixes on embeddings, where those that build upon this one are not."""
+        return EMBEDDING_SUFFIXES if self.name == LORA else ()
+
+    def owns(self, key: str) -> bool:
+        return key.endswith((*self.suffixes, *self._elsewhere)) or owns_rows(key)
+
+    def modules(self, tensors: Tensors) -> tuple[str, ...]:
+        ends = (self.suffixes[0], *self._elsewhere[:1])
+        return tuple(key[len(PREFIX) : -len(end)] for key in tensors for end in ends if key.endswith(end))
+
+    def settings(self, adapter: Held, module: str) -> Settings:
+        site = lora_sites.site_of(adapter.tensors, module)
+        return {} if site == LINEAR else {SITE: site}
 
     def problem(self, slot: Slot) -> str | None:
+        if slot.site in (EMBEDDING, CONVOLUTION) and self.name == LORA:
+            return lora_sites.problem(slot)
         by_name = {tensor.name: tensor.shape for tensor in slot.tensors}
         sizes = (*by_name.get(A, ())[:1], *by_name.get(B, ())[1:2])
         whole = [size for size in sizes if isinstance(size, int)]
@@ -112,21 +153,19 @@ class Lora(PeftTechnique):
         return difference(slot, new_slot(slot.module, whole[0], whole[1], slot.activation_axes))
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
+        found = super().values(slot, adapter)
         rank = self.rank(adapter.tensors, slot.module)
-        if rank == 0:
+        if not found or rank == 0:
             return {}
-        turned = {
-            tensor.input: np.ascontiguousarray(adapter.tensors[tensor.key].T)
-            for tensor in slot.tensors
-            if tensor.key is not None
-        }
-        return turned | {slot.input(SCALING): np.full(rank, adapter.scaling(slot.module), np.float32)}
+        return found | {slot.input(SCALING): np.full(rank, adapter.scaling(slot.module), np.float32)}
 
     def fresh(
         self, slot: Slot, size: int, rng: np.random.Generator, read_weight: ReadWeight
     ) -> dict[str, FloatArray]:
         """As PEFT: A uniform as `kaiming_uniform_(a=sqrt(5))` draws it, B zero."""
         del read_weight
+        if slot.site != LINEAR:
+            return lora_sites.fresh(slot, size, rng)
         in_features, out_features = features(slot)
         bound = 1 / math.sqrt(in_features)
         a = rng.uniform(-bound, bound, (size, in_features)).astype(np.float32)
@@ -164,14 +203,14 @@ class Lora(PeftTechnique):
         }
 
     def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
-        """B alone, which is zero."""
-        drawn = {
-            f"{PREFIX}{module}{_B}": (
-                scale * rng.standard_normal(tensors[f"{PREFIX}{module}{_B}"].shape)
-            ).astype(np.float32)
-            for module in self.modules(tensors)
+        """B alone, which is zero; on an embedding A, which is that there."""
+        zero = (_B, *self._elsewhere[:1])
+        return {
+            key: (scale * rng.standard_normal(value.shape)).astype(np.float32)
+            if key.endswith(zero)
+            else value
+            for key, value in tensors.items()
         }
-        return {**tensors, **drawn}
 
     def mixed(
         self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight
@@ -196,17 +235,13 @@ class Lora(PeftTechnique):
         scalings = [
             weights[:, index, None] * values[slot.input(SCALING)] for index, values in enumerate(adapters)
         ]
-        between = (1,) * (slot.activation_axes - 2)
+        # Behind the batch: a convolution's channels, or else the last axis.
+        between = () if slot.site == CONVOLUTION else (1,) * (slot.activation_axes - 2)
         scaling = _joined(scalings, 1).reshape(len(weights), *between, -1)
         return _side_by_side(slot, adapters) | {slot.input(SCALING): scaling}
 
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
-        for key, allowed in _REFUSED_UNLESS.items():
-            value = config.get(key)
-            if not any(value == item and type(value) is type(item) for item in allowed):
-                raise AdapterError(
-                    f"{origin}: {key}={value!r} is not supported: train the adapter without it, or merge it"
-                )
+        check_options(config, origin)
         check_initialization(config, origin)
         check_token_indices(config, origin)
         check_share(config, "lora_dropout", origin)
@@ -214,19 +249,25 @@ class Lora(PeftTechnique):
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         check_rows(config, tensors, origin)
+        check_keys({key: value for key, value in tensors.items() if not self.owns(key)}, origin)
         for key, tensor in tensors.items():
-            for part, meaning in _REFUSED_KEYS.items():
-                if part in key:
-                    raise AdapterError(f"{origin}: tensor {key} belongs to {meaning}, which is not supported")
-            if not key.endswith(self.suffixes):
+            on_embedding = key.endswith(EMBEDDING_SUFFIXES)
+            if not self.owns(key) or owns_rows(key):
                 continue
-            stem, mine = key[: -len(_A)], key[-len(_A) :]
-            other = tensors.get(stem + (_B if mine == _A else _A))
+            first, second = EMBEDDING_SUFFIXES if on_embedding else SUFFIXES
+            stem, mine = key[: -len(first)], key[-len(first) :]
+            other = tensors.get(stem + (second if mine == first else first))
             module = stem[len(PREFIX) :]
             if other is None:
                 raise AdapterError(
-                    f"{origin}: module {module} has {mine[1:7]} but no {'lora_B' if mine == _A else 'lora_A'}"
+                    f"{origin}: module {module} has {_short(mine)} but no "
+                    f"{_short(second if mine == first else first)}"
                 )
+            site = lora_sites.site_of(tensors, module)
+            if site != LINEAR and self.name == LORA:
+                if mine == first:
+                    lora_sites.check_pair(module, tensor, other, site, origin)
+                continue
             if tensor.ndim != 2 or other.ndim != 2:
                 raise AdapterError(
                     f"{origin}: tensor {key} has {tensor.ndim} axes, edgepeft runs LoRA on linear modules (2 "
@@ -240,13 +281,18 @@ class Lora(PeftTechnique):
         return self._scalings(config, tensors, origin)
 
     def rank(self, tensors: Tensors, module: str) -> int:
-        tensor = tensors.get(f"{PREFIX}{module}{_A}")
-        return 0 if tensor is None else int(tensor.shape[0])
+        found = (tensors.get(f"{PREFIX}{module}{end}") for end in (self.suffixes[0], *self._elsewhere[:1]))
+        return next((int(tensor.shape[0]) for tensor in found if tensor is not None), 0)
 
-    def weight_shape(self, slot: Slot) -> tuple[int, ...]:
-        return features(slot)[::-1]
+    def weight_shape(self, slot: Slot) -> tuple[int, ...] | None:
+        if slot.site == CONVOLUTION:
+            return None
+        return features(slot) if slot.site == EMBEDDING else features(slot)[::-1]
 
     def fit(self, slot: Slot, adapter: Held) -> None:
+        if slot.site != LINEAR or lora_sites.site_of(adapter.tensors, slot.module) != LINEAR:
+            lora_sites.fit(slot, adapter)
+            return
         a, b = (adapter.tensors[slot.input(name)] for name in (A, B))
         if (a.shape[1], b.shape[0]) != features(slot):
             in_features, out_features = features(slot)
@@ -257,11 +303,15 @@ class Lora(PeftTechnique):
             )
 
     def has_effect(self, adapter: Held) -> bool:
-        """A B that is not all zeros, and whose scaling is not zero; or rows of the embedding."""
-        return bool(modules_with_rows(adapter.tensors)) or any(
-            bool(adapter.tensors[f"{PREFIX}{module}{_B}"].any()) and adapter.scaling(module) != 0.0
-            for module in self.modules(adapter.tensors)
-        )
+        """A product that is not all zeros, and whose scaling is not zero; or rows of the embedding."""
+        if modules_with_rows(adapter.tensors):
+            return True
+        for module in self.modules(adapter.tensors):
+            on_embedding = lora_sites.site_of(adapter.tensors, module) == EMBEDDING
+            keys = (f"{PREFIX}{module}{end}" for end in (EMBEDDING_SUFFIXES if on_embedding else SUFFIXES))
+            if adapter.scaling(module) != 0.0 and all(adapter.tensors[key].any() for key in keys):
+                return True
+        return False
 
     def _scalings(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         """`lora_alpha / r`, or `/ sqrt(r)` with rsLoRA, after `rank_pattern` and `alpha_pattern`."""
@@ -281,10 +331,17 @@ class Lora(PeftTechnique):
 TECHNIQUE = Lora()
 
 
+def _short(suffix: str) -> str:
+    return suffix.removeprefix(".").removesuffix(".weight")
+
+
 def _side_by_side(slot: Slot, adapters: Sequence[Tensors]) -> dict[str, FloatArray]:
-    """`A` and `B` of some adapters along the rank; those of a single one are its own arrays."""
-    a, b = slot.input(A), slot.input(B)
-    return {a: _joined([item[a] for item in adapters], 1), b: _joined([item[b] for item in adapters], 0)}
+    """What adapters store of a slot, along the rank; arrays of a single one are its own."""
+    return {
+        tensor.input: _joined([item[tensor.input] for item in adapters], tensor.shape.index(SIZE))
+        for tensor in slot.tensors
+        if tensor.key is not None and SIZE in tensor.shape
+    }
 
 
 def _joined(parts: Sequence[FloatArray], axis: int) -> FloatArray:

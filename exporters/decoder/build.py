@@ -24,6 +24,7 @@ from ..passes.shapes.from_inputs import take_sizes_from_inputs
 from ..passes.weights.linears import Linear, find_linears, find_marked_linears, unpack
 from ..passes.weights.side_by_side import put_side_by_side
 from ..quantize.freeze import Freezer
+from ..sources.base import Lookup
 from ..techniques import find_sites, insert_slots
 from ..techniques.base import BaseGraph
 from ..techniques.lora_groups import insert_lora_groups, remove_lora_groups
@@ -59,6 +60,7 @@ def build_decoder(
     tensors: dict[str, torch.Tensor],
     packed: dict[str, dict[str, int]],
     turned: Collection[str],
+    lookups: Mapping[str, Lookup],
     modules: Collection[str],
     others: Mapping[str, Mapping[str, Settings]],
     freezer: Freezer,
@@ -71,8 +73,10 @@ def build_decoder(
         tensors: the weights by name.
         packed: see `Traced`.
         turned: see `Traced`.
+        lookups: see `Traced`.
         modules: names of the linears that have LoRA slots.
-        others: modules that have slots of other techniques, which the plain graph has too.
+        others: modules that have slots of other techniques or a LoRA elsewhere, which the plain graph has
+            too.
         freezer: that has stored the weights for the inference graph.
         max_length: positions that the model knows.
 
@@ -86,7 +90,8 @@ def build_decoder(
     weights = {name: (by_name[name], tensors[name]) for name in tensors if name in by_name}
     found = find_linears([value for value, _ in weights.values()]) | find_marked_linears(graph)
     linears = unpack(found, packed)
-    base = BaseGraph(graph, {name: value for name, (value, _) in weights.items()}, tensors, linears, turned)
+    values = {name: value for name, (value, _) in weights.items()}
+    base = BaseGraph(graph, values, tensors, linears, turned, lookups)
     insert_slots(base, find_sites(base, others))
     weights = {name: weights[name] for name in base.weights}
     keep_last_token(graph, graph.outputs[0])

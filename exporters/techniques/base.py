@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -86,14 +86,21 @@ class GraphTechnique(abc.ABC, Generic[Site]):
         """
 
 
-def activation_axes(linear: Linear) -> int:
-    """Axes of what the linear is given, the first being the batch; 0 where it is not in every use."""
-    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node, _ in linear.uses}
+class Computed(Protocol):
+    """What nodes of a graph compute, as a `Linear`."""
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]: ...
+
+
+def activation_axes(module: Computed) -> int:
+    """Axes of what the module makes, the first being the batch; 0 where it is not in every use."""
+    shapes = {tuple(map(str, node.outputs[0].shape or ())) for node in module.nodes}
     return len(shape) if len(shapes) == 1 and (shape := shapes.pop())[:1] == ("batch",) else 0
 
 
-class BesideLinear(GraphTechnique[tuple[Linear, Settings]]):
-    """A technique that adds to what linear modules make of what they read: `y += delta(x)`."""
+class OnLinear(GraphTechnique[tuple[Linear, Settings]]):
+    """A technique that adds something of what linear modules read, `delta(x)`."""
 
     site = LINEAR
 
@@ -107,7 +114,11 @@ class BesideLinear(GraphTechnique[tuple[Linear, Settings]]):
 
     @abc.abstractmethod
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
-        """What is added, `[…, out_features]`; `inputs` are the slot's by what the technique calls them."""
+        """What is added; `inputs` are the slot's by what the technique calls them."""
+
+    @abc.abstractmethod
+    def add(self, graph: ir.Graph, linear: Linear, node: ir.Node, x: ir.Value, delta: ir.Value) -> None:
+        """Add it, at a node that computes the linear of `x`."""
 
     def insert(self, base: BaseGraph, sites: Sequence[tuple[Linear, Settings]]) -> list[Slot]:
         slots = []
@@ -117,16 +128,52 @@ class BesideLinear(GraphTechnique[tuple[Linear, Settings]]):
                 zip((tensor.name for tensor in slot.tensors), slot_inputs(base.graph, slot), strict=True)
             )
             for node, x in linear.uses:
-                output = node.outputs[0]
-                if output.shape is None or x.shape is None:
+                if node.outputs[0].shape is None or x.shape is None:
                     raise ExportError(
                         f"linear {linear.module}: the shape of its output is unknown, so it takes no "
                         f"{technique(self.name).title}"
                     )
-                delta = self.delta(base.graph, slot, inputs, x)
-                put_behind(base.graph, output, "Add", in_columns(base.graph, delta, linear.first, output))
+                self.add(base.graph, linear, node, x, self.delta(base.graph, slot, inputs, x))
             slots.append(slot)
         return slots
+
+
+class BesideLinear(OnLinear):
+    """A technique that adds to what linear modules make: `y += delta(x)`, `[…, out_features]`."""
+
+    def add(self, graph: ir.Graph, linear: Linear, node: ir.Node, x: ir.Value, delta: ir.Value) -> None:
+        del x
+        output = node.outputs[0]
+        put_behind(graph, output, "Add", in_columns(graph, delta, linear.first, output))
+
+
+class InFrontOfLinear(OnLinear):
+    """A technique that adds to what linear modules read: `x += delta(x)`, `[…, in_features]`."""
+
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[tuple[Linear, Settings]]:
+        """The linears of these names.
+
+        Raises:
+            ExportError: one reads its input in the same product as others.
+        """
+        found = super().sites(base, modules)
+        for linear, _ in found:
+            if shares_product(linear):
+                raise ExportError(
+                    f"linear {linear.module} reads what others read in the same product, so "
+                    f"{technique(self.name).title} cannot change it there: leave it out of the targets"
+                )
+        return found
+
+    def add(self, graph: ir.Graph, linear: Linear, node: ir.Node, x: ir.Value, delta: ir.Value) -> None:
+        del linear
+        put_behind(graph, x, "Add", delta, only=[node])
+
+
+def shares_product(linear: Linear) -> bool:
+    """Whether its product is wider than itself, since others are computed in it."""
+    shapes = [node.outputs[0].shape for node in linear.nodes]
+    return any(shape is None or shape[-1] != linear.out_features for shape in shapes)
 
 
 def slot_rank(options: ExportOptions) -> int:
@@ -138,6 +185,16 @@ def turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """A matrix transposed."""
     assert value.shape is not None
     return append(graph, "Transpose", [value], {"perm": [1, 0]}, shape=list(value.shape)[::-1])
+
+
+def reshaped(
+    graph: ir.Graph, value: ir.Value, target: Sequence[int], shape: Sequence[int | ir.SymbolicDim]
+) -> ir.Value:
+    """A value in another `shape`, which is told in `target`: 0 is an axis that stays, -1 what is left."""
+    name = "shape_" + "_".join(map(str, target))
+    return append(
+        graph, "Reshape", [value, initializer(graph, name, np.array(target, np.int64))], shape=shape
+    )
 
 
 def in_columns(graph: ir.Graph, value: ir.Value, first: int, output: ir.Value, fill: float = 0) -> ir.Value:

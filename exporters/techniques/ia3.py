@@ -9,7 +9,6 @@ Source: arXiv 2205.05638; keys and shapes as PEFT writes them.
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import onnx_ir as ir
 from peft.utils.constants import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
@@ -24,7 +23,7 @@ from ..graph import put_behind
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear, select, with_bias
 from ..sources.base import ModelSource
-from .base import BaseGraph, GraphTechnique, activation_axes, in_columns, slot_inputs
+from .base import BaseGraph, GraphTechnique, activation_axes, in_columns, shares_product, slot_inputs
 
 
 class Site(NamedTuple):
@@ -44,7 +43,7 @@ class IA3(GraphTechnique[Site]):
         chosen = select(base.linears, modules)
         sites = [Site(linear, bool(modules[name][ia3.FEEDFORWARD])) for name, linear in chosen.items()]
         for linear, feedforward in sites:
-            if feedforward and any(_width(node.outputs[0]) != linear.out_features for node in linear.nodes):
+            if feedforward and shares_product(linear):
                 raise ExportError(
                     f"linear {linear.module} reads what others read in the same product, so IA³ cannot "
                     "multiply it there: take it out of feedforward_modules"
@@ -90,7 +89,3 @@ class IA3(GraphTechnique[Site]):
 
 
 GRAPH_TECHNIQUE = IA3()
-
-
-def _width(output: ir.Value) -> object:
-    return None if output.shape is None else output.shape[-1]

@@ -10,18 +10,17 @@ Source: FedPara, arXiv 2108.06098, proposition 1; keys as PEFT writes them.
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 
 from edgepeft.slots import Slot
 from edgepeft.techniques import loha
 from edgepeft.techniques.base import RANK, SCALING, Settings
 
-from ..graph import append, initializer
+from ..graph import append
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import BesideLinear, slot_rank, turned
+from .base import BesideLinear, reshaped, slot_rank, turned
 
 
 class LoHa(BesideLinear):
@@ -61,11 +60,9 @@ def _beside(
     joined = [rank * rank, other] if axis == 0 else [other, rank * rank]
     whole = [rank, rank, other] if axis == 0 else [other, rank, rank]
     product = append(
-        graph, "Mul", [_reshaped(graph, first, outer), _reshaped(graph, second, inner)], shape=whole
+        graph,
+        "Mul",
+        [reshaped(graph, first, outer, outer), reshaped(graph, second, inner, inner)],
+        shape=whole,
     )
-    return _reshaped(graph, product, joined)
-
-
-def _reshaped(graph: ir.Graph, value: ir.Value, shape: list[int]) -> ir.Value:
-    target = initializer(graph, "shape_" + "_".join(map(str, shape)), np.array(shape, np.int64))
-    return append(graph, "Reshape", [value, target], shape=shape)
+    return reshaped(graph, product, joined, joined)

@@ -9,7 +9,6 @@ Source: LyCORIS, arXiv 2309.14859; keys and sizes as PEFT has them.
 
 from collections.abc import Mapping
 
-import numpy as np
 import onnx_ir as ir
 from peft.tuners.lokr.layer import factorization
 
@@ -17,11 +16,11 @@ from edgepeft.slots import Slot
 from edgepeft.techniques import lokr
 from edgepeft.techniques.base import RANK, SCALING, Settings
 
-from ..graph import append, initializer
+from ..graph import append
 from ..options import ExportOptions
 from ..passes.weights.linears import Linear
 from ..sources.base import ModelSource
-from .base import BesideLinear, slot_rank, turned
+from .base import BesideLinear, reshaped, slot_rank, turned
 
 
 class LoKr(BesideLinear):
@@ -41,12 +40,13 @@ class LoKr(BesideLinear):
         a, b, c, d = (int(slot.settings[name]) for name in lokr.SIZES)
         assert x.shape is not None
         lead = list(x.shape)[:-1]
+        kept = [0] * len(lead)
         w1, w2 = (_whole(graph, matrix, inputs) for matrix in lokr.RANKS)
-        parted = append(graph, "Reshape", [x, _target(graph, len(lead), c, d)], shape=[*lead, c, d])
+        parted = reshaped(graph, x, [*kept, c, d], [*lead, c, d])
         inner = append(graph, "MatMul", [parted, turned(graph, w2)], shape=[*lead, c, b])
         scaled = append(graph, "Mul", [inner, inputs[SCALING]], shape=[*lead, c, b])
         outer = append(graph, "MatMul", [w1, scaled], shape=[*lead, a, b])
-        return append(graph, "Reshape", [outer, _target(graph, len(lead), a * b)], shape=[*lead, a * b])
+        return reshaped(graph, outer, [*kept, a * b], [*lead, a * b])
 
 
 GRAPH_TECHNIQUE = LoKr()
@@ -67,9 +67,3 @@ def _whole(graph: ir.Graph, matrix: str, inputs: Mapping[str, ir.Value]) -> ir.V
     assert up.shape is not None
     assert down.shape is not None
     return append(graph, "MatMul", [up, down], shape=[up.shape[0], down.shape[1]])
-
-
-def _target(graph: ir.Graph, leading: int, *sizes: int) -> ir.Value:
-    """Where the axes in front stay as they are."""
-    target = [0] * leading + [*sizes]
-    return initializer(graph, "shape_" + "_".join(map(str, target)), np.array(target, np.int64))

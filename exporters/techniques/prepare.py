@@ -9,6 +9,7 @@ from edgepeft.adapters import Adapter, check_base, load_adapter
 from edgepeft.errors import AdapterError
 from edgepeft.slots import LINEAR, LORA
 from edgepeft.techniques.base import Settings
+from edgepeft.techniques.lora_sites import SITE
 
 from ..options import STARTING_ADAPTER, ExportOptions
 from ..sources.base import ModelSource
@@ -32,13 +33,27 @@ class Adapters:
         """Modules that one of them is applied to, each with its slot's settings, by technique.
 
         Raises:
-            AdapterError: two of them need other settings on one module.
+            AdapterError: two of them need other settings on one module, or tensors of one name for slots of
+                different techniques.
         """
         found: dict[str, dict[str, Settings]] = {}
         for adapter in self.loaded.values():
             found.setdefault(adapter.technique.name, {})
+            alike = [
+                other.technique
+                for other in self.loaded.values()
+                if other.technique.peft_type == adapter.technique.peft_type
+                and other.technique is not adapter.technique
+            ]
             for technique, module in adapter.placed:
                 of_technique = found.setdefault(technique.name, {})
+                other = next((item for item in alike if module in found.get(item.name, ())), None)
+                if other is not None:
+                    raise AdapterError(
+                        f"{adapter.origin}: module {module} needs a slot for {technique.title}, another "
+                        f"adapter one for {other.title}, and PEFT calls the tensors of both the same: export "
+                        "each in a bundle of its own"
+                    )
                 settings = technique.settings(adapter, module)
                 if of_technique.setdefault(module, settings) != settings:
                     raise AdapterError(
@@ -112,6 +127,8 @@ def _check_modules(adapters: Mapping[str, Adapter], source: ModelSource) -> None
         if graph_technique(adapter.technique.name).site != LINEAR:
             continue
         for name in adapter.modules:
+            if adapter.technique.settings(adapter, name).get(SITE, LINEAR) != LINEAR:
+                continue  # the graph says whether it has one
             if not source.has_matrix(name):
                 raise AdapterError(
                     f"{adapter.origin}: module {name} is no linear of {source.name}: "

@@ -114,7 +114,8 @@ def _resize_vocabulary(adapters: Mapping[str, Adapter], source: Source, report: 
 
 
 def _apart(adapter: Adapter) -> Adapter:
-    """An adapter whose saved modules PEFT keeps equal (`ensure_weight_tying`), as one that has each of them.
+    """An adapter whose saved modules, or LoRA on tied ones, PEFT keeps equal (`ensure_weight_tying`), as one
+    that has each of them.
 
     In a bundle they train apart.
     """
@@ -122,6 +123,8 @@ def _apart(adapter: Adapter) -> Adapter:
         return adapter
     modules = sorted({_parameter(key).rpartition(".")[0] for key in adapter.saved_keys})
     settings = {"ensure_weight_tying": False, "modules_to_save": modules or None}
+    if adapter.modules:  # of the tied ones PEFT names one
+        settings |= {"target_modules": sorted(adapter.modules)}
     return dataclasses.replace(adapter, config=adapter.config | settings)
 
 

@@ -87,15 +87,15 @@ def torch_output(
 
 
 def _labels(model: Any, batch: Arrays) -> torch.Tensor:
-    """The labels as the model takes them: PEFT leaves it to its user to put some in front of token labels."""
+    """The labels as the model takes them: in front of those of tokens PEFT puts others for its virtual tokens
+    where it generates, and leaves it to its user elsewhere."""
     labels = torch.from_numpy(batch["labels"])
-    if (
-        isinstance(model, peft.PeftModelForTokenClassification)
-        and model.active_peft_config.is_prompt_learning
-    ):
-        virtual = model.active_peft_config.num_virtual_tokens
-        labels = torch.nn.functional.pad(labels, (virtual, 0), value=IGNORED_LABEL)
-    return labels
+    if not isinstance(model, peft.PeftModel) or not model.active_peft_config.is_prompt_learning:
+        return labels
+    if labels.shape != batch["input_ids"].shape or isinstance(model, peft.PeftModelForCausalLM):
+        return labels
+    virtual = model.active_peft_config.num_virtual_tokens
+    return torch.nn.functional.pad(labels, (virtual, 0), value=IGNORED_LABEL)
 
 
 def _embedding(pooling: Pooling, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

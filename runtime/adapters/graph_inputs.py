@@ -17,7 +17,7 @@ from edgepeft.bundle.adapter_store import check_has_effect
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.reader import Bundle
 from edgepeft.errors import AdapterError, UsageError
-from edgepeft.slots import LORA, Slot
+from edgepeft.slots import Slot
 from edgepeft.techniques import is_in_decoder, lora, of_slot
 from edgepeft.techniques.base import FloatArray
 from edgepeft.tensor_files import count_values, header_size
@@ -221,7 +221,7 @@ def group_inputs(manifest: Manifest, inputs: dict[str, FloatArray]) -> dict[str,
     """
     assert manifest.decoder is not None
     shapes = _group_shapes(manifest, inputs)
-    slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
+    slots = {slot.module: slot for slot in manifest.packed_slots}
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     parts = np.split(np.zeros(sum(map(math.prod, shapes)), np.float32), ends)[:-1]  # none without groups
     factors = iter([part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)])
@@ -249,7 +249,7 @@ def group_bytes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> int:
 def _group_shapes(manifest: Manifest, inputs: Mapping[str, FloatArray]) -> list[tuple[int, int]]:
     """The shapes of `A` and `B` of every group, one after the other."""
     assert manifest.decoder is not None
-    slots = {slot.module: slot for slot in manifest.slots_of(LORA)}
+    slots = {slot.module: slot for slot in manifest.packed_slots}
     shapes = []
     for group in manifest.decoder.groups:
         rank = sum(of_slot(slot).size(slot, inputs) for slot in (slots[item.module] for item in group.slots))

@@ -20,8 +20,9 @@ class Workload:
         adapter_values: values in the adapter.
         trained_values: those of them that train.
         gradient_bytes: of a trained value's gradient; twice as many where gradients are added up.
-        moment_bytes: of what the optimizer keeps of a trained value.
+        moment_bytes: of what the optimizer and the technique keep of a trained value.
         updates_in_backward: a chain of stages need not keep gradients until all are there.
+        needs_gradients: estimates of them will not do.
     """
 
     rows: int
@@ -32,6 +33,7 @@ class Workload:
     gradient_bytes: int = 4
     moment_bytes: float = 8.0
     updates_in_backward: bool = False
+    needs_gradients: bool = False
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ _FIRST_RUN_BYTES = 4 * 2**20
 def plans(
     manifest: Manifest, workload: Workload, process_bytes: int, budget_bytes: int | None = None
 ) -> list[Plan]:
-    """What every strategy of the bundle would need, cheapest in time first.
+    """What every strategy of the bundle that will do would need, cheapest in time first.
 
     Args:
         manifest: the bundle's manifest.
@@ -63,9 +63,14 @@ def plans(
         if strategy.graph is not None:
             found.append(_resident(manifest, strategy, strategy.graph, workload, process_bytes))
         elif not strategy.exact:
-            found.append(_forward_only(manifest, strategy, workload, process_bytes))
+            if not workload.needs_gradients:
+                found.append(_forward_only(manifest, strategy, workload, process_bytes))
         else:
             found += _staged(manifest, strategy, workload, process_bytes, budget_bytes)
+    if not found:
+        raise UsageError(
+            "the adapter's method needs gradients, which this bundle can only estimate: train another method"
+        )
     return found
 
 

@@ -24,7 +24,7 @@ from ..memory.process import MemoryRecorder, read_memory, release_freed_memory
 from ..records import RecordSource
 from ..tasks import Example, Task
 from .head.remembered import FloatArray, write_features
-from .judging.candidates import Judging
+from .judging.candidates import TRAINED, Judging
 from .judging.evaluate import Evaluation, Sink, evaluate
 from .judging.verdict import Outcome, by_label, interval
 from .model_card import CARD_FILE, model_card
@@ -152,7 +152,7 @@ class Update:
                 raise
             if outcome.rejected is not None:
                 return report, outcome
-            self._keep(prepared, report, features)
+            self._keep(prepared, outcome, report, features)
             return report, None
 
     def _train(self, prepared: Prepared, judging: Judging) -> Outcome:
@@ -229,6 +229,7 @@ class Update:
                         prepared.total_steps,
                         manifest.policy.max_relative_change,
                         prepared.classes,
+                        prepared.of_technique,
                         prepared.dropout.rate,
                     ),
                     after_step,
@@ -293,14 +294,18 @@ class Update:
             required_bytes=required_bytes,
         )
 
-    def _keep(self, prepared: Prepared, report: AdaptReport, features: dict[str, FloatArray]) -> None:
+    def _keep(
+        self, prepared: Prepared, outcome: Outcome, report: AdaptReport, features: dict[str, FloatArray]
+    ) -> None:
         trained = to_peft_layout(self._bundle, prepared.state.parameters)
-        tensors = {**prepared.untrained, **trained}
+        adapter = prepared.adapter.with_tensors({**prepared.untrained, **trained}, str(self._output))
+        if outcome.chosen.name == TRAINED:
+            adapter = prepared.of_technique.finished(adapter)
         with atomic_folder(self._output, CONFIG_FILE) as folder:
-            write_adapter(prepared.adapter.with_tensors(tensors, str(self._output)), folder)
+            write_adapter(adapter, folder)
             write_features(folder, features)
             atomic_write(folder / REPORT_FILE, report.to_json().encode())
-            atomic_write(folder / CARD_FILE, model_card(report, prepared.adapter).encode())
+            atomic_write(folder / CARD_FILE, model_card(report, adapter).encode())
 
     def _report(
         self, prepared: Prepared, outcome: Outcome, resumed_from_step: int, began_s: float

@@ -34,6 +34,8 @@ from .state.buffers import TrainingState
 from .state.checkpoint import Progress, checkpoint_path, load_checkpoint
 from .state.fingerprint import fingerprint
 from .steps.dropout import dropout_of
+from .techniques import steps_that_train
+from .techniques.base import Steps
 from .workload import own_tokens, workload
 
 
@@ -44,7 +46,8 @@ class Prepared:
     batches of `sizes`. `head` is what can be fitted in closed form, and all there is to do where there are no
     steps: then all records are trained on and, one at a time, held out. `held` are features of records of
     other labels, by label, that the adapter kept. `classes` are those of the records to train on, where they
-    have any. In `options` nothing is left open that steps need."""
+    have any. In `options` nothing is left open that steps need. `of_technique` is what the adapter's
+    technique does in these."""
 
     options: TrainingOptions
     head: LinearHead | None
@@ -64,6 +67,7 @@ class Prepared:
     fingerprint: dict[str, Any]
     progress: Progress
     dropout: DropoutReport
+    of_technique: Steps
 
 
 def prepare(
@@ -124,11 +128,19 @@ def prepare(
         train_on, held_out = split(count, options.eval_fraction, options.seed, task.minimum_batch, classes)
         options = with_defaults(options, bundle.manifest, len(train_on))
         total_steps = _total_steps(bundle, task, options, len(train_on))
+    steps = steps_that_train(adapter, names)
+    if total_steps:
+        adapter = steps.prepared(adapter, names, total_steps, fresh=options.starts_fresh)
     rows = min(options.batch_size, count) * task.rows_per_record
     sizes = workload(adapter, names, rows, examples.longest, options)
     candidates = plans_now(bundle, sizes, budget_bytes)
     if options.strategy is not None:
         candidates = [item for item in candidates if item.strategy == options.strategy]
+    if not candidates:
+        raise UsageError(
+            f"{adapter.technique.title} needs gradients, which {options.strategy} only estimates: leave out "
+            "--strategy, or train another method"
+        )
     if alone:
         candidates = judging_alone(candidates)
     if head is not None:
@@ -146,10 +158,12 @@ def prepare(
         optimizer,
         adds_up=options.accumulation_steps > 1,
         passing=plan.updates_in_backward,
+        averages=steps.averages,
     )
     del start
     known_by = fingerprint(bundle, options, adapter, examples.digest, total_steps, plan.exact)
     progress = load_checkpoint(checkpoint_path(output), known_by, state) if options.resume else None
+    progress = progress or Progress()
     # The trained tensors are in the state now, so the adapter's own go.
     untrained = {name: value for name, value in adapter.tensors.items() if name not in state.parameters}
     return Prepared(
@@ -169,7 +183,8 @@ def prepare(
         inputs=inputs,
         state=state,
         fingerprint=known_by,
-        progress=progress or Progress(),
+        progress=progress,
+        of_technique=steps(adapter, bundle.manifest.slots, state, progress.of_technique),
         dropout=dropout_of(bundle.manifest, adapter, exact=plan.exact),
     )
 

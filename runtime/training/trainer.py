@@ -21,6 +21,7 @@ from .state.checkpoint import Progress
 from .steps.descent import GradientDescent, Stepper
 from .steps.forward_only import ForwardOnly
 from .steps.schedule import learning_rate
+from .techniques.base import Steps
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -39,12 +40,14 @@ class Step:
 @dataclass(frozen=True)
 class Schedule:
     """Everything that fixes what each step does; `classes` are those of the examples, if they have any, and
-    `dropout` the share of values that is dropped in front of each LoRA's `A`."""
+    `of_technique` is what the adapter's technique does, `dropout` the share of values that is dropped in
+    front of each LoRA's `A`."""
 
     options: TrainingOptions
     total_steps: int
     max_relative_change: float | None
     classes: Indices | None
+    of_technique: Steps
     dropout: float = 0.0
 
 
@@ -77,7 +80,8 @@ def train(
         held: what a chain of stages holds to save time.
 
     Raises:
-        UpdateRejectedError: the loss or a gradient is not a number any more.
+        UpdateRejectedError: the loss or a gradient is not a number any more, or what the technique changes
+            is more than the policy allows.
     """
     options = schedule.options
     assert options.learning_rate is not None  # `with_defaults` has seen to it
@@ -85,7 +89,15 @@ def train(
     stepper: Stepper
     if strategy.exact:
         stepper = GradientDescent(
-            bundle, strategy, constants, state, options, threads, held, schedule.dropout
+            bundle,
+            strategy,
+            constants,
+            state,
+            options,
+            schedule.of_technique,
+            threads,
+            held,
+            schedule.dropout,
         )
     else:
         stepper = ForwardOnly(bundle, strategy, task, constants, state, options, threads)
@@ -108,6 +120,12 @@ def train(
             limit = schedule.max_relative_change
             if limit is not None and state.limit_change(limit):
                 progress.limited_steps += 1
+            changed = schedule.of_technique.after_step(progress.step + 1)
+            if limit is not None and changed and (change := state.relative_change()) > limit:
+                raise UpdateRejectedError(
+                    f"step {progress.step + 1}: what the adapter's method takes out changes it by "
+                    f"{change:.3g} of its norm, the bundle's policy allows {limit:g}: train a fresh adapter"
+                )
             progress.step += 1
             progress.losses.append(loss)
             progress.learning_rates.append(rate)

@@ -8,6 +8,7 @@ from edgepeft.virtual_tokens import count_virtual
 
 from ..memory.plan import Workload
 from .options import TrainingOptions
+from .techniques import steps_that_train
 
 
 def own_tokens(manifest: Manifest, adapter: Adapter, options: TrainingOptions) -> int:
@@ -31,6 +32,7 @@ def workload(
 ) -> Workload:
     """The sizes that training `names` of an adapter on batches of `rows` x `seq_len` tokens depends on, its
     virtual tokens in front."""
+    of_technique = steps_that_train(adapter, names)
     return Workload(
         rows=rows,
         seq_len=seq_len + count_virtual(adapter),
@@ -38,6 +40,8 @@ def workload(
         adapter_values=adapter.parameters,
         trained_values=sum(adapter.tensors[name].size for name in names),
         gradient_bytes=4 if options.accumulation_steps == 1 else 8,
-        moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value,
+        moment_bytes=OPTIMIZER_STATES[options.optimizer_state].bytes_per_value
+        + 4 * len(of_technique.averages),
         updates_in_backward=options.updates_in_backward,
+        needs_gradients=of_technique.needs_gradients,
     )

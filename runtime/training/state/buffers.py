@@ -2,7 +2,7 @@
 them."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.optimizer_state import OPTIMIZER_STATES, OptimizerState
+from edgepeft.errors import UpdateRejectedError
 
 from ...memory.planner import CHUNK_VALUES
 from .file import file_buffers
@@ -93,12 +94,13 @@ class TrainingState:
             nor moments.
         adds_up: there is room to add up the gradients of several batches.
         passing: gradients are not kept; see `pass_gradients`.
+        averages: names of what a technique keeps of each value, float32.
 
     Attributes:
         buffers: `param`, `start` (the values that the update began with), float32; `grad` and, with
             `adds_up`, `total`, float32, of no length without an optimizer; and the optimizer's, by the names
             that its graph gives them.
-        moments: the names of the optimizer's.
+        moments: the names of the optimizer's and of the averages.
         parameters, gradients: the trained tensors as they are now and their gradients, by name: views of what
             is in memory, else read when they are asked for.
         size: entries of `param`, gaps included.
@@ -116,6 +118,7 @@ class TrainingState:
         *,
         adds_up: bool = False,
         passing: bool = False,
+        averages: Sequence[str] = (),
     ) -> None:
         self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
         self.size, self._alignment = 0, max(_ALIGNMENT_VALUES, 1 if optimizer is None else optimizer.block)
@@ -125,13 +128,14 @@ class TrainingState:
         self.count = sum(tensor.size for tensor in tensors.values())
         of_gradients = 0 if optimizer is None else self.size
         of_optimizer = {} if optimizer is None else optimizer.buffers
-        self.moments = tuple(of_optimizer)
+        self.moments = (*of_optimizer, *averages)
         self._layout = {"param": (self.size, "float32"), "start": (self.size, "float32")}
         if not passing:
             self._layout["grad"] = (of_gradients, "float32")
         if adds_up:
             self._layout["total"] = (of_gradients, "float32")
         self._layout |= {name: (self.size // item.values, item.dtype) for name, item in of_optimizer.items()}
+        self._layout |= dict.fromkeys(averages, (self.size, "float32"))
         self.buffers: dict[str, Buffer]
         if file_in is None:
             self.buffers = {
@@ -153,6 +157,10 @@ class TrainingState:
     def inputs(self, constants: Mapping[str, FloatArray]) -> Mapping[str, FloatArray]:
         """All adapter inputs: the trained tensors as they are now, and the constants."""
         return self._tensors("param", constants)
+
+    def average(self, kind: str, name: str) -> FloatArray:
+        """What a technique's average has of a tensor, in its shape."""
+        return _Tensors(self.buffers[kind], self._places, _NOTHING)[name]
 
     def put_gradient(self, name: str, values: FloatArray, *, add: bool = False) -> None:
         """Keep a tensor's gradient, or add to it."""
@@ -237,8 +245,18 @@ class TrainingState:
         return math.sqrt(change / norm) if norm else (0.0 if change == 0.0 else math.inf)
 
     def limit_change(self, limit: float) -> bool:
-        """Scale the update back to `limit` times the norm of its start; whether that was necessary."""
+        """Scale the update back to `limit` times the norm of its start; whether that was necessary.
+
+        Raises:
+            UpdateRejectedError: it started from zeros, of which there is no multiple.
+        """
         change = self.relative_change()
+        if math.isinf(change):
+            raise UpdateRejectedError(
+                f"an update may be {limit:g} times as large as what it starts from (the bundle's "
+                "max_relative_change), which is zero here: start from an adapter that was trained, or from a "
+                "bundle without this bound"
+            )
         if change <= limit:
             return False
         scale = np.float32(limit / change)

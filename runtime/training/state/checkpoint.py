@@ -34,6 +34,7 @@ class Progress:
         head_says_something: whether a head in closed form beats those to shuffled labels; None where that was
             not tried.
         limited_steps: steps after which the policy's bound scaled the update back.
+        of_technique: what the adapter's technique remembers beside the state's buffers.
     """
 
     step: int = 0
@@ -44,6 +45,7 @@ class Progress:
     held_out_head: tuple[float, float | None, float] | None = None
     head_says_something: bool | None = None
     limited_steps: int = 0
+    of_technique: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_path(output: Path) -> Path:
@@ -125,6 +127,8 @@ def load_checkpoint(path: Path, fingerprint: dict[str, Any], state: TrainingStat
             == progress.step
         ):
             raise ValueError("its lists have different lengths")
+        if not isinstance(progress.of_technique, dict):
+            raise TypeError("what its technique remembers is no object")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UsageError(f"{path}: is damaged ({error}): remove it to start over") from error
     return progress

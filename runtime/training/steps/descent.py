@@ -1,6 +1,6 @@
 """A step along the gradient: micro-batches, their gradients added up, AdamW."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Protocol, TypeAlias
 
@@ -18,6 +18,7 @@ from ..gradients.drift import Drift
 from ..gradients.strategies import Gradients, open_gradients
 from ..options import TrainingOptions
 from ..state.buffers import TrainingState
+from ..techniques.base import Steps
 from .dropout import Dropout
 from .optimizer import AdamW, AdamWOptions
 from .rates import rate_factors
@@ -47,6 +48,7 @@ class GradientDescent:
         constants: all adapter inputs; those in `state` are taken from there.
         state: the trained tensors and moments.
         options: of the update.
+        of_technique: what the adapter's technique does beside.
         threads: threads of the training sessions.
         held: what a chain of stages holds to save time.
         dropout: the share of values that is dropped in front of each LoRA's `A`.
@@ -59,11 +61,14 @@ class GradientDescent:
         constants: Mapping[str, FloatArray],
         state: TrainingState,
         options: TrainingOptions,
+        of_technique: Steps,
         threads: int = 0,
         held: Held = NOTHING_HELD,
         dropout: float = 0.0,
     ) -> None:
         self._state = state
+        self._of_technique = of_technique
+        self._number, self._added = 0, 0.0
         self._drift: Drift | None = None
         with ExitStack() as opened:
             adamw = AdamWOptions(weight_decay=options.weight_decay, max_grad_norm=options.max_grad_norm)
@@ -75,7 +80,7 @@ class GradientDescent:
                 self._drift = Drift(bundle, weight, threads)
                 opened.callback(self._drift.close)
             self._dropout = Dropout(bundle.manifest, dropout, options.seed)
-            take = self._optimizer.take if state.passes_gradients else None
+            take = self._take if state.passes_gradients else None
             self._gradients = open_gradients(bundle, strategy, constants, state, threads, held, take)
             opened.callback(self._gradients.close)
             self._opened = opened.pop_all()
@@ -84,11 +89,16 @@ class GradientDescent:
         """See `Stepper.step`."""
         self._dropout.begin(number)
         if self._state.passes_gradients:
+            self._number, self._added = number, 0.0
             self._optimizer.begin(number, learning_rate)
             loss = accumulate(self._gradients, batches, self._state, self._added_to)
-            return loss, self._optimizer.taken_norm
+            return loss + self._added, self._optimizer.taken_norm
         loss = accumulate(self._gradients, batches, self._state, self._added_to)
-        return loss, self._optimizer.step(number, learning_rate)
+        names = self._state.parameters.keys()
+        loss += self._of_technique.before_update(names)
+        norm = self._optimizer.step(number, learning_rate)
+        self._of_technique.after_update(names, number, self._optimizer.clip_coef)
+        return loss, norm
 
     def _added_to(self, batch: Batch) -> Batch:
         """A batch with what the training graph takes besides."""
@@ -98,6 +108,13 @@ class GradientDescent:
     def close(self) -> None:
         """Free the sessions."""
         self._opened.close()
+
+    def _take(self, names: Collection[str]) -> None:
+        """Update some parameters from their gradients and drop these."""
+        self._added += self._of_technique.before_update(names)
+        self._optimizer.take(names)
+        self._of_technique.after_update(names, self._number, self._optimizer.clip_coef)
+        self._state.drop_gradients(names)
 
 
 def accumulate(

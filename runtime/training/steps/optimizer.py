@@ -99,10 +99,14 @@ class AdamW:
         self._taken = 0.0
 
     def take(self, names: Collection[str]) -> None:
-        """Update some parameters from their gradients and drop these."""
+        """Update some parameters from their gradients."""
         self._taken += self._squares(names)
         self._update(names)
-        self._state.drop_gradients(names)
+
+    @property
+    def clip_coef(self) -> float:
+        """What the gradients of the last update were multiplied by."""
+        return float(self._scalars["clip_coef"])
 
     @property
     def taken_norm(self) -> float:

@@ -8,6 +8,7 @@ import peft
 
 import edgepeft
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.runtime.training.techniques import steps_of
 
 from ..sharing import unmeasured
 from . import parity
@@ -18,7 +19,6 @@ PATH = Path(__file__).parents[3] / "docs" / "methods.md"
 
 #: Of every type of PEFT's that has no technique here: why an adapter of it is refused.
 REFUSED = {
-    "ADALORA": "a term of its loss and a scheduler of its ranks: not built yet",
     "ADAMSS": "not built yet",
     "ADAPTION_PROMPT": "adds attention over tokens of its own inside layers: not built yet",
     "BEFT": "not built yet",
@@ -31,20 +31,15 @@ REFUSED = {
     "FOURIERFT": "Fourier coefficients of a whole weight: not built yet",
     "FROD": "not built yet",
     "GLORA": "not built yet",
-    "GRALORA": "low-rank blocks: not built yet",
     "HIRA": "multiplies the base's weight elementwise, which is quantized here",
-    "HRA": "a chain of reflections: not built yet",
     "LILY": "not built yet",
-    "MISS": "sums of a reshaped input: not built yet",
     "MULTITASK_PROMPT_TUNING": "virtual tokens: not built yet",
-    "OFT": "rotations in front of a weight: not built yet",
     "OSF": "replaces the base's weights by their singular vectors, which are quantized here",
     "PEANUT": "not built yet",
     "POLY": "a router over skills that needs a task's number as an input",
     "PSOFT": "not built yet",
     "PVERA": "not built yet",
     "RANDLORA": "random bases that PEFT draws again: not built yet",
-    "ROAD": "rotations of pairs of outputs: not built yet",
     "SHADOW": "not built yet",
     "SHIRA": "sparse changes of the base's weight: not built yet",
     "SUPERTUNING": "not built yet",
@@ -103,12 +98,15 @@ def main() -> None:
 
 
 def _row(name: str, title: str, family: str, manifests: dict[int, Manifest]) -> str:
-    cells = [title, edgepeft.adapters.of_config(_config(name), name).name, family]
+    technique = edgepeft.adapters.of_config(_config(name), name).name
+    cells = [title, technique, family]
     for manifest in manifests.values():
         assert manifest.verification is not None
         cells.append(f"{manifest.verification['outputs'][ADAPTER]:.1e}")
         cells.append(f"{max(0.0, 1 - manifest.verification['gradients']['a']['smallest_cosine']):.1e}")
-    cells.append(", ".join(strategy.name for strategy in manifests[4].strategies))
+    estimates = not steps_of(technique).needs_gradients
+    ways = [strategy.name for strategy in manifests[4].strategies if strategy.exact or estimates]
+    cells.append(", ".join(ways))
     return f"| {' | '.join(cells)} |"
 
 

@@ -53,6 +53,7 @@ class Method:
         families: those that it applies to.
         noise: deviation of what is added to each of its parameters: it has an effect then.
         asked: what `--method` has to be for fresh ones, where an adapter's slots are not enough.
+        finish: what is done to PEFT's model before it is saved.
     """
 
     title: str
@@ -60,6 +61,7 @@ class Method:
     families: tuple[str, ...] = ("llama", "bert", "vit")
     noise: float = 0.2
     asked: str = "lora"
+    finish: Callable[[peft.PeftModel], None] | None = None
 
 
 def options(family: str, *, heads: bool = True) -> dict[str, Any]:
@@ -72,6 +74,27 @@ def _drawn_vera(family: str) -> peft.PeftConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it may be drawn otherwise elsewhere
         return peft.VeraConfig(**options(family), r=6, save_projection=False, projection_prng_key=7)
+
+
+def _adalora(family: str) -> peft.PeftConfig:
+    return peft.AdaLoraConfig(
+        **options(family), init_r=6, target_r=3, total_step=20, tinit=4, tfinal=5, deltaT=2, lora_alpha=6
+    )
+
+
+def _allocate(model: peft.PeftModel) -> None:
+    """Ranks as at the end of a training: none on the first module, all on the second, others at random."""
+    torch.manual_seed(2)
+    (config,) = model.peft_config.values()
+    values = [name for name, _ in model.base_model.model.named_parameters() if "lora_E" in name]
+    kept = [[False] * config.init_r, [True] * config.init_r]
+    kept += [(torch.rand(config.init_r) < 0.5).tolist() for _ in values[2:]]
+    config.rank_pattern = dict(zip(values, kept, strict=True))
+
+
+def _lora_beside(module: str, family: str) -> peft.PeftConfig:
+    """On linears, and on another kind of module."""
+    return peft.LoraConfig(**options(family) | {"target_modules": [*TARGETS[family], module]}, r=4)
 
 
 TOKENS = list(range(0, models.SIZES["vocab_size"], 5))
@@ -101,6 +124,18 @@ METHODS: Mapping[str, Method] = {
             task_type=TASK_TYPES[family],
         ),
         ("llama", "bert"),
+    ),
+    "lora, embedding": Method(
+        "LoRA on the embedding, too",
+        lambda family: _lora_beside({"llama": "embed_tokens", "bert": "word_embeddings"}[family], family),
+        ("llama", "bert"),
+    ),
+    "lora, convolution": Method(
+        "LoRA on a convolution, too", lambda family: _lora_beside("projection", family), ("vit",)
+    ),
+    "lora_bias": Method(
+        "LoRA with a bias",
+        lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, lora_bias=True),
     ),
     "dora": Method(
         "DoRA", lambda family: peft.LoraConfig(**options(family), r=4, lora_alpha=6, use_dora=True)
@@ -146,20 +181,62 @@ METHODS: Mapping[str, Method] = {
         ("llama",),
     ),
     "loha": Method("LoHa", lambda family: peft.LoHaConfig(**options(family), r=4, alpha=6)),
+    "adalora": Method("AdaLoRA", _adalora),
+    "adalora, allocated": Method("AdaLoRA, its ranks allocated", _adalora, finish=_allocate),
+    "oft": Method("OFT", lambda family: peft.OFTConfig(**options(family), oft_block_size=16)),
+    "road": Method("RoAd", lambda family: peft.RoadConfig(**options(family), group_size=16)),
+    "road, 2": Method(
+        "RoAd, an angle for each output",
+        lambda family: peft.RoadConfig(**options(family), variant="road_2", group_size=8),
+        ("bert",),
+    ),
+    "road, 4": Method(
+        "RoAd, four angles for each pair",
+        lambda family: peft.RoadConfig(**options(family), variant="road_4", group_size=32),
+        ("llama",),
+    ),
+    "miss": Method("MiSS", lambda family: peft.MissConfig(**options(family), r=6)),
+    "miss, mini": Method(
+        "MiSS, its columns repeated",
+        lambda family: peft.MissConfig(**options(family), r=8, mini_r=4, init_weights="mini"),
+        ("llama",),
+    ),
+    "gralora": Method("GraLoRA", lambda family: peft.GraloraConfig(**options(family), r=4, alpha=6)),
+    "gralora, hybrid": Method(
+        "GraLoRA with a LoRA over all blocks",
+        lambda family: peft.GraloraConfig(**options(family), r=8, gralora_k=4, hybrid_r=3, alpha=9),
+        ("bert",),
+    ),
+    "hra": Method("HRA", lambda family: peft.HRAConfig(**options(family), r=6)),
+    "oft, shared": Method(
+        "OFT, one rotation of all blocks, 7 terms, and biases",
+        lambda family: peft.OFTConfig(
+            **options(family),
+            r=6,
+            oft_block_size=0,
+            block_share=True,
+            num_cayley_neumann_terms=7,
+            bias="oft_only",
+        ),
+    ),
 }
 
 
 def save(method: str, family: str, folder: Path, seed: int = 1) -> Path:
     """An adapter of the method as PEFT writes it, with noise on every parameter of its own."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings():  # PEFT calls normalizations unsupported
+    # PEFT calls normalizations unsupported, biases incomplete, and wonders at a rank of 0.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped = peft.get_peft_model(FAMILIES[family](), METHODS[method].config(family))
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter += METHODS[method].noise * torch.randn_like(parameter)
-    wrapped.save_pretrained(str(folder))
+        with torch.no_grad():
+            for parameter in wrapped.parameters():
+                if parameter.requires_grad:
+                    parameter += METHODS[method].noise * torch.randn_like(parameter)
+        if (finish := METHODS[method].finish) is not None:
+            finish(wrapped)
+        # A copy of the base's embedding would overwrite the one that a bundle has rounded.
+        wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     return folder
 
 

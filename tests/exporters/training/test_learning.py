@@ -82,15 +82,22 @@ def torch_losses(
     classes = np.array([record["label"] for record in data]) if "label" in data[0] else None
     train_on, _ = split(len(data), 0.1, SEED, classes=classes)
     kinds = None if classes is None else classes[train_on]
+    forward, allocate = model, None
+    if isinstance(model, peft.PeftModel) and isinstance(model.base_model, peft.AdaLoraModel):
+        forward = model.base_model  # without a task type, PEFT goes around its own term of the loss
+        if model.peft_config["default"].rank_pattern is None:
+            allocate = model.base_model.update_and_allocate
     losses = []
     for step in range(steps):
         indices = batch_indices(len(train_on), BATCH, SEED, step, classes=kinds)
         chosen = [data[train_on[index]] for index in indices]
-        loss = model(**padded(chosen)).loss
+        loss = forward(**padded(chosen)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
         optimizer.step()
         schedule.step()
+        if allocate is not None:
+            allocate(step + 1)
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses

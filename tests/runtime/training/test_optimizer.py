@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from edgepeft.bundle.reader import open_bundle
-from edgepeft.errors import DataError, EdgePeftError
+from edgepeft.errors import DataError, EdgePeftError, UpdateRejectedError
 from edgepeft.runtime.memory.planner import CHUNK_VALUES
 from edgepeft.runtime.tasks import Example, task_for
 from edgepeft.runtime.training.batches import step_batches
@@ -69,7 +69,12 @@ def test_an_update_is_scaled_back_to_its_limit() -> None:
     assert state.limit_change(0.5)
     np.testing.assert_allclose(state.parameters["a"], [3, 6.5])
     assert not state.limit_change(0.51)
-    assert TrainingState({"a": np.zeros(2, np.float32)}).relative_change() == 0
+    zeros = TrainingState({"a": np.zeros(2, np.float32)})
+    assert zeros.relative_change() == 0
+    assert not zeros.limit_change(0.5)
+    zeros.parameters["a"][0] = 1
+    with pytest.raises(UpdateRejectedError, match=r"0.5 times as large as what it starts from .* zero here"):
+        zeros.limit_change(0.5)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

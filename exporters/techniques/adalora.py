@@ -1,0 +1,48 @@
+"""Insert AdaLoRA slots at linear layers.
+
+    y = x Wᵀ + (((x A) * scaling) * E) B      A [in, rank], scaling [rank], E [1, rank], B [rank, out]
+
+The inputs have a rank axis of their own, as LoRA's: one graph serves the ranks that training begins with and
+those that are left. `scaling` may have the axes of x, `[batch, 1, …, rank]`.
+
+Source: AdaLoRA, arXiv 2303.10512, equation 1; keys as PEFT writes them.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from edgepeft.slots import Slot
+from edgepeft.techniques import adalora
+from edgepeft.techniques.base import Settings
+from edgepeft.techniques.lora import SCALING, A, B, features
+
+from ..graph import append
+from ..passes.weights.linears import Linear
+from .base import BesideLinear, activation_axes
+
+
+class AdaLora(BesideLinear):
+    """Its sites are linear modules."""
+
+    name = adalora.NAME
+
+    def slot(self, linear: Linear, settings: Settings) -> Slot:
+        del settings
+        return adalora.new_slot(
+            linear.module, linear.in_features, linear.out_features, activation_axes(linear)
+        )
+
+    def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
+        scaling = inputs[SCALING]
+        assert x.shape is not None
+        assert scaling.shape is not None
+        (rank,), lead = scaling.shape, list(x.shape)[:-1]
+        _, out_features = features(slot)
+        low = append(graph, "MatMul", [x, inputs[A]], shape=[*lead, rank])
+        scaled = append(graph, "Mul", [low, scaling], shape=[*lead, rank])
+        sized = append(graph, "Mul", [scaled, inputs[adalora.E]], shape=[*lead, rank])
+        return append(graph, "MatMul", [sized, inputs[B]], shape=[*lead, out_features])
+
+
+GRAPH_TECHNIQUE = AdaLora()
