@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from edgepeft.adapters import fit
+from edgepeft.adapter_fit import fit
 from edgepeft.bundle.manifest import Manifest
 from edgepeft.bundle.validation import TOKENLESS
 from edgepeft.bundle.writer import MANIFEST_FILE, write_manifest

@@ -6,15 +6,12 @@ import numpy as np
 import numpy.typing as npt
 
 from edgepeft.bundle.manifest import Manifest, ModelInfo, TensorSpec
+from edgepeft.bundle.wiring import DROPOUT
 from edgepeft.errors import UsageError
 
 Array = npt.NDArray[np.generic]
 IGNORED_LABEL = -100
 BASE_LOGITS, DRIFT_WEIGHT = "base_logits", "drift_weight"
-
-
-DROPOUT = "dropout."
-"""How the training graph's inputs begin that say what is dropped in front of a module's LoRA."""
 
 
 def dropout_inputs(manifest: Manifest) -> list[str]:

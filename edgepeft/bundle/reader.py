@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ..adapters import CONFIG_FILE, TENSOR_FILE, Adapter, check_base, fit, load_adapter
+from ..adapter_fit import check_base, fit
+from ..adapters import CONFIG_FILE, TENSOR_FILE, Adapter, load_adapter
 from ..errors import AdapterError, BundleError
 from .manifest import FileEntry, Manifest
 from .serialization import manifest_from_json

@@ -6,6 +6,8 @@ from .memory_formula import MemoryFormula
 
 #: Inputs of a decoder's graph: a row's tokens but one, int32 `[batch]`, and the longest row's, int32 `[1]`.
 SEQLENS, TOTAL = "seqlens_k", "total_sequence_length"
+#: How the training graph's inputs begin that say what is dropped in front of a module's LoRA.
+DROPOUT = "dropout."
 
 
 @dataclass(frozen=True)

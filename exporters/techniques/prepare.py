@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgepeft.adapters import Adapter, check_base, load_adapter
+from edgepeft.adapter_fit import check_base
+from edgepeft.adapters import Adapter, load_adapter
 from edgepeft.errors import AdapterError
 from edgepeft.slots import LINEAR, LORA
 from edgepeft.techniques.base import Settings

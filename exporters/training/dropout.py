@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgepeft.adapters import Adapter
-from edgepeft.runtime.inputs import DROPOUT
+from edgepeft.bundle.wiring import DROPOUT
 from edgepeft.slots import LINEAR, LORA
 from edgepeft.techniques import lora
 

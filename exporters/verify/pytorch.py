@@ -264,7 +264,14 @@ class _Check:
         worst_cosine, worst_norm, tolerance = 1.0, 0.0, STAGE_TOLERANCE
         inputs = self.bundle.manifest.adapter_inputs
         gradients = {key: value for key, value in torch_gradients(model, adapter).items() if key in trainable}
-        if unseen := sorted({*trainable} & adapter.tensors.keys() - gradients.keys()):
+        # What PEFT stores unasked, such as a resized embedding, it does not train.
+        asked = tuple(adapter.config.get("modules_to_save") or ())
+        own = {
+            key
+            for key in adapter.tensors
+            if adapter.technique.owns(key) or key.rpartition(".")[0].endswith(asked)
+        }
+        if unseen := sorted(own.intersection(trainable) - gradients.keys()):
             raise VerificationError(
                 f"PyTorch has no gradient of {unseen[0]} with adapter {name!r} to compare with: nothing was "
                 "written"

@@ -13,7 +13,8 @@ import pytest
 import torch
 import transformers
 
-from edgepeft.adapters import Adapter, fit, load_adapter, rounded, save_adapter
+from edgepeft.adapter_fit import fit
+from edgepeft.adapters import Adapter, load_adapter, rounded, save_adapter
 from edgepeft.errors import AdapterError, UsageError
 from edgepeft.slots import Slot
 from edgepeft.techniques import lora, whole

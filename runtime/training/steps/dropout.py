@@ -7,9 +7,10 @@ import numpy.typing as npt
 
 from edgepeft.adapters import Adapter
 from edgepeft.bundle.manifest import Manifest
+from edgepeft.bundle.wiring import DROPOUT
 from edgepeft.slots import LORA
 
-from ...inputs import DROPOUT, dropout_inputs, nothing_dropped
+from ...inputs import dropout_inputs, nothing_dropped
 from ..report import DropoutReport
 
 Array = npt.NDArray[np.generic]

@@ -12,9 +12,10 @@ import torch
 import edgepeft
 from edgepeft.adapters import PREFIX
 from edgepeft.bundle.reader import Bundle, open_bundle
+from edgepeft.bundle.wiring import DROPOUT
 from edgepeft.errors import UpdateRejectedError
 from edgepeft.runtime.adapters.graph_inputs import graph_inputs
-from edgepeft.runtime.inputs import DROPOUT, nothing_dropped
+from edgepeft.runtime.inputs import nothing_dropped
 from edgepeft.runtime.session import GraphSession
 from edgepeft.runtime.training.steps.dropout import Dropout
 
