@@ -72,6 +72,11 @@ WITHOUT_WEIGHTS = (
     "trainable_tokens",
 )
 LANGUAGE = [name for name, family in CASES if family == "llama"]
+# The first family of each method is tried by default, the others with the slow tests.
+EACH = [
+    pytest.param(name, family, marks=[pytest.mark.slow] * (family != parity.METHODS[name].families[0]))
+    for name, family in CASES
+]
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +132,7 @@ def test_every_type_of_pefts_is_a_technique_or_refused_by_name() -> None:
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
 @pytest.mark.parametrize("bits", parity.BITS)
-@pytest.mark.parametrize(("method", "family"), CASES)
+@pytest.mark.parametrize(("method", "family"), EACH)
 def test_outputs_and_gradients_are_pefts(method: str, family: str, bits: int, bundle: Make) -> None:
     """As export has compared them; and once more with PEFT's model over the bytes of the bundle."""
     root = bundle(method, family, bits)
@@ -203,7 +208,7 @@ def test_two_whose_tensors_have_one_name_are_refused(tmp_path: Path) -> None:
         edgepeft.export(parity.FAMILIES["bert"](), tmp_path / "b", adapters=adapters, quick=True)
 
 
-@pytest.mark.parametrize(("method", "family"), CASES)
+@pytest.mark.parametrize(("method", "family"), EACH)
 def test_training_follows_pytorch_and_returns_to_peft(
     method: str, family: str, bundle: Make, tmp_path: Path
 ) -> None:
@@ -226,7 +231,7 @@ def test_training_follows_pytorch_and_returns_to_peft(
 
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers with bias")
-@pytest.mark.parametrize(("method", "family"), CASES)
+@pytest.mark.parametrize(("method", "family"), EACH)
 def test_every_strategy_learns_the_same_from_a_fresh_one(
     method: str, family: str, bundle: Make, tmp_path: Path
 ) -> None:
