@@ -76,7 +76,7 @@ def fresh_adapter(bundle: Bundle, rank: int, seed: int, method: str | None = Non
     technique = fresh_technique(manifest, method)
     slots = fresh_slots(manifest, technique)
     first = technique.first_size(rank)
-    # What no file has of a slot is in memory too: VeRA's pair of matrices.
+    # What no file has of a slot counts too: VeRA's pair of matrices.
     values = sum(math.prod(tensor.sized(first)) for slot in slots for tensor in slot.tensors)
     check_room(2 * 4 * values, f"a fresh adapter of rank {rank}")  # and once more as the graphs take it
     generator = np.random.default_rng([seed, rank])

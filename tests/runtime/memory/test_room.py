@@ -144,7 +144,7 @@ def large_adapter(folder: Path, rank: int) -> Path:
 
 
 def test_a_large_adapter(classifier: Path, tmp_path: Path) -> None:
-    """Whatever it is for: to run it, to keep it loaded, to start from it, or a fresh one."""
+    """Whatever it is for: to run it, to keep it loaded, to start from it, or a fresh one and its scalings."""
     rank = 358 * 10**6 // (8 * tiny.WIDTH)
     path = large_adapter(tmp_path / "large", rank)
     batch = {"input_ids": np.array([[1, 2, 3]] * 2)}
@@ -160,7 +160,7 @@ def test_a_large_adapter(classifier: Path, tmp_path: Path) -> None:
             lambda: model.adapt(tiny.records(), tmp_path / "out", adapter=str(path)),
             lambda: model.adapt(tiny.records(), tmp_path / "out", rank=rank),
         ):
-            with pytest.raises(BudgetError, match=r"adapter.* takes 682\.") as caught:
+            with pytest.raises(BudgetError, match=r"adapter.* takes (682|725)\.") as caught:
                 call()
             assert caught.value.required_bytes > 682 * MIB
         model.forward(batch, "mine")  # goes on
