@@ -23,6 +23,18 @@ def check_number(origin: str, key: str, value: object, *, integer: bool) -> None
         raise AdapterError(f"{origin}: adapter_config.json: {key} is {value!r}, expected {expected}")
 
 
+def check_bias(config: Mapping[str, Any], of_targets: str, origin: str) -> None:
+    """Check the option `bias` of a method that calls training its target modules' biases `of_targets`.
+
+    Raises:
+        AdapterError: it is none of PEFT's values.
+    """
+    if (bias := config.get("bias", "none")) not in ("none", "all", of_targets):
+        raise AdapterError(
+            f"{origin}: bias={bias!r} is not supported, expected 'none', 'all' or {of_targets!r}"
+        )
+
+
 def check_share(config: Mapping[str, Any], key: str, origin: str) -> None:
     """
     Raises:

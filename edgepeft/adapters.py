@@ -203,7 +203,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         config = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{config_path}: is not JSON ({error})") from error
-    technique = of_config(config, str(folder))
+    own = of_config(config, str(folder))
     if not (folder / TENSOR_FILE).exists() and (folder / "adapter_model.bin").exists():
         raise AdapterError(
             f"{folder}: holds a pickle (adapter_model.bin), which is never opened: save it again with "
@@ -211,7 +211,7 @@ def load_adapter(folder: Path | str) -> Adapter:
         )
     tensors = read_tensors(folder / TENSOR_FILE)
     tensors = {key: value for key, value in tensors.items() if not any(part in key for part in _WRAPPED)}
-    tensors = technique.from_file(config, tensors, str(folder))
+    tensors = own.from_file(config, tensors, str(folder))
     if trains_biases(config):
         tensors = {
             key.removesuffix(_LAYER_BIAS) + ".bias" if key.endswith(_LAYER_BIAS) else key: value

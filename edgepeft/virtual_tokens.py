@@ -73,6 +73,20 @@ class VirtualTokens(PeftTechnique):
                 )
         return {}
 
+    def config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        """What PEFT's configuration of so many virtual tokens, in these slots, has of the technique's."""
+        width = int(slots[0].tensors[0].shape[-1]) if slots else None
+        return {COUNT: size, "num_transformer_submodules": 1, "token_dim": width}
+
+    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        return self.config(size, slots)
+
+    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
+        """With the most that a slot has."""
+        del origin
+        sizes = [self.size(slot, tensors) for slot, tensors in values]
+        return self.config(max(sizes, default=0), [slot for slot, _ in values])
+
     def has_effect(self, adapter: Held) -> bool:
         """Where there are any: a text with something in front is another one."""
         return self.count(adapter.tensors) > 0

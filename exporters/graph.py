@@ -175,6 +175,12 @@ def is_shared(node: ir.Node) -> bool:
     return _SHARED in node.metadata_props
 
 
+def constant_where(graph: ir.Graph, condition: ir.Value, value: ir.Value) -> ir.Value:
+    """The same value, through which no gradient flows where the condition holds."""
+    constant = detach(append(graph, "Identity", [value], shape=value.shape))
+    return append(graph, "Where", [condition, constant, value], shape=value.shape)
+
+
 def is_detached(node: ir.Node) -> bool:
     """Whether `detach` made what the node computes a constant to gradients."""
     return _DETACHED in node.metadata_props

@@ -11,7 +11,7 @@ from edgepeft.virtual_tokens import FIRST_ID, RANGE, VirtualTokens
 
 from .graph import FLOAT, INT64, append, initializer, put_behind, share
 from .options import ExportOptions
-from .passes.weights.embedding import Embedding
+from .passes.weights.embedding import TokenEmbedding
 from .sources.base import ModelSource
 
 BOOL = ir.DataType.BOOL
@@ -39,7 +39,7 @@ def check_virtual(source: ModelSource, options: ExportOptions, technique: Virtua
         )
 
 
-def first_id(site: Embedding, technique: VirtualTokens) -> int:
+def first_id(site: TokenEmbedding, technique: VirtualTokens) -> int:
     """The id of the technique's first virtual token."""
     return _rows(site) + technique.place * RANGE
 
@@ -49,7 +49,7 @@ def standard_deviation(table: torch.Tensor) -> float:
     return float(f"{table[:_ROWS].float().std().item():.6g}")
 
 
-def only_real_tokens(graph: ir.Graph, site: Embedding) -> None:
+def only_real_tokens(graph: ir.Graph, site: TokenEmbedding) -> None:
     """Have the embedding look up its first row where the id is that of no real token."""
     ids = site.lookup.inputs[1]
     assert ids is not None
@@ -90,7 +90,7 @@ def look_up(graph: ir.Graph, slot: Slot, rows: ir.Value) -> tuple[ir.Value, ir.V
     return share(append(graph, "Unsqueeze", [keeps, last], shape=[*shape, 1])), added
 
 
-def replace_virtual(graph: ir.Graph, site: Embedding, slot: Slot, rows: ir.Value) -> None:
+def replace_virtual(graph: ir.Graph, site: TokenEmbedding, slot: Slot, rows: ir.Value) -> None:
     """Have the embedding make of a virtual token of the slot's its row."""
     only_real_tokens(graph, site)
     keeps, added = look_up(graph, slot, rows)
@@ -98,7 +98,7 @@ def replace_virtual(graph: ir.Graph, site: Embedding, slot: Slot, rows: ir.Value
     put_behind(graph, site.output, "Mul", keeps)
 
 
-def _rows(site: Embedding) -> int:
+def _rows(site: TokenEmbedding) -> int:
     rows = None if site.table.shape is None else site.table.shape[0]
     assert isinstance(rows, int)  # a weight's
     return rows

@@ -80,6 +80,7 @@ class AdaLora(lora.Lora):
     inert = "every lora_E is zero"
     suffixes = tuple(_SUFFIXES.values())
     parts: ClassVar = {}
+    zero_at_first = (_SUFFIXES[E],)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         return PeftTechnique.is_of(self, config)
@@ -142,17 +143,8 @@ class AdaLora(lora.Lora):
         return self.fresh_config(rank, ()) | {
             "init_r": rank,
             "target_r": rank,
-            "lora_alpha": _alpha(scalings[0], rank) if scalings else 1,
+            "lora_alpha": lora.alpha_of(scalings[0], _divisor(rank)) if scalings else 1,
             "rank_pattern": patterns or None,
-        }
-
-    def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
-        """E alone, which is zero."""
-        return {
-            key: (scale * rng.standard_normal(value.shape)).astype(np.float32)
-            if key.endswith(_SUFFIXES[E])
-            else value
-            for key, value in tensors.items()
         }
 
     def check_config(self, config: Mapping[str, Any], origin: str) -> None:
@@ -217,13 +209,6 @@ TECHNIQUE = AdaLora()
 
 def _divisor(rank: int) -> float:
     return float(np.float32(rank) + np.float32(_EPSILON))
-
-
-def _alpha(scaling: float, rank: int) -> float:
-    """The `lora_alpha` that gives this float32 scaling; a round number where one does."""
-    exact = scaling * _divisor(rank)
-    rounded = round(exact, 4)
-    return rounded if np.float32(rounded / _divisor(rank)) == np.float32(scaling) else exact
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,7 @@
 
 import abc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
@@ -173,9 +173,9 @@ class PeftTechnique(Technique):
     shared: ClassVar[tuple[str, ...]] = ()
     """Keys of tensors that are of no module."""
 
-    @abc.abstractmethod
     def has_effect(self, adapter: Held) -> bool:
-        """Whether the adapter's tensors change what the model computes."""
+        """Whether the adapter's tensors change what the model computes: here, any number but zero does."""
+        return any(bool(value.any()) for key, value in adapter.tensors.items() if self.owns(key))
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
         """Whether a configuration of the type is this technique's, where several have the type."""
@@ -291,7 +291,8 @@ class PeftTechnique(Technique):
         return None
 
     def fit(self, slot: Slot, adapter: Held) -> None:
-        """Check that what the adapter has on the slot's module is of the slot's sizes.
+        """Check that what the adapter has on the slot's module is of the slot's sizes, where they are not its
+        own to choose.
 
         Raises:
             AdapterError: names both.
@@ -301,10 +302,26 @@ class PeftTechnique(Technique):
                 continue
             expected = tensor.shape[::-1] if tensor.transposed else tensor.shape
             shape = adapter.tensors[tensor.key].shape
-            if shape != expected:
+            alike = (size in (SIZE, own) for size, own in zip(expected, shape, strict=False))
+            if len(shape) != len(expected) or not all(alike):
                 raise AdapterError(
                     f"{adapter.origin}: module {slot.module}: {tensor.name} is {list(shape)} in the adapter, "
                     f"{list(expected)} in this bundle: the adapter was made for another base"
+                )
+
+    def fit_settings(self, slot: Slot, adapter: Held, names: Iterable[str]) -> None:
+        """Check that these of the settings that the adapter needs are the slot's.
+
+        Raises:
+            AdapterError: names the first that differs.
+        """
+        needed = self.settings(adapter, slot.module)
+        for name in names:
+            own, there = needed[name], slot.settings[name]
+            if own != there:
+                raise AdapterError(
+                    f"{adapter.origin}: {name} is {own} in the adapter, {there} in this bundle's slot on "
+                    f"{slot.module}: export the base together with this adapter"
                 )
 
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..adapter_settings import check_number
+from ..adapter_settings import check_bias, check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import RANK, FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference, uniform
@@ -51,7 +51,7 @@ class GraLoRA(Factors):
     name, title, peft_type = NAME, "GraLoRA", "GRALORA"
     inert = "a factor of every product is zero"
     suffixes = (f".{A}", f".{B}")
-    bias_of_targets: ClassVar = "gralora_only"
+    bias_of_targets = "gralora_only"
     _general: ClassVar = (f".{GENERAL_A}.weight", f".{GENERAL_B}.weight")
 
     def features(self, slot: Slot) -> tuple[int, int]:
@@ -89,10 +89,7 @@ class GraLoRA(Factors):
             raise AdapterError(
                 f"{origin}: r is {values['r']}, expected a multiple of gralora_k, which is {values[BLOCKS]}"
             )
-        if (bias := config.get("bias", "none")) not in ("none", "all", "gralora_only"):
-            raise AdapterError(
-                f"{origin}: bias={bias!r} is not supported, expected 'none', 'all' or 'gralora_only'"
-            )
+        check_bias(config, self.bias_of_targets, origin)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:
         rank, blocks, hybrid, alpha = (config.get(name, default) for name, default in _DEFAULTS.items())

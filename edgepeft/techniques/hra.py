@@ -10,11 +10,11 @@ Source: arXiv 2405.17484; `peft.tuners.hra`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from ..adapter_settings import check_number
+from ..adapter_settings import check_bias, check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Tensors, difference, uniform
@@ -37,7 +37,7 @@ class Hra(PeftTechnique):
     name, title, peft_type = NAME, "HRA", "HRA"
     inert = "every two reflections of it are equal"
     suffixes = (_KEY,)
-    bias_of_targets: ClassVar = "hra_only"
+    bias_of_targets = "hra_only"
 
     def problem(self, slot: Slot) -> str | None:
         shape = slot.tensors[0].shape if slot.tensors else ()
@@ -52,10 +52,7 @@ class Hra(PeftTechnique):
                 f"{origin}: apply_GS={config['apply_GS']!r} is not supported: train the adapter without it, "
                 "or merge it"
             )
-        if (bias := config.get("bias", "none")) not in ("none", "all", "hra_only"):
-            raise AdapterError(
-                f"{origin}: bias={bias!r} is not supported, expected 'none', 'all' or 'hra_only'"
-            )
+        check_bias(config, self.bias_of_targets, origin)
         check_number(origin, "r", config.get("r", _RANK), integer=True)
 
     def check(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, float]:

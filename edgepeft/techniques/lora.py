@@ -114,6 +114,8 @@ class Lora(PeftTechnique):
     parts: ClassVar = {"lora_B": (B,)}
     by_row: ClassVar[Sequence[str]] = (SCALING,)
     bias_of_targets = "lora_only"
+    zero_at_first: ClassVar[tuple[str, ...]] = (_B, EMBEDDING_SUFFIXES[0])
+    """How keys of what is zero in a fresh adapter end: B, on an embedding A."""
 
     def from_file(self, config: Mapping[str, Any], tensors: Tensors, origin: str) -> dict[str, FloatArray]:
         return rows_from_file(config, tensors, origin)
@@ -194,7 +196,7 @@ class Lora(PeftTechnique):
                     "mixture, which PEFT's format cannot hold: add its adapters one by one"
                 )
             ranks[slot.module] = scaling.size
-            alphas[slot.module] = _alpha(float(scaling[0]), scaling.size)
+            alphas[slot.module] = alpha_of(float(scaling[0]), scaling.size)
         rank, alpha = max(ranks.values(), default=1), next(iter(alphas.values()), 1.0)
         return self.fresh_config(rank, ()) | {
             "lora_alpha": alpha,
@@ -203,11 +205,10 @@ class Lora(PeftTechnique):
         }
 
     def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
-        """B alone, which is zero; on an embedding A, which is that there."""
-        zero = (_B, *self._elsewhere[:1])
+        """What is zero in a fresh one."""
         return {
             key: (scale * rng.standard_normal(value.shape)).astype(np.float32)
-            if key.endswith(zero)
+            if key.endswith(self.zero_at_first)
             else value
             for key, value in tensors.items()
         }
@@ -352,8 +353,8 @@ def _times(scaling: FloatArray, weight: float) -> FloatArray:
     return scaling if weight == 1 else scaling * np.float32(weight)
 
 
-def _alpha(scaling: float, rank: int) -> float:
-    """PEFT's `lora_alpha` that gives this float32 scaling; a round number where one does."""
-    exact = scaling * rank
+def alpha_of(scaling: float, divisor: float) -> float:
+    """PEFT's `lora_alpha` that gives this float32 scaling, divided so; a round number where one does."""
+    exact = scaling * divisor
     rounded = round(exact, 4)
-    return rounded if np.float32(rounded / rank) == np.float32(scaling) else exact
+    return rounded if np.float32(rounded / divisor) == np.float32(scaling) else exact

@@ -38,6 +38,7 @@ class LoraBias(lora.Lora):
     inert = "every lora_B and its bias are zero"
     suffixes = (*lora.Lora.suffixes, _BIAS)
     parts: ClassVar = {"lora_B": (lora.B, BIAS)}
+    zero_at_first = (*lora.Lora.zero_at_first, _BIAS)
     by_row: ClassVar[Sequence[str]] = (lora.SCALING, BIAS)
 
     def is_of(self, config: Mapping[str, Any]) -> bool:
@@ -77,14 +78,6 @@ class LoraBias(lora.Lora):
                     "PEFT's format cannot hold: use the adapter's folder"
                 )
         return super().config_of(values, origin)
-
-    def stirred(self, tensors: Tensors, rng: np.random.Generator, scale: float) -> dict[str, FloatArray]:
-        """B and the bias, which are zero."""
-        found = super().stirred(tensors, rng, scale)
-        for module in self.modules(tensors):
-            key = f"{PREFIX}{module}{_BIAS}"
-            found[key] = (scale * rng.standard_normal(tensors[key].shape)).astype(np.float32)
-        return found
 
     def mixed(
         self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight

@@ -10,11 +10,11 @@ Source: arXiv 2409.15371; `peft.tuners.miss`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from ..adapter_settings import check_number
+from ..adapter_settings import check_bias, check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import RANK, FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
@@ -44,7 +44,7 @@ class Miss(PeftTechnique):
     suffixes = (_KEY,)
     weighted = BLOCK
     by_row = (BLOCK,)
-    bias_of_targets: ClassVar = "MiSS_only"
+    bias_of_targets = "MiSS_only"
 
     def problem(self, slot: Slot) -> str | None:
         settings = slot.settings
@@ -61,10 +61,7 @@ class Miss(PeftTechnique):
                 f"{origin}: init_weights={start!r} is not supported: 'bat' multiplies the base's weight, "
                 "which is quantized here: train the adapter without it, or merge it"
             )
-        if (bias := config.get("bias", "none")) not in ("none", "all", "MiSS_only"):
-            raise AdapterError(
-                f"{origin}: bias={bias!r} is not supported, expected 'none', 'all' or 'MiSS_only'"
-            )
+        check_bias(config, self.bias_of_targets, origin)
         check_number(origin, "r", config.get("r", _RANK), integer=True)
         check_number(origin, MINI, config.get(MINI, _MINI), integer=True)
 
@@ -107,9 +104,6 @@ class Miss(PeftTechnique):
             "miss_dropout": 0.0,
             "init_weights": "mini" if mini else True,
         }
-
-    def has_effect(self, adapter: Held) -> bool:
-        return any(bool(value.any()) for key, value in adapter.tensors.items() if self.owns(key))
 
     def mixed(
         self, slot: Slot, weighted: Sequence[tuple[Tensors, float]], read_weight: ReadWeight

@@ -11,9 +11,9 @@ Source: arXiv 2306.07280; the parameterization: arXiv 2506.19847; `peft.tuners.o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
-from ..adapter_settings import check_number
+from ..adapter_settings import check_bias, check_number
 from ..errors import AdapterError
 from ..slots import LINEAR, PREFIX, ZEROS, Slot, SlotTensor
 from .base import FloatArray, Held, PeftTechnique, ReadWeight, Settings, Tensors, difference
@@ -73,7 +73,7 @@ class Oft(PeftTechnique):
     inert = "every oft_R is zero"
     suffixes = (_KEY,)
     by_row = (ROTATION,)
-    bias_of_targets: ClassVar = "oft_only"
+    bias_of_targets = "oft_only"
 
     def problem(self, slot: Slot) -> str | None:
         settings = slot.settings
@@ -96,10 +96,7 @@ class Oft(PeftTechnique):
                     f"{origin}: {name}={value!r} {meaning}: train the adapter with {name}={wanted}, or merge "
                     "it"
                 )
-        if (bias := config.get("bias", "none")) not in ("none", "all", "oft_only"):
-            raise AdapterError(
-                f"{origin}: bias={bias!r} is not supported, expected 'none', 'all', 'oft_only'"
-            )
+        check_bias(config, self.bias_of_targets, origin)
         if not isinstance(share := config.get(BLOCK_SHARE, False), bool):
             raise AdapterError(f"{origin}: {BLOCK_SHARE} is {share!r}, expected true or false")
         r, size = config.get(R, 0), config.get(BLOCK_SIZE, DEFAULT_BLOCK_SIZE)
@@ -134,12 +131,7 @@ class Oft(PeftTechnique):
 
     def fit(self, slot: Slot, adapter: Held) -> None:
         super().fit(slot, adapter)
-        for name, value in self.settings(adapter, slot.module).items():
-            if name in (BLOCK_SHARE, TERMS) and value != slot.settings[name]:
-                raise AdapterError(
-                    f"{adapter.origin}: {name} is {value} in the adapter, {slot.settings[name]} in this "
-                    f"bundle's slot on {slot.module}: export the base together with this adapter"
-                )
+        self.fit_settings(slot, adapter, (BLOCK_SHARE, TERMS))
 
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         """With the slots' blocks."""
@@ -157,9 +149,6 @@ class Oft(PeftTechnique):
             "fan_in_fan_out": False,
             "init_weights": True,
         }
-
-    def has_effect(self, adapter: Held) -> bool:
-        return any(bool(value.any()) for key, value in adapter.tensors.items() if key.endswith(_KEY))
 
     def rows(
         self, slot: Slot, adapters: Sequence[Tensors], weights: FloatArray, read_weight: ReadWeight

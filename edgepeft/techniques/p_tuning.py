@@ -8,14 +8,15 @@ PEFT. A fresh one has the network alone.
 Source: arXiv 2103.10385; `peft.tuners.p_tuning` (its MLP; a prompt of its LSTM is read like any other).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import AdapterError, UsageError
+from ..errors import UsageError
 from ..slots import EMBEDDING, EMPTY, PREFIX, SIZE, ZEROS, Slot, SlotTensor
-from ..virtual_tokens import COUNT, FIRST_ID, KEY, VirtualTokens
+from ..virtual_tokens import FIRST_ID, KEY, VirtualTokens
 from .base import FloatArray, Held, ReadWeight, Tensors, difference, uniform
 
 NAME = "p_tuning"
@@ -91,10 +92,8 @@ class PTuning(VirtualTokens):
 
     def values(self, slot: Slot, adapter: Held) -> dict[str, FloatArray]:
         """What it has nothing of is zeros, as many rows as it has virtual tokens."""
-        own = {tensor.input for tensor in slot.tensors} & adapter.tensors.keys()
-        if not own and not (count := self.count(adapter.tensors)):
+        if not (count := self.count(adapter.tensors)):
             return {}
-        count = self.count(adapter.tensors)
         nothing = {tensor.input: np.zeros(tensor.sized(count), np.float32) for tensor in slot.tensors}
         return nothing | super().values(slot, adapter)
 
@@ -116,15 +115,14 @@ class PTuning(VirtualTokens):
         del read_weight
         if slot.module == PROMPT:
             return {}
-        found: dict[str, FloatArray] = {}
-        for tensor in slot.tensors:
-            if tensor.name == INPUT:
-                found[tensor.input] = rng.standard_normal(tensor.sized(size)).astype(np.float32)
-            elif tensor.transposed:
-                in_features, out_features = (int(dim) for dim in tensor.shape)
-                found[tensor.input] = uniform(rng, (out_features, in_features))
-            else:
-                found[tensor.input] = uniform(rng, (int(tensor.shape[0]), in_features))[:, 0].copy()
+        own = slot.tensor(INPUT)
+        found = {own.input: rng.standard_normal(own.sized(size)).astype(np.float32)}
+        for layer in LAYERS:
+            weight, bias = (slot.tensor(f"{layer}.{part}") for part in ("weight", "bias"))
+            in_features, out_features = weight.sized(size)
+            bound = 1 / math.sqrt(in_features)
+            found[weight.input] = uniform(rng, (out_features, in_features))
+            found[bias.input] = rng.uniform(-bound, bound, out_features).astype(np.float32)
         return found
 
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
@@ -137,33 +135,16 @@ class PTuning(VirtualTokens):
                 "the bundle runs adapters of P-tuning and has no network to begin one with: export the model "
                 "with --method p_tuning, or continue an adapter"
             )
-        return self._config(size, slots)
+        return super().fresh_config(size, slots)
 
-    def _config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+    def config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         hidden = next((slot.settings[HIDDEN] for slot in slots if HIDDEN in slot.settings), None)
-        return {
-            COUNT: size,
+        return super().config(size, slots) | {
             "encoder_dropout": 0.0,
             HIDDEN: hidden,
             "encoder_num_layers": 2,
             "encoder_reparameterization_type": "MLP",
-            "num_transformer_submodules": 1,
-            "token_dim": int(slots[0].tensors[0].shape[-1]) if slots else None,
         }
-
-    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
-        del origin
-        sizes = [self.size(slot, tensors) for slot, tensors in values]
-        return self._config(max(sizes, default=0), [slot for slot, _ in values])
-
-    def fit(self, slot: Slot, adapter: Held) -> None:
-        for key in {_STORED, _INPUT} & adapter.tensors.keys():
-            width, expected = adapter.tensors[key].shape[1], slot.tensors[0].shape[1]
-            if width != expected:
-                raise AdapterError(
-                    f"{adapter.origin}: its prompt is {width} wide, this bundle's embeddings are {expected}: "
-                    "the adapter was made for another base"
-                )
 
 
 TECHNIQUE = PTuning()

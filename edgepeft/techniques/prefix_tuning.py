@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import AdapterError
 from ..slots import ATTENTION, EMPTY, PREFIX, SIZE, Slot, SlotTensor
-from ..virtual_tokens import COUNT, FIRST_ID, KEY, VirtualTokens
+from ..virtual_tokens import FIRST_ID, KEY, VirtualTokens
 from .base import FloatArray, Held, ReadWeight, Tensors, difference
 
 NAME = "prefix_tuning"
@@ -111,22 +111,14 @@ class PrefixTuning(VirtualTokens):
             for tensor in slot.tensors
         }
 
-    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
-        width = int(slots[0].tensor(K).shape[1]) if slots else None
-        return {
-            COUNT: size,
-            "encoder_hidden_size": width,
+    def config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        found = super().config(size, slots)
+        return found | {
+            "encoder_hidden_size": found["token_dim"],
             "num_attention_heads": int(slots[0].settings[HEADS]) if slots else None,
             "num_layers": len(slots),
-            "num_transformer_submodules": 1,
             "prefix_projection": False,
-            "token_dim": width,
         }
-
-    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
-        del origin
-        sizes = [self.size(slot, tensors) for slot, tensors in values]
-        return self.fresh_config(max(sizes, default=0), [slot for slot, _ in values])
 
     def fit(self, slot: Slot, adapter: Held) -> None:
         for tensor in slot.tensors:

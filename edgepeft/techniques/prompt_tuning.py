@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import AdapterError
 from ..slots import EMBEDDING, EMPTY, SIZE, Slot, SlotTensor
-from ..virtual_tokens import COUNT, FIRST_ID, KEY, VirtualTokens
-from .base import FloatArray, Held, ReadWeight, Tensors, difference
+from ..virtual_tokens import FIRST_ID, KEY, VirtualTokens
+from .base import FloatArray, ReadWeight, Tensors, difference
 
 NAME = "prompt_tuning"
 PROMPT = "prompt"
@@ -62,26 +61,8 @@ class PromptTuning(VirtualTokens):
         deviation = float(slot.settings[DEVIATION])
         return {KEY: (deviation * rng.standard_normal(shape)).astype(np.float32)}
 
-    def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
-        return {
-            COUNT: size,
-            "num_transformer_submodules": 1,
-            "prompt_tuning_init": "RANDOM",
-            "token_dim": int(slots[0].tensor(PROMPT).shape[1]) if slots else None,
-        }
-
-    def config_of(self, values: Sequence[tuple[Slot, Tensors]], origin: str) -> dict[str, Any]:
-        del origin
-        sizes = [self.size(slot, tensors) for slot, tensors in values]
-        return self.fresh_config(max(sizes, default=0), [slot for slot, _ in values])
-
-    def fit(self, slot: Slot, adapter: Held) -> None:
-        width, expected = adapter.tensors[KEY].shape[1], slot.tensor(PROMPT).shape[1]
-        if width != expected:
-            raise AdapterError(
-                f"{adapter.origin}: its prompt is {width} wide, this bundle's embeddings are {expected}: the "
-                "adapter was made for another base"
-            )
+    def config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
+        return super().config(size, slots) | {"prompt_tuning_init": "RANDOM"}
 
 
 TECHNIQUE = PromptTuning()

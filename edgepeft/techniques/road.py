@@ -84,12 +84,7 @@ class Road(PeftTechnique):
 
     def fit(self, slot: Slot, adapter: Held) -> None:
         super().fit(slot, adapter)
-        for name, value in self.settings(adapter, slot.module).items():
-            if value != slot.settings[name]:
-                raise AdapterError(
-                    f"{adapter.origin}: {name} is {value} in the adapter, {slot.settings[name]} in this "
-                    f"bundle's slot on {slot.module}: export the base together with this adapter"
-                )
+        self.fit_settings(slot, adapter, (VARIANT, GROUP_SIZE))
 
     def fresh_config(self, size: int, slots: Sequence[Slot]) -> dict[str, Any]:
         """With the slots' groups."""

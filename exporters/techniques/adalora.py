@@ -15,11 +15,10 @@ import onnx_ir as ir
 from edgepeft.slots import Slot
 from edgepeft.techniques import adalora
 from edgepeft.techniques.base import Settings
-from edgepeft.techniques.lora import SCALING, A, B, features
+from edgepeft.techniques.lora import SCALING, A, B
 
-from ..graph import append
 from ..passes.weights.linears import Linear
-from .base import BesideLinear, activation_axes
+from .base import BesideLinear, activation_axes, low_rank
 
 
 class AdaLora(BesideLinear):
@@ -34,15 +33,11 @@ class AdaLora(BesideLinear):
         )
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
-        scaling = inputs[SCALING]
+        del slot
         assert x.shape is not None
-        assert scaling.shape is not None
-        (rank,), lead = scaling.shape, list(x.shape)[:-1]
-        _, out_features = features(slot)
-        low = append(graph, "MatMul", [x, inputs[A]], shape=[*lead, rank])
-        scaled = append(graph, "Mul", [low, scaling], shape=[*lead, rank])
-        sized = append(graph, "Mul", [scaled, inputs[adalora.E]], shape=[*lead, rank])
-        return append(graph, "MatMul", [sized, inputs[B]], shape=[*lead, out_features])
+        return low_rank(
+            graph, x, inputs[A], [inputs[SCALING], inputs[adalora.E]], inputs[B], list(x.shape)[:-1]
+        )
 
 
 GRAPH_TECHNIQUE = AdaLora()

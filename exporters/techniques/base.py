@@ -181,6 +181,37 @@ def slot_rank(options: ExportOptions) -> int:
     return DEFAULT_RANK if options.rank is None else options.rank
 
 
+def low_rank(
+    graph: ir.Graph,
+    x: ir.Value,
+    a: ir.Value,
+    factors: Sequence[ir.Value],
+    b: ir.Value,
+    lead: Sequence[int | ir.SymbolicDim],
+) -> ir.Value:
+    """`((x A) * factors…) B` `[*lead, out_features]`: A `[in_features, rank]`, each factor of the rank, B
+    `[rank, out_features]`."""
+    assert a.shape is not None
+    assert b.shape is not None
+    shape = [*lead, a.shape[1]]
+    low = append(graph, "MatMul", [x, a], shape=shape)
+    for factor in factors:
+        low = append(graph, "Mul", [low, factor], shape=shape)
+    return append(graph, "MatMul", [low, b], shape=[*lead, b.shape[1]])
+
+
+def known_output(node: ir.Node, what: str) -> tuple[ir.Value, list[int | ir.SymbolicDim]]:
+    """What the node makes of a module, and its axes.
+
+    Raises:
+        ExportError: its shape is unknown, so that nothing can be put behind it.
+    """
+    output = node.outputs[0]
+    if output.shape is None:
+        raise ExportError(f"{what}: the shape of its output is unknown, so it takes no LoRA")
+    return output, list(output.shape)
+
+
 def turned(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """A matrix transposed."""
     assert value.shape is not None

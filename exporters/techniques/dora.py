@@ -23,7 +23,7 @@ from edgepeft.techniques.lora import SCALING, A, B
 from ..graph import append, detach, initializer, put_behind
 from ..passes.weights.linears import Linear, linear_products
 from ..quantize.row_norms import row_norms
-from .base import BaseGraph, BesideLinear, slot_inputs, turned
+from .base import BaseGraph, BesideLinear, low_rank, slot_inputs, turned
 
 
 class Dora(BesideLinear):
@@ -38,11 +38,9 @@ class Dora(BesideLinear):
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
         """`(x A · s) B`, where B has been multiplied by m / n."""
+        del slot
         assert x.shape is not None
-        (rank,), lead = _shape(inputs[SCALING]), list(x.shape)[:-1]
-        low_rank = append(graph, "MatMul", [x, inputs[A]], shape=[*lead, rank])
-        scaled = append(graph, "Mul", [low_rank, inputs[SCALING]], shape=[*lead, rank])
-        return append(graph, "MatMul", [scaled, inputs[B]], shape=[*lead, slot.tensor(B).shape[1]])
+        return low_rank(graph, x, inputs[A], [inputs[SCALING]], inputs[B], list(x.shape)[:-1])
 
     def insert(self, base: BaseGraph, sites: Sequence[tuple[Linear, Settings]]) -> list[Slot]:
         slots, graph = [], base.graph

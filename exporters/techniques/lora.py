@@ -23,11 +23,19 @@ from edgepeft.slots import CONVOLUTION, EMBEDDING, LINEAR, LORA, Slot
 from edgepeft.techniques import lora, lora_sites
 from edgepeft.techniques.base import Settings
 
-from ..graph import append, detach, initializer, put_behind
+from ..graph import append, constant_where, initializer, put_behind
 from ..passes.weights.convolutions import Convolution, find_convolutions
 from ..passes.weights.linears import Linear, find_embeddings, select
 from ..sources.base import Lookup
-from .base import BaseGraph, GraphTechnique, activation_axes, in_columns, slot_inputs
+from .base import (
+    BaseGraph,
+    GraphTechnique,
+    activation_axes,
+    in_columns,
+    known_output,
+    low_rank,
+    slot_inputs,
+)
 
 
 @dataclass(frozen=True)
@@ -116,20 +124,10 @@ def _embedding(base: BaseGraph, module: str) -> Embedding:
 
 def _insert(graph: ir.Graph, linear: Linear, slot: Slot) -> None:
     lora_a, lora_b, scaling = slot_inputs(graph, slot)
-    assert scaling.shape is not None
-    (rank,) = scaling.shape
     for node, x in linear.uses:
-        output = node.outputs[0]
-        if output.shape is None:
-            raise ExportError(
-                f"linear {linear.module}: the shape of its output is unknown, so it takes no LoRA"
-            )
-        lead = list(output.shape)[:-1]
-        low_rank = append(graph, "MatMul", [x, lora_a], shape=[*lead, rank])
-        scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-        delta = append(graph, "MatMul", [scaled, lora_b], shape=[*lead, linear.out_features])
-        delta = in_columns(graph, delta, linear.first, output)
-        put_behind(graph, output, "Add", delta)
+        output, shape = known_output(node, f"linear {linear.module}")
+        delta = low_rank(graph, x, lora_a, [scaling], lora_b, shape[:-1])
+        put_behind(graph, output, "Add", in_columns(graph, delta, linear.first, output))
 
 
 def _insert_lookup(graph: ir.Graph, embedding: Embedding, slot: Slot) -> None:
@@ -137,12 +135,9 @@ def _insert_lookup(graph: ir.Graph, embedding: Embedding, slot: Slot) -> None:
     assert scaling.shape is not None
     (rank,) = scaling.shape
     for node in embedding.nodes:
-        output, ids = node.outputs[0], node.inputs[1]
-        if output.shape is None or ids is None:
-            raise ExportError(
-                f"embedding {embedding.module}: the shape of its output is unknown, so it takes no LoRA"
-            )
-        lead = list(output.shape)[:-1]
+        output, shape = known_output(node, f"embedding {embedding.module}")
+        ids, lead = node.inputs[1], shape[:-1]
+        assert ids is not None
         rows = append(graph, "Gather", [lora_a, ids], {"axis": 0}, shape=[*lead, rank])
         if embedding.padding_idx is not None:
             rows = _without_gradient(graph, rows, ids, embedding.padding_idx)
@@ -159,8 +154,7 @@ def _without_gradient(graph: ir.Graph, rows: ir.Value, ids: ir.Value, padding_id
     last = initializer(graph, "axis_last", np.array([-1], np.int64))
     pads = append(graph, "Equal", [ids, token], shape=lead, dtype=ir.DataType.BOOL)
     column = append(graph, "Unsqueeze", [pads, last], shape=[*lead, 1], dtype=ir.DataType.BOOL)
-    constant = detach(append(graph, "Identity", [rows], shape=rows.shape))
-    return append(graph, "Where", [column, constant, rows], shape=rows.shape)
+    return constant_where(graph, column, rows)
 
 
 def _insert_convolution(graph: ir.Graph, convolution: Convolution, slot: Slot) -> None:
@@ -168,12 +162,8 @@ def _insert_convolution(graph: ir.Graph, convolution: Convolution, slot: Slot) -
     assert scaling.shape is not None
     (rank,) = scaling.shape
     for node in convolution.nodes:
-        x, output = node.inputs[0], node.outputs[0]
-        if output.shape is None or x is None:
-            raise ExportError(
-                f"convolution {convolution.module}: the shape of its output is unknown, so it takes no LoRA"
-            )
-        batch, _, *places = output.shape
+        output, shape = known_output(node, f"convolution {convolution.module}")
+        x, (batch, _, *places) = node.inputs[0], shape
         axes = [*range(-len(places), 0)]
         behind = initializer(graph, f"axes_last_{len(places)}", np.array(axes, np.int64))
         moves = {

@@ -16,7 +16,7 @@ from edgepeft.techniques.lora import SCALING, A, B
 
 from ..graph import append
 from ..passes.weights.linears import Linear
-from .base import BesideLinear, activation_axes
+from .base import BesideLinear, activation_axes, low_rank
 
 
 class LoraBias(BesideLinear):
@@ -32,16 +32,11 @@ class LoraBias(BesideLinear):
 
     def delta(self, graph: ir.Graph, slot: Slot, inputs: Mapping[str, ir.Value], x: ir.Value) -> ir.Value:
         del slot
-        scaling, bias = inputs[SCALING], inputs[lora_bias.BIAS]
         assert x.shape is not None
-        assert scaling.shape is not None
-        assert bias.shape is not None
-        lead, rank, out = list(x.shape)[:-1], scaling.shape[0], bias.shape[0]
-        low_rank = append(graph, "MatMul", [x, inputs[A]], shape=[*lead, rank])
-        scaled = append(graph, "Mul", [low_rank, scaling], shape=[*lead, rank])
-        product = append(graph, "MatMul", [scaled, inputs[B]], shape=[*lead, out])
-        added = append(graph, "Mul", [bias, inputs[lora_bias.BIAS_SCALING]], shape=[out])
-        return append(graph, "Add", [product, added], shape=[*lead, out])
+        bias = inputs[lora_bias.BIAS]
+        product = low_rank(graph, x, inputs[A], [inputs[SCALING]], inputs[B], list(x.shape)[:-1])
+        added = append(graph, "Mul", [bias, inputs[lora_bias.BIAS_SCALING]], shape=bias.shape)
+        return append(graph, "Add", [product, added], shape=product.shape)
 
 
 GRAPH_TECHNIQUE = LoraBias()

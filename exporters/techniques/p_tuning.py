@@ -16,7 +16,7 @@ from edgepeft.techniques.base import Settings
 
 from ..graph import append
 from ..options import ExportOptions
-from ..passes.weights.embedding import Embedding, find_embedding
+from ..passes.weights.embedding import TokenEmbedding, find_embedding
 from ..sources.base import ModelSource
 from ..virtual_tokens import check_virtual, first_id, replace_virtual
 from .base import BaseGraph, GraphTechnique, slot_inputs
@@ -25,7 +25,7 @@ from .base import BaseGraph, GraphTechnique, slot_inputs
 class Site(NamedTuple):
     """The embedding of tokens, and whether there is a network beside."""
 
-    embedding: Embedding
+    embedding: TokenEmbedding
     encoder: bool
 
 

@@ -22,7 +22,7 @@ from edgepeft.techniques.base import Settings
 from ..graph import append, initializer, put_behind
 from ..options import ExportOptions
 from ..passes.drop_cache import PAST
-from ..passes.weights.embedding import Embedding, find_embedding
+from ..passes.weights.embedding import TokenEmbedding, find_embedding
 from ..sources.base import ModelSource
 from ..virtual_tokens import check_virtual, first_id, look_up, only_real_tokens
 from .base import BaseGraph, GraphTechnique, slot_inputs
@@ -32,7 +32,7 @@ class Layer(NamedTuple):
     """A layer's number and its new keys and values, `[batch, heads, sequence, head_dim]`."""
 
     number: int
-    embedding: Embedding
+    embedding: TokenEmbedding
     new: tuple[ir.Value, ir.Value]
 
 

@@ -12,13 +12,13 @@ from edgepeft.techniques import prompt_tuning
 from edgepeft.techniques.base import Settings
 
 from ..options import ExportOptions
-from ..passes.weights.embedding import Embedding, find_embedding
+from ..passes.weights.embedding import TokenEmbedding, find_embedding
 from ..sources.base import ModelSource
 from ..virtual_tokens import check_virtual, first_id, replace_virtual, standard_deviation
 from .base import BaseGraph, GraphTechnique, slot_inputs
 
 
-class PromptTuning(GraphTechnique[Embedding]):
+class PromptTuning(GraphTechnique[TokenEmbedding]):
     """Its site is the embedding of tokens."""
 
     name, site = prompt_tuning.NAME, EMBEDDING
@@ -35,14 +35,14 @@ class PromptTuning(GraphTechnique[Embedding]):
         del source, options
         return {prompt_tuning.MODULE: {}}
 
-    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[Embedding]:
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[TokenEmbedding]:
         """
         Raises:
             ExportError: the graph has no embedding of tokens, or several.
         """
         return [find_embedding(base.graph, base.weights)] if modules else []
 
-    def insert(self, base: BaseGraph, sites: Sequence[Embedding]) -> list[Slot]:
+    def insert(self, base: BaseGraph, sites: Sequence[TokenEmbedding]) -> list[Slot]:
         slots = []
         for site in sites:
             slot = prompt_tuning.new_slot(

@@ -19,9 +19,9 @@ from edgepeft.slots import EMBEDDING, TRAINABLE_TOKENS, Slot
 from edgepeft.techniques import trainable_tokens
 from edgepeft.techniques.base import Settings
 
-from ..graph import FLOAT, Shape, append, detach, initializer, put_behind
+from ..graph import FLOAT, Shape, append, constant_where, initializer, put_behind
 from ..options import ExportOptions
-from ..passes.weights.embedding import Embedding, find_embedding, scopes
+from ..passes.weights.embedding import TokenEmbedding, find_embedding, scopes
 from ..passes.weights.linears import linear_products
 from ..sources.base import ModelSource
 from ..sources.transformers_model import Source
@@ -30,7 +30,7 @@ from .base import BaseGraph, GraphTechnique, slot_inputs, turned
 _BOOL = ir.DataType.BOOL
 
 
-class TrainableTokens(GraphTechnique[tuple[str, Embedding]]):
+class TrainableTokens(GraphTechnique[tuple[str, TokenEmbedding]]):
     """Its site is the embedding of tokens."""
 
     name, site = TRAINABLE_TOKENS, EMBEDDING
@@ -43,7 +43,7 @@ class TrainableTokens(GraphTechnique[tuple[str, Embedding]]):
         embedding = source.model.get_input_embeddings()
         return {name: {} for name, module in source.model.named_modules() if module is embedding}
 
-    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[tuple[str, Embedding]]:
+    def sites(self, base: BaseGraph, modules: Mapping[str, Settings]) -> list[tuple[str, TokenEmbedding]]:
         """
         Raises:
             ExportError: a module is not the embedding of tokens, or its rows cannot be replaced.
@@ -65,7 +65,7 @@ class TrainableTokens(GraphTechnique[tuple[str, Embedding]]):
             )
         return [(module, embedding) for module in modules]
 
-    def insert(self, base: BaseGraph, sites: Sequence[tuple[str, Embedding]]) -> list[Slot]:
+    def insert(self, base: BaseGraph, sites: Sequence[tuple[str, TokenEmbedding]]) -> list[Slot]:
         slots = []
         for module, embedding in sites:
             slot = trainable_tokens.new_slot(module, embedding.width)
@@ -82,7 +82,7 @@ GRAPH_TECHNIQUE = TrainableTokens()
 
 
 def _look_up(
-    graph: ir.Graph, embedding: Embedding, rows: ir.Value, tokens: ir.Value, padding_idx: int | None
+    graph: ir.Graph, embedding: TokenEmbedding, rows: ir.Value, tokens: ir.Value, padding_idx: int | None
 ) -> None:
     """In front of whatever the module does with what it has looked up: some scale it. As PyTorch has it, a
     row that is looked up as padding gets no gradient from that."""
@@ -101,14 +101,18 @@ def _look_up(
     if padding_idx is not None:
         token = initializer(graph, f"float32_{padding_idx}", np.array(padding_idx, np.float32))
         pads = append(graph, "Equal", [column, token], shape=[*lead, 1], dtype=_BOOL)
-        constant = detach(append(graph, "Identity", [replaced], shape=replaced.shape))
-        replaced = append(graph, "Where", [pads, constant, replaced], shape=replaced.shape)
+        replaced = constant_where(graph, pads, replaced)
     put_behind(graph, output, "Add", replaced)
     put_behind(graph, output, "Mul", _kept(graph, chosen, last, [*lead, 1]))
 
 
 def _multiply(
-    graph: ir.Graph, embedding: Embedding, logits: ir.Value, x: ir.Value, rows: ir.Value, tokens: ir.Value
+    graph: ir.Graph,
+    embedding: TokenEmbedding,
+    logits: ir.Value,
+    x: ir.Value,
+    rows: ir.Value,
+    tokens: ir.Value,
 ) -> None:
     """Behind a product with the table."""
     table = embedding.table.shape

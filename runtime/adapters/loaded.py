@@ -41,6 +41,8 @@ class AdapterRegistry:
         self._bundle = bundle
         self._loaded: dict[str, PreparedAdapter] = {}
         self._array_ids: frozenset[int] = frozenset()
+        self._has_virtual = bool(virtual_slots(bundle.manifest))
+        self._virtual: tuple[object, list[Virtual]] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,6 +88,7 @@ class AdapterRegistry:
         self._know_arrays()
 
     def _know_arrays(self) -> None:
+        self._virtual = None  # a name may stand for another adapter now
         self._array_ids = frozenset(
             id(array) for adapter in self._loaded.values() for array in adapter.inputs.values()
         )
@@ -122,14 +125,16 @@ class AdapterRegistry:
         Raises:
             UsageError, AdapterError: see `inputs`.
         """
-        if not virtual_slots(self._bundle.manifest):
+        if not self._has_virtual:
             return None
-        rows = _rows(spec)
-        if rows is None:
-            assert not isinstance(spec, list | tuple)
-            chosen = resolve(self._bundle, spec, check_effect=False, loaded=self._loaded)
-            return of_rows(self._bundle.manifest, [chosen]) * count
-        return of_rows(self._bundle.manifest, self._resolved(rows, check_effect=False))
+        spec = simplified(spec)
+        rows = list(spec) if isinstance(spec, list | tuple) else [spec]
+        stamp = stamped(spec)
+        if self._virtual is None or self._virtual[0] != stamp:
+            # What is activated already is not read again for every batch.
+            found = of_rows(self._bundle.manifest, self._resolved(rows, check_effect=False))
+            self._virtual = stamp, found
+        return self._virtual[1] if isinstance(spec, list | tuple) else self._virtual[1] * count
 
     def inputs(self, spec: AdapterSpecs, *, check_effect: bool = True) -> dict[str, FloatArray]:
         """The adapter inputs of what a call asks for.

@@ -12,7 +12,7 @@ from ...graph import constant_value
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
-class Embedding(NamedTuple):
+class TokenEmbedding(NamedTuple):
     """The node that looks rows up, its table, what the module makes of them, `[batch, sequence, width]` (some
     scale them), and its width."""
 
@@ -22,7 +22,7 @@ class Embedding(NamedTuple):
     width: int
 
 
-def find_embedding(graph: ir.Graph, weights: dict[str, ir.Value]) -> Embedding:
+def find_embedding(graph: ir.Graph, weights: dict[str, ir.Value]) -> TokenEmbedding:
     """The embedding of tokens.
 
     Raises:
@@ -42,13 +42,13 @@ def find_embedding(graph: ir.Graph, weights: dict[str, ir.Value]) -> Embedding:
     (lookup,) = found
     table, output = lookup.inputs[0], lookup.outputs[0]
     assert table is not None
-    scope = _scope(lookup)
-    while len(readers := output.consumers()) == 1 and scope and _scope(readers[0]) == scope:
+    module = scopes(lookup)[:-1]
+    while len(readers := output.consumers()) == 1 and module and scopes(readers[0])[:-1] == module:
         output = readers[0].outputs[0]
     width = None if output.shape is None or len(output.shape) != 3 else output.shape[2]
     if not isinstance(width, int):
         raise ExportError("the shape of the graph's embeddings is unknown, so they take no virtual tokens")
-    return Embedding(lookup, table, output, width)
+    return TokenEmbedding(lookup, table, output, width)
 
 
 def _names_tokens(indices: ir.Value | None) -> bool:
@@ -67,11 +67,6 @@ def looked_up_by(indices: ir.Value) -> ir.Value:
 
 
 def scopes(node: ir.Node) -> list[str]:
-    """Names of the modules that the node is in."""
+    """Names of the modules that the node is in, and its own."""
     found = ast.literal_eval(node.metadata_props.get(_SCOPES) or "[]")
     return [str(name) for name in found]
-
-
-def _scope(node: ir.Node) -> str:
-    """The modules that the node is in."""
-    return node.metadata_props.get(_SCOPES, "").rpartition(",")[0]

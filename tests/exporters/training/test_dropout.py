@@ -22,20 +22,16 @@ from edgepeft.runtime.training.steps.dropout import Dropout
 from .. import models, sharing
 from ..interrupting import resumed, same_tensors
 from ..techniques import parity
+from ..techniques.test_parity import KINDS
+from ..techniques.test_parity import adapted as trained
 from .test_learning import (
-    BATCH,
-    LEARNING_RATE,
-    MAX_GRAD_NORM,
     SEED,
-    WARMUP,
-    WEIGHT_DECAY,
     records,
     torch_losses,
 )
 
 RATE = 0.3
 FAMILIES = ("llama", "bert", "vit")
-KINDS = {"llama": "llama-tied", "bert": "bert-classifier", "vit": "vit"}
 
 
 def _wrapped(values: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -112,26 +108,10 @@ def bundle(shared: sharing.Shared) -> Any:
 
 def adapted(root: Path, output: Path, family: str, **options: Any) -> Any:
     """What is told of an update, kept or not."""
-    with edgepeft.load(root / "b", memory_budget="2GiB") as device:
-        try:
-            return device.adapt(
-                records(KINDS[family]),
-                output,
-                **{
-                    "adapter": "a",
-                    "steps": 20,
-                    "batch_size": BATCH,
-                    "seq_len": None if family == "vit" else 16,
-                    "seed": SEED,
-                    "warmup_steps": WARMUP,
-                    "learning_rate": LEARNING_RATE,
-                    "weight_decay": WEIGHT_DECAY,
-                    "max_grad_norm": MAX_GRAD_NORM,
-                }
-                | options,
-            ).to_dict()
-        except UpdateRejectedError as error:
-            return error.report
+    try:
+        return trained(root / "b", output, family, **{"adapter": "a", "steps": 20} | options).to_dict()
+    except UpdateRejectedError as error:
+        return error.report
 
 
 @pytest.mark.parametrize("family", FAMILIES)
